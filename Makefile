@@ -37,7 +37,6 @@ check: $(READY) ## count the pages, figures and executed cells of the built page
 	@$(BUILD) --check
 
 test: $(READY) ## run the tests [ARGS="-k on_policy"]
-	@$(PY) -m ruff check --quiet .
 	@$(PY) -m pytest $(ARGS)
 
 bench: $(READY) ## time against named baselines, as ratios

@@ -1,13 +1,13 @@
 """Run every chapter with papermill, then build the page from the executed notebooks.
 
     python book/build.py                            what is published -> _build/html
-    python book/build.py -p profile smoke           parameters, as papermill takes them -> _build/smoke
+    python book/build.py -p profile smoke           papermill's parameters -> _build/smoke/html
     python book/build.py --check -p profile smoke   count the built site; an empty book fails
     python book/build.py --write-setup              put the setup cell into every chapter
 
-A chapter is run again only when something it was made from has changed: its notebook, `lib`, `data`,
-the pinned packages or the parameters. What changed is printed. The page is built without executing
-anything, with warnings as errors, and again only when its sources differ.
+A chapter is run again only when something it was made from has changed: its notebook, `lib`,
+`data`, the pinned packages or the parameters. What changed is printed. The page is built without
+executing anything, with warnings as errors, and again only when its sources differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -100,7 +100,9 @@ def changes(old: dict[str, str], new: dict[str, str], shown: int = 3) -> str:
     """What differs between two sets of inputs, in words; empty if nothing does."""
     words = [f"{name} removed" for name in sorted(old.keys() - new.keys())]
     words += [f"{name} added" for name in sorted(new.keys() - old.keys())]
-    words += [f"{name} changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    words += [
+        f"{name} changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]
+    ]
     more = [f"and {len(words) - shown} more"] if len(words) > shown else []
     return ", ".join(words[:shown] + more)
 
@@ -164,7 +166,7 @@ def run_chapter(book: Book, chapter: str, parameters: dict[str, str], inputs: di
         return failure(output, done.stderr)
     seconds = round(time.monotonic() - start, 1)
     cells = sum(is_executed(c) for c in nbformat.read(output, as_version=4).cells)
-    finished = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    finished = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     finished_run = Execution(inputs, parameters, seconds, finished, cells)
     record.write_text(json.dumps(asdict(finished_run), indent=1))
     return ""
@@ -196,6 +198,8 @@ def run_chapters(book: Book, jobs: int = 1) -> list[str]:
         inputs = {**shared, f"{chapter}.ipynb": notebook, **given}
         last = read_execution(book, chapter)
         reason = changes(last.inputs, inputs) if last else "no finished run yet"
+        if parameters[chapter].get("recompute", "").lower() in {"true", "1"}:
+            reason = reason or "recompute asked for"
         if not reason:
             say(f"{name}: up to date")
             return ""
@@ -250,7 +254,14 @@ def commit_of(root: Path) -> str:
     """Short commit of the checkout, marked if files differ from it; "unknown" without git."""
     git = ["git", "-C", str(root)]
     try:
-        command = [*git, "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=, with changes"]
+        command = [
+            *git,
+            "describe",
+            "--always",
+            "--abbrev=10",
+            "--exclude=*",
+            "--dirty=, with changes",
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -273,10 +284,8 @@ def site_config(book: Book) -> dict:
     config = merged(config, launch_settings(config["repository"]["url"]))
     values = {"execution_times": execution_table(book), "commit": commit_of(book.root)}
     config = merged(config, {"parse": {"myst_substitutions": values}})
-    config["sphinx"]["recursive_update"] = True  # the theme's options are added to, not replaced
-    if not config["repository"]["url"]:
-        del config["repository"]
-        config["repository"] = {"url": "", "branch": ""}
+    # A page opened from disk may not read the others, so only a hosted search shows their text.
+    config["sphinx"]["config"]["html_show_search_summary"] = bool(config["repository"]["url"])
     return config
 
 
@@ -322,7 +331,7 @@ def build_html(book: Book) -> bool:
     # read again: a second run must not turn green by itself.
     clean_before = stamp.is_file()
     stamp.unlink(missing_ok=True)
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
     commit = config["parse"]["myst_substitutions"]["commit"]
     footer = f"<p>Executed and built on {date} from commit {commit}.</p>"
     config = merged(config, {"html": {"extra_footer": footer}})
@@ -357,7 +366,9 @@ def sphinx(book: Book, freshly: bool) -> bool:
         quiet=True,
     )
     if html.is_dir():
-        (html / "index.html").write_text(REDIRECT_TEXT.format(first_page=f"{book.chapters[0]}.html"))
+        (html / "index.html").write_text(
+            REDIRECT_TEXT.format(first_page=f"{book.chapters[0]}.html")
+        )
     return status == 0
 
 
@@ -366,7 +377,7 @@ def is_executed(cell) -> bool:
 
 
 def figure_cells(notebook) -> int:
-    """Figures a chapter promises: cells tagged `figure` or with MyST figure options, glued figures."""
+    """Figures a chapter promises: cells tagged `figure` or with figure options, and glued ones."""
     count = 0
     for cell in notebook.cells:
         options = cell.metadata.get("mystnb", {})
@@ -469,7 +480,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if failed:
-        say(f"failed chapters: {', '.join(Path(c).name for c in failed)} (the error is on the page)")
+        say(
+            f"failed chapters: {', '.join(Path(c).name for c in failed)} (the error is on the page)"
+        )
     if not built:
         say("page: built with the warnings above; they are errors")
     say(f"page: {(book.out / 'html' / 'index.html').as_uri()}")

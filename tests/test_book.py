@@ -1,0 +1,358 @@
+"""The book's build: what is rerun and why, what fails, and a page that needs no network."""
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import build
+import nbformat
+import pytest
+import yaml
+from conftest import FIGURE, write_chapter
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--enable-logging=stderr",
+    "--v=0",
+]
+
+
+def run_build(mini: Path, *flags: str) -> SimpleNamespace:
+    """Exit status and output of book/build.py on the checkout `mini`."""
+    command = [sys.executable, str(ROOT / "book" / "build.py"), "--root", str(mini), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return SimpleNamespace(status=done.returncode, text=done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="session")
+def built(mini_book) -> Path:
+    """The small book, executed and built once."""
+    result = run_build(mini_book)
+    assert result.status == 0, result.text
+    return mini_book
+
+
+@pytest.fixture
+def mini(built, tmp_path) -> Path:
+    """A built copy that a test may change."""
+    return shutil.copytree(built, tmp_path / "mini")
+
+
+def html_of(mini: Path, chapter: str = "index") -> str:
+    return (mini / "_build" / "html" / "book" / f"{chapter}.html").read_text()
+
+
+# What is rerun, and why
+
+
+def test_nothing_is_rerun_when_nothing_changed(mini):
+    result = run_build(mini)
+    assert result.status == 0
+    assert result.text.splitlines()[:3] == [
+        "index: up to date",
+        "status: up to date",
+        "page: up to date",
+    ]
+    assert "_build/html/index.html" in result.text
+
+
+def test_a_change_of_code_reruns_every_chapter_and_reaches_the_page(mini):
+    before = html_of(mini)
+    (mini / "lib" / "chapter.py").write_text("VALUE = 2\n")
+    result = run_build(mini)
+    assert result.text.count("running (lib/chapter.py changed)") == 2
+    figures = [set(re.findall(r"_images/\w+\.png", page)) for page in (before, html_of(mini))]
+    assert figures[0] and figures[1] and not figures[0] & figures[1]
+
+
+def test_a_change_of_one_notebook_reruns_it_alone(mini):
+    write_chapter(mini / "book" / "index.ipynb", "# Another title", "VALUE = 3", FIGURE)
+    result = run_build(mini)
+    assert "index: running (book/index.ipynb changed)" in result.text
+    assert "status: up to date" in result.text
+    assert "Another title" in html_of(mini)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ({"a": "1"}, {"a": "1"}, ""),
+        ({"a": "1"}, {"a": "2"}, "a changed"),
+        ({"a": "1", "b": "1"}, {"b": "1", "c": "1"}, "a removed, c added"),
+        ({}, dict.fromkeys("abcde", "1"), "a added, b added, c added, and 2 more"),
+    ],
+)
+def test_changes_are_said_in_words(old, new, said):
+    assert build.changes(old, new) == said
+
+
+def test_parameters_reach_the_chapters_and_their_own_folder(mini):
+    result = run_build(mini, "-p", "profile", "smoke", "-p", "recompute", "True")
+    assert result.status == 0, result.text
+    executed = nbformat.read(mini / "_build" / "smoke" / "executed" / "index.ipynb", as_version=4)
+    injected = next(
+        c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])
+    )
+    assert injected.source.splitlines()[-2:] == ['profile = "smoke"', "recompute = True"]
+    page = (mini / "_build" / "smoke" / "html" / "book" / "status.html").read_text()
+    assert "profile=smoke, recompute=True" in page
+    book = build.Book(mini, mini / "_build" / "smoke", {"profile": "smoke", "recompute": "True"})
+    (mini / "book" / "status.ipynb").unlink()
+    with pytest.raises(build.BookError, match="there is no book/status.ipynb"):
+        build.run_chapters(book)
+
+
+def test_an_unknown_parameter_is_refused_before_any_work(mini):
+    result = run_build(mini, "-p", "profil", "smoke")
+    assert result.status == 1
+    assert "no chapter has a parameter 'profil'; there are: profile, recompute" in result.text
+    assert "running" not in result.text
+
+
+# What fails
+
+
+def test_a_failing_chapter_is_named_and_the_others_stay(mini):
+    bad = ("VALUE = 1", "1 / 0", FIGURE)
+    write_chapter(mini / "book" / "index.ipynb", "# Index", *bad)
+    result = run_build(mini)
+    assert result.status == 1
+    assert (
+        "index: FAILED in code cell 4 (1 / 0): ZeroDivisionError: division by zero" in result.text
+    )
+    assert "status: up to date" in result.text
+    assert (mini / "_build" / "html" / "book" / "status.html").is_file()
+    checked = run_build(mini, "--check")
+    assert checked.status == 1
+    assert "an error is on the page" in checked.text
+    assert "index: running (no finished run yet)" in run_build(mini).text
+
+
+def test_a_warning_fails_the_build_every_time(mini):
+    write_chapter(
+        mini / "book" / "index.ipynb", "# Index\n\nSee {ref}`nowhere`.", "VALUE = 1", FIGURE
+    )
+    for _ in range(2):
+        result = run_build(mini)
+        assert result.status == 1
+        assert "nowhere" in result.text
+
+
+def test_the_built_site_is_counted(built):
+    result = run_build(built, "--check")
+    assert result.status == 0, result.text
+    assert result.text.splitlines() == [
+        "index: 4 executed cells, 1 figures: ok",
+        "status: 4 executed cells, 1 figures: ok",
+        "book: 2 of 2 pages, 2 figures, 8 executed cells",
+    ]
+
+
+def test_a_promised_figure_that_is_not_drawn_fails_the_count(mini):
+    write_chapter(mini / "book" / "index.ipynb", "# Index", "VALUE = 1", "VALUE")
+    assert run_build(mini).status == 0
+    result = run_build(mini, "--check")
+    assert result.status == 1
+    assert "0 figures on the page, 1 promised" in result.text
+
+
+def test_a_page_that_is_not_there_fails_the_count(mini):
+    (mini / "_build" / "html" / "book" / "status.html").unlink()
+    result = run_build(mini, "--check")
+    assert result.status == 1
+    assert "book: 1 of 2 pages" in result.text
+
+
+# Launch buttons
+
+
+def test_no_address_gives_no_launch_buttons(built):
+    assert build.launch_settings("") == {}
+    assert not re.search("colab|mybinder|launch-button", html_of(built))
+
+
+def test_an_address_gives_launch_buttons(mini):
+    url = "https://github.com/owner/book"
+    config = yaml.safe_load((mini / "_config.yml").read_text())
+    config["repository"]["url"] = url
+    (mini / "_config.yml").write_text(yaml.safe_dump(config))
+    result = run_build(mini)
+    assert result.status == 0, result.text
+    page = html_of(mini)
+    assert "https://colab.research.google.com/github/owner/book/blob/main/book/index.ipynb" in page
+    assert re.search(
+        r"https://mybinder\.org/v2/gh/owner/book/main\?urlpath=[^\"]*index\.ipynb", page
+    )
+
+
+def test_a_host_that_the_theme_does_not_know_is_given_a_provider():
+    settings = build.launch_settings("https://code.example.org/owner/book")
+    options = settings["sphinx"]["config"]["html_theme_options"]
+    assert options == {"repository_provider": "gitlab"}
+    assert "colab_url" not in settings["launch_buttons"]
+
+
+@pytest.mark.parametrize("url", ["github.com/owner/book", "https://github.com/owner", "book"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(build.BookError, match=re.escape(repr(url))):
+        build.launch_settings(url)
+
+
+def test_the_setup_cell_carries_the_address(mini):
+    text = (mini / "_config.yml").read_text()
+    (mini / "_config.yml").write_text(
+        text.replace('url: ""', 'url: "https://github.com/owner/book"')
+    )
+    assert run_build(mini, "--write-setup").status == 0
+    notebook = nbformat.read(mini / "book" / "index.ipynb", as_version=4)
+    assert '"https://github.com/owner/book", root])' in notebook.cells[1].source
+
+
+# No network
+
+
+def test_pages_load_nothing_from_other_hosts(built):
+    pages = list((built / "_build" / "html").rglob("*.html"))
+    assert len(pages) >= 4
+    assert {p.name: build.foreign_sources(p.read_text()) for p in pages} == {
+        p.name: [] for p in pages
+    }
+    for sheet in (built / "_build" / "html").rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import\s)[\"' ]*(?:https?:)?//", sheet.read_text()), sheet
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="//cdn.example/x.css">',
+        '<img src="http://cdn.example/x.png">',
+    ],
+)
+def test_a_foreign_source_is_found(tag):
+    links = '<a href="https://example.org">a link is no source</a><img src="_images/x.png">'
+    assert len(build.foreign_sources(f"<html><body>{links}{tag}</body></html>")) == 1
+
+
+def page_requests(log: Path) -> set[str]:
+    """Addresses that a page asked of other hosts; the browser's own have no origin as initiator."""
+    events = (event.get("params", {}) for event in json.loads(log.read_text())["events"])
+    asked = {e["url"] for e in events if e.get("initiator", "not an origin") != "not an origin"}
+    return {url for url in asked if urlsplit(url).hostname not in {None, "127.0.0.1"}}
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        """Nothing on the console."""
+
+
+@pytest.fixture
+def browse(built, tmp_path):
+    """browse(page) -> (DOM after scripts ran, console errors, addresses asked of other hosts)."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine: the page is searched for foreign sources only")
+    handler = partial(Silent, directory=str(built / "_build" / "html"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def visit(page: str) -> tuple[str, list[str], set[str]]:
+        served, opened = f"http://127.0.0.1:{server.server_port}", built / "_build" / "html"
+        address = opened.as_uri() if page.startswith("file:") else served
+        # The proxy is a closed port: every request that leaves this machine fails.
+        flags = ["--proxy-server=http://127.0.0.1:9", f"--user-data-dir={tmp_path / 'profile'}"]
+        flags += [f"--log-net-log={tmp_path / 'net.json'}", "--virtual-time-budget=10000"]
+        command = [
+            CHROMIUM,
+            *QUIET,
+            *flags,
+            "--dump-dom",
+            f"{address}/{page.removeprefix('file:')}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        wrong = re.compile("error|uncaught|refused|blocked|fail", re.IGNORECASE)
+        return (
+            done.stdout,
+            list(filter(wrong.search, console)),
+            page_requests(tmp_path / "net.json"),
+        )
+
+    yield visit
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "page", ["book/index.html", "file:book/index.html"], ids=["served", "opened"]
+)
+def test_mathematics_and_figures_show_without_a_network(browse, page):
+    dom, errors, asked = browse(page)
+    assert errors == [] and asked == set()
+    assert dom.count("<mjx-container") >= 2
+    assert "mjx-c" in dom and re.search(r"<img[^>]+_images/\w+\.png", dom)
+
+
+@pytest.mark.parametrize("page", ["search.html", "file:search.html"], ids=["served", "opened"])
+def test_search_finds_a_word_without_a_network(browse, page):
+    dom, errors, asked = browse(f"{page}?q=equation")
+    assert errors == [] and asked == set()
+    assert "found 1 page" in dom and "book/index.html" in dom
+
+
+def test_a_request_to_another_host_is_noticed(browse, built):
+    """The two tests above can fail: a page that asks for more is seen to."""
+    page = built / "_build" / "html" / "foreign.html"
+    page.write_text('<img src="http://cdn.example/x.png"><script>undefinedName()</script>')
+    try:
+        _, errors, asked = browse("foreign.html")
+    finally:
+        page.unlink()
+    assert asked == {"http://cdn.example/x.png"}
+    assert any("undefinedName" in error for error in errors)
+
+
+# README
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_readme_names_files_that_exist():
+    named = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:toml|yml|cff|md|lock|csv))`", readme())
+    made = (".venv", "_build", "out")
+    missing = [n for n in named if not n.startswith(made) and not (ROOT / n).exists()]
+    assert len(named) > 10
+    assert missing == []
+
+
+def test_readme_names_commands_that_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", readme())) <= targets
+
+
+def test_readme_passes_parameters_that_exist():
+    commands = re.findall(r"papermill (book/\w+)\.ipynb \S+((?: -p \S+ \S+)*)", readme())
+    assert commands
+    for chapter, flags in commands:
+        declared = build.declared_parameters(ROOT / f"{chapter}.ipynb")
+        assert set(re.findall(r"-p (\S+)", flags)) <= declared
+    given = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme(), flags=re.DOTALL)[1])
+    assert given.keys() <= build.declared_parameters(ROOT / "book" / "on_policy.ipynb")
