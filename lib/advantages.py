@@ -1,0 +1,75 @@
+"""From rewards to what a loss weighs a completion by: standardisation, selection, pairs, weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STANDARDISE = ("batch", "prompt")
+WEIGHTS = ("normalised", "raw", "clipped")
+
+# Added to the standard deviation. Ten equal rewards have deviation 0 only up to rounding, and
+# dividing by that rounding error would turn a tie into an arbitrary ranking.
+EPSILON = 1e-8
+
+# Largest weight of the "clipped" option: the released LLM code clips exp(score) to [0, 20].
+MAX_WEIGHT = 20.0
+
+
+def standardise(rewards: Tensor, over: str = "batch") -> Tensor:
+    """(r - mean) / (std + 1e-8), std with B - 1, in float64 (appendix F.1, Eq. 19).
+
+    Args:
+        rewards: (..., P, C).
+        over: "batch" (all P x C completions of one sampling) or "prompt" (its C completions).
+    Returns: (..., P, C) in the dtype of `rewards`.
+    Raises: ValueError for another `over`.
+    """
+    if over not in STANDARDISE:
+        raise ValueError(f"standardise must be one of {STANDARDISE}, got {over!r}")
+    dims = (-2, -1) if over == "batch" else (-1,)
+    wide = rewards.double()
+    mean = wide.mean(dims, keepdim=True)
+    std = wide.std(dims, keepdim=True, correction=1)
+    return ((wide - mean) / (std + EPSILON)).to(rewards.dtype)
+
+
+def select_best(rewards: Tensor, k: int = 1) -> Tensor:
+    """The k completions of each prompt with the highest reward, the first ones on ties.
+
+    Args: rewards (..., P, C). Returns: (..., P, C) bool with k True in each row.
+    """
+    order = rewards.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(rewards, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def preferences(rewards: Tensor, gap: float = 0.0) -> Tensor:
+    """[i, j] True if y_i's reward exceeds y_j's by more than `gap`: all N (N - 1) / 2 pairs.
+
+    Args: rewards (..., P, C). Returns: (..., P, C, C) bool; ties are False both ways.
+    """
+    return rewards[..., :, None] - rewards[..., None, :] > gap
+
+
+def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: str) -> Tensor:
+    """RWR's weights exp(A / temperature) (appendix I.2.5), in a form that does not overflow.
+
+    "normalised" divides by the batch mean of the weights: the same direction of the gradient, but
+    a size that does not swing by e^30 from one batch to the next, which Adam's running second
+    moment would turn into vanishing steps. "raw" is the printed formula; "clipped" caps it at 20.
+
+    Args: advantage (..., P, C); temperature a float or a tensor that broadcasts against it.
+    Returns: (..., P, C), non-negative, dtype of `advantage`.
+    Raises: ValueError for another `form`.
+    """
+    if form not in WEIGHTS:
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {form!r}")
+    exponent = advantage.double() / temperature
+    if form == "normalised":
+        shifted = (exponent - exponent.amax((-2, -1), keepdim=True)).exp()
+        weight = shifted / shifted.mean((-2, -1), keepdim=True)
+    else:
+        weight = exponent.exp()
+    if form == "clipped":
+        weight = weight.clamp(max=MAX_WEIGHT)
+    return weight.to(advantage.dtype)

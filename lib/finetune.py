@@ -1,0 +1,182 @@
+"""Algorithm 1 of the paper, once: the only training loop of the book. Chapter: methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lib.methods import Hyper, Method
+from lib.rollouts import Rollout
+
+
+def exact_div(value: int, by: int, what: str) -> int:
+    """value / by; raises ValueError that names `what` if there is a remainder."""
+    if by < 1 or value % by:
+        raise ValueError(f"{what}: {value} is not a multiple of {by}")
+    return value // by
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The counts of Algorithm 1. B and M count completions, C completions of one prompt.
+
+    Args:
+        iterations: samplings.
+        batch: B, completions drawn by one sampling.
+        minibatch: M, completions of one update.
+        completions: C, completions of one prompt.
+        inner_steps: T, passes over one sampling.
+    Raises: ValueError where B, M and C do not divide.
+    """
+
+    iterations: int
+    batch: int
+    minibatch: int
+    completions: int
+    inner_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch", "minibatch", "completions", "inner_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        exact_div(self.batch, self.minibatch, "batch in minibatches")
+        exact_div(self.minibatch, self.completions, "minibatch in completions of a prompt")
+
+    @property
+    def minibatches(self) -> int:
+        return self.batch // self.minibatch
+
+    @property
+    def steps(self) -> int:
+        """Updates taken on one sampling."""
+        return self.minibatches * self.inner_steps
+
+    @property
+    def updates(self) -> int:
+        return self.iterations * self.steps
+
+
+class Policy(Protocol):
+    """What `fine_tune` asks of a policy: it owns network, optimiser, micro-batches, devices."""
+
+    alive: Tensor  # (...) bool: runs that are still finite
+    breaks: frozenset[str]  # identities that a declared switch (dropout, no shift) breaks
+    tolerance: float  # of recomputed log-probabilities, relative to the largest logit
+
+    def frozen(self) -> Any:
+        """A copy that samples and scores but does not train."""
+
+    def update(
+        self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One optimiser step on the sum of the method's loss over `items`.
+
+        Returns: log-probabilities before the step (..., P, C, L), and detached metrics.
+        """
+
+
+class Problem(Protocol):
+    """What `fine_tune` asks of a problem: data with rewards, from the policy or from a data set."""
+
+    def collect(self, state: State, method: Method) -> Rollout:
+        """Completions with rewards (and reference log-probabilities where the method needs them).
+
+        On-policy methods: drawn from `state.behaviour` with the random numbers of
+        `state.iteration`, so that a resumed run draws the same. Offline: the fixed data set.
+        """
+
+
+@dataclass
+class State:
+    """All that changes during a run; saved and restored between updates.
+
+    `behaviour` is the policy as it was when the data of the current iteration were drawn
+    (pi_gen), `step` the updates already taken on them.
+    """
+
+    policy: Any
+    reference: Any
+    behaviour: Any = None
+    controller: Any = None  # adaptive KL coefficient, for methods that have one
+    iteration: int = 0
+    step: int = 0
+    updates: int = 0
+    samples: int = 0
+
+
+class Diverged(FloatingPointError):
+    """Every run is non-finite: nothing is left to train."""
+
+
+def fine_tune(
+    state: State, problem: Problem, method: Method, schedule: Schedule, hyper: Hyper
+) -> Iterator[dict[str, Tensor]]:
+    """Algorithm 1: sample and label, then T passes over the data in minibatches of M; repeat.
+
+    An offline method is the end of the same dial: one sampling, from the reference policy or a
+    data set, and all updates on it. Yields the training metrics of each update, as (...) tensors,
+    after which the caller may evaluate, save `state`, or stop; a restored `state` continues with
+    the same numbers.
+
+    Raises: AssertionError if an identity is violated; Diverged if every run is non-finite.
+    """
+    per_update = schedule.minibatch // schedule.completions
+    while state.iteration < schedule.iterations:
+        if state.step == 0:
+            state.behaviour = state.policy.frozen()
+            state.samples += schedule.batch
+        data = problem.collect(state, method)
+        data = data.labelled(method.prepare(data, hyper))
+        while state.step < schedule.steps:
+            batch = data.narrow(state.step % schedule.minibatches * per_update, per_update)
+            logp, metrics = state.policy.update(batch, method, hyper, method.items(batch))
+            if state.step == 0:
+                check_identities(state, method, hyper, batch, logp, metrics["loss"])
+            state.step += 1
+            state.updates += 1
+            yield metrics
+        if not state.policy.alive.any():
+            raise Diverged(f"every run is non-finite after {state.updates} updates")
+        state.iteration += 1
+        state.step = 0
+
+
+def check_identities(
+    state: State, method: Method, hyper: Hyper, batch: Rollout, logp: Tensor, loss: Tensor
+) -> None:
+    """What must hold on the first minibatch after every sampling; cheap, so always on.
+
+    - recomputed: the log-probability of a sample equals the one it was sampled with, so the
+      importance ratio is 1;
+    - reference: before the first update the policy is the reference, so their KL is 0;
+    - first loss: before the first update the loss is what the method says (ln 2 for DPO).
+
+    A switch that breaks an identity on purpose declares it in `policy.breaks`. Runs that have
+    gone non-finite are left out, unless nothing has been updated yet.
+    Raises: AssertionError that names the identity and the deviation.
+    """
+    policy, first = state.policy, state.updates == 0
+    alive = torch.ones_like(policy.alive) if first else policy.alive
+    allowed = policy.tolerance * (1 + batch.scale)
+
+    def check(name: str, deviation: Tensor, allowed: Tensor) -> None:
+        bad = alive & ~(deviation <= allowed)
+        if name not in policy.breaks and bad.any():
+            worst = deviation[bad].max().item()
+            raise AssertionError(f"{method.name}: identity {name!r} is off by {worst:.3g}")
+
+    def largest(x: Tensor) -> Tensor:
+        return (x * batch.mask).abs().flatten(batch.lead).amax(-1)
+
+    check("recomputed", largest(logp - batch.logp), allowed)
+    if first and batch.ref is not None:
+        check("reference", largest(batch.logp - batch.ref), allowed)
+    if first and method.first_loss is not None:
+        expected = torch.as_tensor(method.first_loss(hyper), dtype=loss.dtype)
+        expected = expected.flatten() if expected.dim() else expected
+        tied = loss == 0  # no pair to learn from
+        check("first loss", (loss / expected - 1).abs().where(~tied, 0.0), 10 * allowed)

@@ -1,0 +1,98 @@
+"""The objectives: pure functions from log-probabilities to one loss per item.
+
+Shapes: `...` are leading dimensions (runs), P prompts, C completions of a prompt. Log-probabilities
+are sums over completion tokens, in nats, except where a function says "or per token". Every
+function returns the loss of each item, to be minimised; whoever calls it divides the sum by the
+number of items, once and globally, so that accumulation and ensembles change nothing. Temperatures
+and weights are floats, or tensors that broadcast against (..., P, C). Chapter: methods.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def best_of_n(logp: Tensor, selected: Tensor) -> Tensor:
+    """-log pi(y_best | x) on the selected completions (appendix I.2.1). Items: selected ones.
+
+    Args: logp (..., P, C); selected (..., P, C) bool, the top K of each prompt.
+    Returns: (..., P, C), zero where not selected.
+    """
+    return -logp * selected
+
+
+def best_of_n_negative(
+    logp: Tensor, selected: Tensor, beta: Tensor | float, threshold: Tensor | float
+) -> Tensor:
+    """-log pi(y_best|x) + beta sum_{j != best} log pi(y_j|x), pushed down only while likely enough.
+
+    Appendix I.2.1. Unbounded below without the threshold: a completion is pushed down only while
+    pi(y_j|x) > threshold * pi(y_best|x). Items: prompts (the selected completions).
+
+    Args: logp (..., P, C); selected (..., P, C) bool, one per prompt.
+    Returns: (..., P, C).
+    """
+    best = (logp.detach() * selected).sum(-1, keepdim=True)
+    floor = best + torch.as_tensor(threshold).log()
+    pushed = ~selected & (logp.detach() > floor)
+    return torch.where(selected, -logp, beta * logp * pushed)
+
+
+def rwr(logp: Tensor, weight: Tensor) -> Tensor:
+    """-w log pi(y|x) with w = exp(standardised reward / temperature) (appendix I.2.5).
+
+    Args: logp (..., P, C); weight (..., P, C), non-negative. Items: completions.
+    """
+    return -weight * logp
+
+
+def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
+    """-A log pi(y|x) (appendix I.2.3; section 2.2 prints the opposite sign). Items: completions.
+
+    Args: logp, advantage (..., P, C).
+    """
+    return -advantage * logp
+
+
+def ppo(logp: Tensor, old: Tensor, advantage: Tensor, clip: Tensor | float) -> Tensor:
+    """-min(r A, clip(r, 1 - eps, 1 + eps) A), r = exp(logp - old): Schulman et al. 2017, Eq. 7.
+
+    Appendix I.2.4 prints a max, which would be the optimistic bound. Items: completions, or tokens
+    where all arguments are per token.
+
+    Args: logp, old, advantage: one shape, (..., P, C) or per token (..., P, C, L).
+    """
+    ratio = (logp - old).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def pair_margin(logp: Tensor, ref: Tensor) -> Tensor:
+    """h[i, j] = log pi/pi_ref(y_i) - log pi/pi_ref(y_j), for all C x C pairs from C log-ratios.
+
+    Args: logp, ref (..., P, C). Returns: (..., P, C, C) nats.
+    """
+    ratio = logp - ref
+    return ratio[..., :, None] - ratio[..., None, :]
+
+
+def dpo(logp: Tensor, ref: Tensor, prefer: Tensor, beta: Tensor | float) -> Tensor:
+    """-log sigmoid(beta h) over preferred pairs: Rafailov et al. 2023, Eq. 7. Items: pairs.
+
+    Args: logp, ref (..., P, C); prefer (..., P, C, C) bool, [i, j] True if y_i beats y_j; ties
+        are False both ways and carry no loss.
+    Returns: (..., P, C, C); ln 2 on each pair where pi = pi_ref.
+    """
+    beta = torch.as_tensor(beta)[..., None]
+    return -logsigmoid(beta * pair_margin(logp, ref)) * prefer
+
+
+def ipo(logp: Tensor, ref: Tensor, prefer: Tensor, tau: Tensor | float) -> Tensor:
+    """(h - 1 / (2 tau))^2 over preferred pairs: Eq. (20), appendix F.2. Items: pairs.
+
+    Args and Returns as `dpo`; 1 / (4 tau^2) on each pair where pi = pi_ref.
+    """
+    target = 0.5 / torch.as_tensor(tau)[..., None]
+    return (pair_margin(logp, ref) - target) ** 2 * prefer

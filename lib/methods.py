@@ -1,0 +1,216 @@
+"""The registry of methods: Table 1 as data. A method says what it needs; no code asks its name.
+
+Adding a method means adding its loss to `lib.losses` and its entry here. Chapter: methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib import losses
+from lib.advantages import exponential_weights, preferences, select_best, standardise
+from lib.rollouts import Rollout, sequence_logp
+
+Hyper = Mapping[str, Any]
+Labels = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+
+# Properties a method can ask for; a problem that cannot give one refuses the method.
+NEEDS = ("rewards", "pairs", "chosen", "reference", "old", "value_head")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One fine-tuning method, as Table 1 describes it and as Algorithm 1 runs it.
+
+    Args:
+        name, title, family: registry name, name in print, "supervised" | "policy gradient" |
+            "contrastive".
+        on_policy: draws new completions from the policy it trains.
+        sample_reuse: may take several updates on one sample; None where nothing is drawn.
+        negative_gradient: can multiply a completion's log-likelihood by a negative coefficient.
+        needs: what it reads, from NEEDS.
+        unit: what its loss is a mean over: "selected" completions, "pair" or "completion".
+        hyper: its hyperparameters and their defaults.
+        prepare: (rollout, hyper) -> labels, once per sampling.
+        loss: (batch, logp, hyper) -> (loss per item, metrics); logp (..., P, C, L) nats per token.
+        first_loss: hyper -> what the mean loss must be while policy = reference, where it is known.
+        paper: where the paper (or else the literature) defines it.
+    """
+
+    name: str
+    title: str
+    family: str
+    on_policy: bool
+    sample_reuse: bool | None
+    negative_gradient: bool
+    needs: frozenset[str]
+    unit: str
+    prepare: Callable[[Rollout, Hyper], Labels]
+    loss: Callable[[Rollout, Tensor, Hyper], tuple[Tensor, Metrics]]
+    paper: str
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    first_loss: Callable[[Hyper], Tensor | float] | None = None
+
+    def items(self, batch: Rollout) -> Tensor:
+        """(...) how many items the loss of `batch` averages over: the global denominator."""
+        counted = {
+            "selected": lambda: batch.labels["selected"],
+            "pair": lambda: batch.labels["prefer"],
+            "completion": lambda: torch.ones_like(batch.rewards),
+        }[self.unit]()
+        return counted.flatten(batch.lead).sum(-1).clamp(min=1)
+
+    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Its hyperparameters with `overrides` in place of the defaults.
+
+        Raises: ValueError for a hyperparameter that the method does not have.
+        """
+        unknown = set(overrides) - set(self.hyper)
+        if unknown:
+            raise ValueError(
+                f"{self.name} has no hyperparameter {sorted(unknown)}; it has {sorted(self.hyper)}"
+            )
+        return {**self.hyper, **overrides}
+
+
+def _prepare_selected(rollout: Rollout, hyper: Hyper) -> Labels:
+    return {"selected": select_best(rollout.rewards, hyper["top_k"])}
+
+
+def _prepare_pairs(rollout: Rollout, hyper: Hyper) -> Labels:
+    return {"prefer": preferences(rollout.rewards, hyper["gap"])}
+
+
+def _prepare_advantage(rollout: Rollout, hyper: Hyper) -> Labels:
+    return {"advantage": standardise(rollout.rewards, hyper["standardise"])}
+
+
+def _prepare_weights(rollout: Rollout, hyper: Hyper) -> Labels:
+    advantage = standardise(rollout.rewards, hyper["standardise"])
+    return {"weight": exponential_weights(advantage, hyper["temperature"], hyper["weights"])}
+
+
+def _mean(x: Tensor, lead: int) -> Tensor:
+    return x.detach().float().flatten(lead).mean(-1)
+
+
+def _best_of_n(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+    return losses.best_of_n(sequence_logp(logp, batch.mask), batch.labels["selected"]), {}
+
+
+def _best_of_n_negative(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+    total = sequence_logp(logp, batch.mask)
+    selected = batch.labels["selected"]
+    item = losses.best_of_n_negative(total, selected, hyper["beta"], hyper["threshold"])
+    pushed = (item != 0) & ~selected
+    return item, {"pushed_share": _mean(pushed, batch.lead)}
+
+
+def _rwr(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+    weight = batch.labels["weight"]
+    flat = weight.flatten(batch.lead)
+    ess = flat.sum(-1) ** 2 / (flat**2).sum(-1)
+    return losses.rwr(sequence_logp(logp, batch.mask), weight), {"effective_samples": ess}
+
+
+def _reinforce(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+    return losses.reinforce(sequence_logp(logp, batch.mask), batch.labels["advantage"]), {}
+
+
+def _ppo(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+    new, old = sequence_logp(logp, batch.mask), sequence_logp(batch.logp, batch.mask)
+    advantage, clip = batch.labels["advantage"], hyper["clip"]
+    if hyper["ratio_over"] == "token":
+        item = losses.ppo(logp, batch.logp, advantage[..., None], _per_token(clip)) * batch.mask
+        item = item.sum(-1)
+    else:
+        item = losses.ppo(new, old, advantage, clip)
+    if batch.ref is not None:
+        item = item + hyper["kl_penalty"] * (new - sequence_logp(batch.ref, batch.mask))
+    clipped = ((new - old).exp() - 1).abs() > clip
+    return item, {"clip_fraction": _mean(clipped, batch.lead)}
+
+
+def _per_token(value: Tensor | float) -> Tensor | float:
+    return value[..., None] if isinstance(value, Tensor) else value
+
+
+def _pairwise(loss: Callable, weight: str) -> Callable:
+    """A contrastive loss over all preferred pairs, with the accuracy of its implicit reward."""
+
+    def terms(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+        new, ref = sequence_logp(logp, batch.mask), sequence_logp(batch.ref, batch.mask)
+        prefer = batch.labels["prefer"]
+        margin = losses.pair_margin(new, ref).detach()
+        pairs = prefer.flatten(batch.lead).sum(-1).clamp(min=1)
+        right = ((margin > 0) & prefer).flatten(batch.lead).sum(-1)
+        mean = (margin * prefer).flatten(batch.lead).sum(-1) / pairs
+        metrics = {"pair_accuracy": right / pairs, "pair_margin": mean, "pairs": pairs.float()}
+        return loss(new, ref, prefer, hyper[weight]), metrics
+
+    return terms
+
+
+_BEST = dict(unit="selected", prepare=_prepare_selected)
+_PAIRS = dict(unit="pair", prepare=_prepare_pairs, needs=frozenset({"pairs", "reference"}))
+_DPO = dict(loss=_pairwise(losses.dpo, "beta"), first_loss=lambda hyper: log(2))
+_IPO = dict(loss=_pairwise(losses.ipo, "tau"), first_loss=lambda hyper: 0.25 / hyper["tau"] ** 2)
+_RWR = dict(
+    unit="completion",
+    prepare=_prepare_weights,
+    loss=_rwr,
+    needs=frozenset({"rewards"}),
+    hyper={"temperature": 0.1, "standardise": "batch", "weights": "normalised"},
+)
+_OFFLINE = dict(on_policy=False, sample_reuse=None)
+_ON_POLICY = dict(on_policy=True, sample_reuse=True)
+
+
+def _entries() -> list[Method]:
+    supervised = dict(family="supervised", negative_gradient=False)
+    contrastive = dict(family="contrastive", negative_gradient=True)
+    gradient = dict(family="policy gradient", negative_gradient=True, unit="completion")
+    return [
+        Method("best_of_n_offline", "Best-of-N (offline)", loss=_best_of_n, **_OFFLINE, **_BEST,
+               **supervised, needs=frozenset({"chosen"}), hyper={"top_k": 1}, paper="I.2.1"),
+        Method("best_of_n_negative", "Best-of-N + negative gradient (offline)",
+               loss=_best_of_n_negative, **_OFFLINE, **_BEST, family="supervised",
+               negative_gradient=True, needs=frozenset({"rewards"}), paper="I.2.1",
+               hyper={"top_k": 1, "beta": 1.0, "threshold": 0.01}),
+        Method("rwr_offline", "RWR (offline)", **_OFFLINE, **supervised, **_RWR, paper="I.2.5"),
+        Method("dpo_offline", "DPO (offline)", **_OFFLINE, **contrastive, **_PAIRS, **_DPO,
+               hyper={"beta": 0.1, "gap": 0.0}, paper="2.2, E.1.4"),
+        Method("ipo_offline", "IPO (offline)", **_OFFLINE, **contrastive, **_PAIRS, **_IPO,
+               hyper={"tau": 0.05, "gap": 0.0}, paper="F.2, Eq. 20"),
+        Method("best_of_n", "Best-of-N (on-policy)", loss=_best_of_n, **_ON_POLICY, **_BEST,
+               **supervised, needs=frozenset({"rewards"}), hyper={"top_k": 1}, paper="I.2.1"),
+        Method("rwr", "RWR (on-policy)", **_ON_POLICY, **supervised, **_RWR, paper="I.2.5"),
+        Method("reinforce", "REINFORCE", on_policy=True, sample_reuse=False, **gradient,
+               needs=frozenset({"rewards"}), prepare=_prepare_advantage, loss=_reinforce,
+               hyper={"standardise": "batch"}, paper="I.2.3"),
+        Method("ppo_sequence", "PPO (one ratio per completion)", **_ON_POLICY, **gradient,
+               needs=frozenset({"rewards", "old"}), prepare=_prepare_advantage, loss=_ppo,
+               hyper={"clip": 0.2, "standardise": "batch", "ratio_over": "completion",
+                      "kl_penalty": 0.0}, paper="I.2.4"),
+        Method("dpo", "DPO (on-policy)", **_ON_POLICY, **contrastive, **_PAIRS, **_DPO,
+               hyper={"beta": 0.1, "gap": 0.0}, paper="4.3"),
+        Method("ipo", "IPO (on-policy)", **_ON_POLICY, **contrastive, **_PAIRS, **_IPO,
+               hyper={"tau": 0.05, "gap": 0.0}, paper="I.2.2"),
+    ]  # fmt: skip
+
+
+METHODS: dict[str, Method] = {method.name: method for method in _entries()}
+
+
+def get(name: str) -> Method:
+    """The method registered as `name`. Raises: ValueError that names the allowed ones."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+    return METHODS[name]

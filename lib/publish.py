@@ -1,0 +1,103 @@
+"""Recompute a chapter's runs, resumably, and publish them: `python -m lib.publish on_policy`.
+
+Results and their provenance go to `data/results/<chapter>/<profile>.parquet` and `.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+
+from lib import runs
+
+STORE = runs.ROOT / ".store"  # where finished runs are kept unless told otherwise
+
+Stage = Callable[[pd.DataFrame | None], Sequence[Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    experiments = importlib.import_module("lib.experiments")
+    parser = _parser(experiments)
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(experiments.CHAPTERS))
+        return 0
+    if options.chapter is None:
+        parser.error(f"name a chapter: {', '.join(experiments.CHAPTERS)}")
+    try:
+        _publish(experiments, options)
+    except (runs.PublishError, runs.RunError, runs.StoreFullError) as error:
+        print(f"not published: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def compute_stages(
+    stages: Sequence[Stage], store: runs.Store, engine: runs.Engine, jobs: int | None = None
+) -> pd.DataFrame:
+    """The results of all stages; each gets the results of those before it (None: the first).
+
+    A learning rate that is selected on the sweep's results is why stages exist.
+    """
+    results: pd.DataFrame | None = None
+    configs: dict[str, Any] = {}
+    for stage in stages:
+        configs |= {runs.identity(config): config for config in stage(results)}
+        # runs of earlier stages are in the store by now, and are read from there
+        results = runs.compute(list(configs.values()), store, engine, jobs)
+    if results is None:
+        raise ValueError("no stages given: this chapter has no runs at this profile")
+    return results
+
+
+def configurations(stages: Sequence[Stage], table: pd.DataFrame) -> dict[str, Any]:
+    """Identity -> configuration of all stages, fed from results that exist already."""
+    configs: dict[str, Any] = {}
+    for number, stage in enumerate(stages):
+        earlier = table[table["run"].isin(list(configs))].reset_index(drop=True)
+        configs |= {runs.identity(c): c for c in stage(earlier if number else None)}
+    return configs
+
+
+def check_chapter(experiments: ModuleType, chapter: str) -> str:
+    """The chapter's name; ArgumentTypeError, naming those that exist, for an unknown one."""
+    if chapter not in experiments.CHAPTERS:
+        allowed = ", ".join(experiments.CHAPTERS)
+        raise argparse.ArgumentTypeError(f"unknown chapter {chapter!r}; allowed: {allowed}")
+    return chapter
+
+
+def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
+    runs.refuse_dirty_tree()  # before hours of work, and again after
+    store = runs.Store(options.store)
+    stages = experiments.stages(options.chapter, options.profile)
+    table = compute_stages(stages, store, experiments.engine(options.chapter), options.jobs)
+    path = runs.results_folder(options.results) / options.chapter / f"{options.profile}.parquet"
+    command = f"python -m lib.publish {options.chapter} --profile {options.profile}"
+    published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
+    total = published.meta["totals"]
+    kilobytes = path.stat().st_size / 1e3
+    print(f"published {total['runs']:,} runs, {total['rows']:,} rows, {kilobytes:,.0f} kB: {path}")
+
+
+def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lib.publish", description=__doc__)
+    parser.add_argument("chapter", nargs="?", type=lambda name: check_chapter(experiments, name))
+    parser.add_argument("--profile", choices=runs.PROFILES, default="full")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    parser.add_argument("--store", type=Path, default=STORE, help="folder of finished runs")
+    parser.add_argument("--results", type=Path, help="folder to publish into (data/results)")
+    parser.add_argument("--list", action="store_true", help="list the chapters and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

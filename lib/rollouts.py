@@ -1,0 +1,88 @@
+"""Sampled completions and what is known about them: the data that Algorithm 1 trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions for groups of prompts. `...` stands for `lead` leading dimensions (runs).
+
+    Args:
+        prompts: (..., P, *) prompt token ids.
+        completions: (..., P, C, L) completion token ids, EOS included where there is one.
+        mask: (..., P, C, L) bool, True on completion tokens that count.
+        logp: (..., P, C, L) nats per token under the policy that sampled them ("old").
+        ref: (..., P, C, L) nats per token under the reference policy, or None if not needed.
+        rewards: (..., P, C) one reward per completion.
+        scale: (...) largest absolute logit seen while sampling: what float error scales with.
+        lead: number of leading dimensions before P.
+        labels: what a method's `prepare` adds; every tensor has P at dimension `lead`.
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    mask: Tensor
+    logp: Tensor
+    ref: Tensor | None
+    rewards: Tensor
+    scale: Tensor
+    lead: int = 0
+    labels: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> int:
+        """P, the number of prompt groups."""
+        return self.rewards.shape[self.lead]
+
+    def labelled(self, labels: dict[str, Tensor]) -> Rollout:
+        return replace(self, labels=labels)
+
+    def narrow(self, start: int, length: int) -> Rollout:
+        """Whole prompt groups `start` to `start + length`, as views."""
+        if start == 0 and length == self.groups:
+            return self
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.narrow(self.lead, start, length)
+
+        names = ("prompts", "completions", "mask", "logp", "ref", "rewards")
+        parts = {name: cut(getattr(self, name)) for name in names}
+        return replace(self, **parts, labels={k: cut(v) for k, v in self.labels.items()})
+
+
+def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:
+    """log pi(y|x) = sum_t log pi(y_t | x, y_<t) over the tokens that count.
+
+    Args:
+        logp: (..., L) nats per token.
+        mask: (..., L) bool.
+    Returns: (...) nats per completion.
+    """
+    return (logp * mask).sum(-1)
+
+
+def token_logp(logits: Tensor, tokens: Tensor, *, shift: bool = True) -> Tensor:
+    """Per-token log-probability: the one place where logits meet the tokens they predict.
+
+    The logits at position t are the distribution of token t + 1. `shift=False` reproduces a slip
+    of the released bandit code, which scores token t with the logits at t (the logits that have
+    already read it); it exists for the audit only.
+
+    Args:
+        logits: (..., S, V), for the inputs `tokens`; with `shift` the last position is unused
+            and may be left out (S - 1 positions).
+        tokens: (..., S) the prompt's last token first, then the completion.
+    Returns: (..., S - 1) nats, one per completion token.
+    Raises: ValueError if the number of positions fits neither reading.
+    """
+    targets = tokens[..., 1:]
+    length = targets.shape[-1]
+    positions = logits.shape[-2]
+    if positions not in ((length, length + 1) if shift else (length + 1,)):
+        raise ValueError(f"{positions} logit positions do not fit {length + 1} tokens ({shift=})")
+    logits = logits[..., :length, :] if shift else logits[..., 1:, :]
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]

@@ -1,0 +1,32 @@
+"""Seconds by phase, for the wall-clock comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+
+PHASES = ("sampling", "scoring", "training", "evaluation")
+
+
+class Clock:
+    """Wall-clock seconds spent in each of PHASES; a phase inside another counts for itself only."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._inner = [0.0]
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Adds the time of the block to `phase`. Raises: KeyError for an unknown phase."""
+        start = perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = perf_counter() - start
+            self.seconds[phase] += spent - self._inner.pop()
+            self._inner[-1] += spent
+
+    def restore(self, seconds: Mapping[str, float]) -> None:
+        self.seconds.update(seconds)

@@ -1,0 +1,204 @@
+"""Recompute a random sample of the published runs and compare: `python -m lib.verify`.
+
+On a machine like the one that published (processor, versions, threads) every metric must be
+bit-equal. On another one, the first two evaluated updates must agree within tolerance, and the
+final reward must lie in the range of the published seeds of the same setting: rounding flips a
+sampled token sooner or later, and from there on a run is another seed of its setting.
+
+When a table's whole sample passes although the code changed since, the table is stamped with the
+present code; otherwise the exit status is 1 and the runs and values that differ are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import runs
+from lib.publish import check_chapter, configurations
+from lib.runs import provenance
+
+FIRST_ROWS = 2  # evaluated updates that other machines must reproduce
+RELATIVE, ABSOLUTE = 1e-2, 1e-3  # their tolerance: one step amplifies float32's rounding
+OUTCOME = "reward"
+MINIMUM_SEEDS = 3  # for a range of seeds to say anything
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one recomputed run compares: which test decided, and what differed if it failed."""
+
+    run: str
+    passed: bool
+    test: str
+
+    def __str__(self) -> str:
+        return f"{self.run}  {'passed' if self.passed else 'FAILED'}: {self.test}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    experiments = importlib.import_module("lib.experiments")
+    options = _parser(experiments).parse_args(arguments)
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
+    tables = published_tables(runs.results_folder(options.results), options.chapter)
+    if not tables:
+        print(f"nothing is published for {options.chapter or 'any chapter'}", file=sys.stderr)
+        return 1
+    print(f"a sample of {options.sample} runs per table, --seed {seed}")
+    passed = [verify(table, experiments, options.sample, seed, options.jobs) for table in tables]
+    return 0 if all(passed) else 1
+
+
+def published_tables(folder: Path, chapter: str | None = None) -> list[runs.Published]:
+    """All published tables, or those of one chapter."""
+    return [
+        runs.Published.load(path) for path in sorted(folder.glob(f"{chapter or '*'}/*.parquet"))
+    ]
+
+
+def verify(
+    published: runs.Published,
+    experiments: ModuleType,
+    sample: int,
+    seed: int,
+    jobs: int | None = None,
+) -> bool:
+    """Recompute and compare a sample of one table, print a line per run, stamp if all pass."""
+    chosen = random.Random(seed).sample(sorted(published.runs), min(sample, len(published.runs)))
+    stages = experiments.stages(published.chapter, published.profile)
+    configs = configurations(stages, published.table)
+    known = [run for run in chosen if run in configs]
+    verdicts = [
+        Verdict(run, False, "no configuration of the present grid has this identity")
+        for run in chosen
+        if run not in configs
+    ]
+    if known:
+        engine = experiments.engine(published.chapter)
+        verdicts += _recompute(published, [configs[run] for run in known], engine, jobs)
+    print(f"{published.chapter}/{published.profile}: {published.notice() or 'code as published'}")
+    print("\n".join(map(str, verdicts)))
+    passed = all(verdict.passed for verdict in verdicts)
+    if passed and published.stale():
+        _stamp(published, verdicts, seed)
+    return passed
+
+
+def compare(
+    published: runs.Published, run: str, fresh: pd.DataFrame, environment: dict[str, Any]
+) -> Verdict:
+    """Judge a recomputed run's metrics (as its engine returned them) by the module's rule."""
+    old = published.metrics(run)
+    names = [name for name in old.columns if not name.startswith("seconds_")]
+    missing = sorted(set(names) - set(fresh.columns))
+    if missing or len(old) != len(fresh):
+        return Verdict(run, False, f"{len(fresh)} rows for {len(old)}, without columns {missing}")
+    old, fresh = old[names], fresh[names].astype(old[names].dtypes.to_dict())
+    difference = _difference(old, fresh)
+    if not difference:
+        return Verdict(run, True, "bit-equal")
+    if all(published.runs[run].get(name) == value for name, value in environment.items()):
+        return Verdict(run, False, f"not bit-equal on the same kind of machine: {difference}")
+    difference = _difference(old[:FIRST_ROWS], fresh[:FIRST_ROWS], RELATIVE, ABSOLUTE)
+    if difference:
+        return Verdict(run, False, f"first updates beyond tolerance: {difference}")
+    return _within_seeds(published, run, float(fresh[OUTCOME].iloc[-1]))
+
+
+def _recompute(
+    published: runs.Published, configs: Sequence[Any], engine: runs.Engine, jobs: int | None
+) -> list[Verdict]:
+    verdicts = []
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        store = runs.Store(folder)
+        runs.compute(configs, store, engine, jobs)
+        for run in map(runs.identity, configs):
+            table, record = store.read(run)
+            verdicts.append(compare(published, run, table, record["environment"]))
+    return verdicts
+
+
+def _difference(
+    old: pd.DataFrame, new: pd.DataFrame, relative: float = 0.0, absolute: float = 0.0
+) -> str:
+    """The first value that differs by more than absolute + relative |old| ("" if none does)."""
+    for name in old.columns:
+        before, after = old[name].to_numpy(), new[name].to_numpy()
+        if np.issubdtype(before.dtype, np.number):
+            same = np.isclose(after, before, rtol=relative, atol=absolute, equal_nan=True)
+        else:
+            same = before == after
+        if not same.all():
+            row = int(np.argmin(same))
+            return f"{name} in row {row} is {after[row]!s}, published {before[row]!s}"
+    return ""
+
+
+def _within_seeds(published: runs.Published, run: str, outcome: float) -> Verdict:
+    """Whether a final outcome lies in the range of the published seeds of the run's setting."""
+    last = published.table.groupby("run", sort=False).tail(1)
+    setting = [name for name in published.meta["configuration"] if name != "seed"]
+    own = last[last["run"] == run].iloc[0]
+    alike = [
+        last[name].eq(own[name]) | (last[name].isna() & pd.isna(own[name])) for name in setting
+    ]
+    seeds = last[np.logical_and.reduce(alike)][OUTCOME]
+    low, high = float(seeds.min()) - ABSOLUTE, float(seeds.max()) + ABSOLUTE
+    range_of = f"[{low:.4f}, {high:.4f}] of {len(seeds)} published seeds"
+    if len(seeds) < MINIMUM_SEEDS:
+        return Verdict(run, False, f"not bit-equal, and too few seeds to judge by: {range_of}")
+    inside = low <= outcome <= high or (np.isnan(outcome) and seeds.isna().any())
+    word = "within" if inside else "outside"
+    return Verdict(
+        run,
+        inside,
+        f"first updates within tolerance, final {OUTCOME} {outcome:.4f} {word} {range_of}",
+    )
+
+
+def _stamp(published: runs.Published, verdicts: Sequence[Verdict], seed: int) -> None:
+    """Take the present, committed code as the table's own."""
+    try:
+        runs.refuse_dirty_tree()
+    except runs.PublishError as error:
+        print(f"passed, but not stamped: {error}")
+        return
+    tests = collections.Counter(verdict.test.partition(",")[0] for verdict in verdicts)
+    commit = provenance.commit()
+    published.stamp(
+        {"commit": commit, "seed": seed, "tests": dict(tests), "date": provenance.now()}
+    )
+    print(f"stamped: verified by a sample of {len(verdicts)} at commit {commit[:10]}")
+
+
+def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lib.verify", description=__doc__)
+    parser.add_argument("--sample", type=_positive, default=10, help="runs per published table")
+    parser.add_argument("--chapter", type=lambda name: check_chapter(experiments, name))
+    parser.add_argument("--seed", type=int, help="of the sample (default: drawn, and printed)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    parser.add_argument("--results", type=Path, help="folder of published tables (data/results)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs; allowed: 1 or more")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
