@@ -72,7 +72,7 @@ def checkout(tmp_path):
 
 @pytest.mark.parametrize("folder", [".", "book"], ids=["papermill", "jupyter"])
 def test_setup_cell_moves_to_the_root(checkout, folder):
-    """Started in the root (papermill) or in book/ (Jupyter), even run twice, it ends in the root."""
+    """Started in the root (papermill) or in book/ (Jupyter), even twice, it ends in the root."""
     setup = build.setup_cell(ROOT)
     cells = [new_code_cell(source) for source in (setup, setup, "print(os.getcwd())")]
     notebook = new_notebook(cells=cells)
