@@ -38,7 +38,7 @@ def write_chapter(path: Path, text: str, *code: str) -> None:
     """A chapter as the book wants it: text, setup cell, parameters, then `code` (a figure last)."""
     import build
 
-    tagged = new_code_cell('profile = "auto"\nrecompute = False')
+    tagged = new_code_cell('profile = "auto"\nrecompute = False\nplan_only = False')
     tagged.metadata["tags"] = ["parameters"]
     setup = new_code_cell(build.setup_cell(ROOT), metadata={"tags": ["remove-cell"]})
     cells = [new_markdown_cell(text), setup, tagged, *map(new_code_cell, code)]
