@@ -122,7 +122,7 @@ def test_parameters_reach_the_chapters_and_their_own_folder(mini):
 def test_an_unknown_parameter_is_refused_before_any_work(mini):
     result = run_build(mini, "-p", "profil", "smoke")
     assert result.status == 1
-    assert "no chapter has a parameter 'profil'; there are: plan_only, profile, recompute" in result.text
+    assert "parameter 'profil'; there are: plan_only, profile, recompute" in result.text
     assert "running" not in result.text
 
 
