@@ -122,7 +122,8 @@ def fine_tune(
     after which the caller may evaluate, save `state`, or stop; a restored `state` continues with
     the same numbers.
 
-    Raises: AssertionError if an identity is violated; Diverged if every run is non-finite.
+    Raises: AssertionError if an identity is violated; Diverged if every run is non-finite;
+        FloatingPointError if one is before anything was updated.
     """
     per_update = schedule.minibatch // schedule.completions
     while state.iteration < schedule.iterations:
@@ -156,11 +157,12 @@ def check_identities(
     - first loss: before the first update the loss is what the method says (ln 2 for DPO).
 
     A switch that breaks an identity on purpose declares it in `policy.breaks`. Runs that have
-    gone non-finite are left out, unless nothing has been updated yet.
-    Raises: AssertionError that names the identity and the deviation.
+    gone non-finite are left out; before the first update that is an error.
+    Raises: AssertionError that names the identity and the deviation; FloatingPointError.
     """
-    policy, first = state.policy, state.updates == 0
-    alive = torch.ones_like(policy.alive) if first else policy.alive
+    policy, first, alive = state.policy, state.updates == 0, state.policy.alive
+    if first and not alive.all():
+        raise FloatingPointError(f"{method.name}: loss or gradient not finite at the first update")
     allowed = policy.tolerance * (1 + batch.scale)
 
     def check(name: str, deviation: Tensor, allowed: Tensor) -> None:

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import log
+from math import inf, log
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib import losses
-from lib.advantages import exponential_weights, preferences, select_best, standardise
+from lib.advantages import (
+    STANDARDISE,
+    WEIGHTS,
+    exponential_weights,
+    preferences,
+    select_best,
+    standardise,
+)
 from lib.rollouts import Rollout, sequence_logp
 
 Hyper = Mapping[str, Any]
@@ -23,6 +30,24 @@ Metrics = dict[str, Tensor]
 
 # Properties a method can ask for; a problem that cannot give one refuses the method.
 NEEDS = ("rewards", "pairs", "chosen", "reference", "old", "value_head")
+
+# What a hyperparameter may be: one of a few words, or a number in an interval (ends included).
+CHOICES: dict[str, tuple[str, ...]] = {
+    "standardise": STANDARDISE,
+    "weights": WEIGHTS,
+    "ratio_over": ("completion", "token"),
+}
+SMALLEST = 1e-6  # of what a loss divides by
+INTERVALS: dict[str, tuple[float, float]] = {
+    "beta": (0.0, inf),
+    "tau": (SMALLEST, inf),
+    "temperature": (SMALLEST, inf),
+    "clip": (SMALLEST, inf),
+    "threshold": (0.0, 1.0),
+    "top_k": (1, inf),
+    "gap": (0.0, inf),
+    "kl_penalty": (0.0, inf),
+}
 
 
 @dataclass(frozen=True)
@@ -70,18 +95,30 @@ class Method:
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Its hyperparameters with `overrides` in place of the defaults.
 
-        Raises: ValueError for a hyperparameter that the method does not have.
+        Raises: ValueError for a hyperparameter that the method does not have, or a value that the
+            hyperparameter cannot take.
         """
         unknown = set(overrides) - set(self.hyper)
         if unknown:
             raise ValueError(
                 f"{self.name} has no hyperparameter {sorted(unknown)}; it has {sorted(self.hyper)}"
             )
+        for name, value in overrides.items():
+            check_hyperparameter(name, value)
         return {**self.hyper, **overrides}
 
 
+def check_hyperparameter(name: str, value: Any) -> None:
+    """Raises ValueError, naming what is allowed, if `name` cannot be `value`."""
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
+    low, high = INTERVALS.get(name, (None, None))
+    if low is not None and not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+
+
 def _prepare_selected(rollout: Rollout, hyper: Hyper) -> Labels:
-    return {"selected": select_best(rollout.rewards, hyper["top_k"])}
+    return {"selected": select_best(rollout.rewards, hyper.get("top_k", 1))}
 
 
 def _prepare_pairs(rollout: Rollout, hyper: Hyper) -> Labels:
@@ -183,7 +220,7 @@ def _entries() -> list[Method]:
         Method("best_of_n_negative", "Best-of-N + negative gradient (offline)",
                loss=_best_of_n_negative, **_OFFLINE, **_BEST, family="supervised",
                negative_gradient=True, needs=frozenset({"rewards"}), paper="I.2.1",
-               hyper={"top_k": 1, "beta": 1.0, "threshold": 0.01}),
+               hyper={"beta": 1.0, "threshold": 0.01}),
         Method("rwr_offline", "RWR (offline)", **_OFFLINE, **supervised, **_RWR, paper="I.2.5"),
         Method("dpo_offline", "DPO (offline)", **_OFFLINE, **contrastive, **_PAIRS, **_DPO,
                hyper={"beta": 0.1, "gap": 0.0}, paper="2.2, E.1.4"),

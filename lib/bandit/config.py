@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import methods
-from lib.finetune import Schedule
+from lib.finetune import Schedule, exact_div
 
 VOCABULARY = 100
 REWARD_FUNCTIONS = {"R1": 70, "R2": 20}  # the token at which each one peaks (appendix I.1)
@@ -97,6 +97,8 @@ class BanditRun:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         method.resolve(self.overrides)
         self._check_ranges()
+        if self.length == 10 and not self.shift:
+            raise ValueError("shift=False reads the last token too: length must be 9 or 1, got 10")
         if not method.on_policy and (self.iterations, self.sets) != (1, 1):
             raise ValueError(
                 f"{self.method} is offline: iterations and sets must be 1 "
@@ -115,6 +117,8 @@ class BanditRun:
             "dropout": (0.0, 0.9),
             "reference_seed": (0, 2**31 - 1),
         }
+        if self.top_k is not None:
+            limits["top_k"] = (1, self.completions)
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
@@ -164,9 +168,10 @@ def bandit_run(method: str, reward_function: str, learning_rate: float, seed: in
     """A `BanditRun` of 100 updates: one sampling for offline methods, 100 for on-policy ones.
 
     With `sets` = k there are 100 / k samplings: the same updates and completions for every k.
+    Raises: ValueError if 100 is not a multiple of k.
     """
-    if methods.get(method).on_policy:
-        options.setdefault("iterations", 100 // options.get("sets", 1))
-    else:
+    if methods.get(method).on_policy and "iterations" not in options:
+        options["iterations"] = exact_div(100, options.get("sets", 1), "100 updates in sets")
+    elif not methods.get(method).on_policy:
         options = {"iterations": 1, "inner_steps": 100, **options}
     return BanditRun(method, reward_function, learning_rate, seed, **options)

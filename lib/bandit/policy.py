@@ -78,11 +78,14 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds u. (..., V), (...) -> (...) ids.
 
     A token is drawn by comparing one number to a sum, so that a sample does not depend on what
-    else is in the batch. Rounding can leave the last sum below u: the last token is then drawn.
+    else is in the batch. Rounding can leave the last sum below u: the last token that has any
+    probability is then drawn.
     """
     cumulative = probabilities.cumsum(-1)
-    index = torch.searchsorted(cumulative, uniforms[..., None].contiguous(), right=True)[..., 0]
-    return index.clamp(max=probabilities.shape[-1] - 1)
+    total = cumulative[..., -1:]
+    below = torch.minimum(uniforms[..., None], torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, below, right=True)[..., 0]
+    return index.clamp(max=probabilities.shape[-1] - 1)  # a policy of NaN has no such token
 
 
 class StackedAdam:
