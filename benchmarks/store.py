@@ -1,0 +1,102 @@
+"""Sixteen processes on one store, against one process alone: `python benchmarks/store.py`.
+
+Every run must be computed exactly once. The runs sleep rather than compute, so that the ratio shows
+what locks, checks and waiting cost, whatever the number of cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lib import runs
+
+PROCESSES = 16
+RUNS = 64
+SECONDS = 0.5  # of one run
+
+
+@dataclass(frozen=True)
+class Nap:
+    """A run that sleeps."""
+
+    seed: int
+    updates: int = 1
+
+
+@dataclass(frozen=True)
+class Sleeper:
+    """Sleeps once for every run and notes it in a file."""
+
+    log: Path
+    block_size: int = 1
+    modules: tuple[str, ...] = ("lib.runs.files",)
+
+    def block_key(self, config: Nap) -> str:
+        """All runs are alike."""
+        return ""
+
+    def cost(self, config: Nap) -> float:
+        """Seconds of one run."""
+        return SECONDS
+
+    def run(self, configs: Sequence[Nap], checkpoint: runs.Checkpoint) -> dict[str, pd.DataFrame]:
+        """One row for each run."""
+        time.sleep(SECONDS * len(configs))
+        names = [runs.identity(config) for config in configs]
+        with self.log.open("a") as log:
+            log.writelines(f"{name}\n" for name in names)
+        return {name: pd.DataFrame({"update": [1]}) for name in names}
+
+
+def work(root: Path, log: Path, together: multiprocessing.Barrier) -> None:
+    """One of the processes: all of them ask for all runs."""
+    together.wait()
+    configs = [Nap(seed) for seed in range(RUNS)]
+    runs.compute(configs, runs.Store(root), Sleeper(log), jobs=1, say=lambda text: None)
+
+
+def measure(processes: int) -> tuple[float, Counter[str]]:
+    """Seconds from the common start to the last end, and how often each run was computed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.store"])
+    with tempfile.TemporaryDirectory() as folder:
+        root, log = Path(folder) / "store", Path(folder) / "log"
+        together = context.Barrier(processes + 1)
+        workers = [
+            context.Process(target=work, args=(root, log, together)) for _ in range(processes)
+        ]
+        for worker in workers:
+            worker.start()
+        together.wait()
+        started = time.perf_counter()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - started, Counter(log.read_text().split())
+
+
+def main() -> int:
+    """Print one line: name, result, ratio and what limits it."""
+    alone, _ = measure(1)
+    together, counts = measure(PROCESSES)
+    once = len(counts) == RUNS and set(counts.values()) == {1}
+    print(
+        f"store: {PROCESSES} processes, {RUNS} runs of {SECONDS} s, each computed once: "
+        f"{'yes' if once else 'NO'}; {together:.1f} s, {alone / together:.1f} times as fast as one "
+        f"process ({alone:.1f} s; {PROCESSES} is ideal); limited by reading the store on the cores"
+    )
+    return 0 if once else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

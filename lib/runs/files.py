@@ -1,0 +1,64 @@
+"""Writing a file so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+class StoreFullError(OSError):
+    """No space is left where results are stored; what was stored before is whole."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary file beside `path`, flush it to the disk, then rename it.
+
+    A reader sees the old content or the new, never a part, also after a power cut. Temporary
+    files that a killed process left for the same path are removed, so callers hold a lock on it.
+    Raises StoreFullError when no space is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from error
+        raise
+    finally:
+        _remove_temporary(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file and what killed writers of it left; the caller holds a lock on it."""
+    path.unlink(missing_ok=True)
+    _remove_temporary(path)
+
+
+def _remove_temporary(path: Path) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _full(path: Path) -> StoreFullError:
+    return StoreFullError(
+        errno.ENOSPC,
+        "no space left for a result; all that was stored before is whole. Free some space or "
+        "choose another store, then start again: finished runs are not computed again",
+        str(path),
+    )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(PermissionError):  # some file systems refuse it for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""Which code made a result: hashes of the syntax trees of the `lib` modules that a run executes."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # the folder that holds `lib`
+PACKAGE = "lib"
+
+_first_seen: dict[Path, str] = {}  # what this process's modules were when it first computed
+
+
+def code_fingerprint(*module_names: str, root: Path | None = None) -> dict[str, str]:
+    """Path (from the root, "lib/losses.py") -> hash, for the modules and all they import in `lib`.
+
+    Imports are found statically, wherever in a module they stand. A hash is that of the syntax
+    tree without comments, docstrings and line numbers, so reformatting or explaining leaves it be,
+    and it does not depend on the version of Python. Raises ModuleNotFoundError for a name that is
+    no module of `lib`.
+    """
+    root = root or ROOT
+    paths: dict[str, Path] = {}
+    todo = list(module_names)
+    while todo:
+        name = todo.pop()
+        if name in paths:
+            continue
+        paths[name] = _path(name, root)
+        todo += _imports(name, paths[name], root)
+        if "." in name:
+            todo.append(name.rpartition(".")[0])  # importing a module executes its packages
+    found = {path.relative_to(root).as_posix(): source_hash(path) for path in paths.values()}
+    return dict(sorted(found.items()))
+
+
+def combined(fingerprint: Mapping[str, str]) -> str:
+    """One hash for a whole fingerprint (16 hex characters)."""
+    return hashlib.sha256(json.dumps(sorted(fingerprint.items())).encode()).hexdigest()[:16]
+
+
+def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Paths whose code differs between two fingerprints, sorted."""
+    return sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
+
+
+def changed_since(then: Mapping[str, str], root: Path | None = None) -> list[str]:
+    """Paths of a recorded fingerprint whose code is no longer what it was, sorted."""
+    root = root or ROOT
+    now = {path: source_hash(root / path) for path in then if (root / path).exists()}
+    return changed(then, now)
+
+
+def fingerprint_as_loaded(*module_names: str, root: Path | None = None) -> dict[str, str]:
+    """`code_fingerprint`, refused when a file changed after this process first computed with it.
+
+    The process still runs what it loaded then, so the files no longer name the code that runs.
+    """
+    root = root or ROOT
+    now = code_fingerprint(*module_names, root=root)
+    edited = [path for path in now if _first_seen.setdefault(root / path, now[path]) != now[path]]
+    if edited:
+        raise RuntimeError(
+            f"{', '.join(edited)} changed since this process loaded it: restart the process (the "
+            "kernel, in a notebook), so that results are computed by the code that they name"
+        )
+    return now
+
+
+def module_name(path: str) -> str:
+    """The module of a fingerprint's path: "lib/bandit/__init__.py" -> "lib.bandit"."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def source_hash(path: Path) -> str:
+    """Hash (16 hex characters) of one module's syntax tree; see `code_fingerprint`."""
+    return _parsed(path)[1]
+
+
+def _parsed(path: Path) -> tuple[ast.Module, str]:
+    """Syntax tree and hash of a module, made again only when its time or size changed."""
+    stat = path.stat()
+    return _parsed_at(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed_at(path: Path, mtime_ns: int, size: int) -> tuple[ast.Module, str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return tree, hashlib.sha256(json.dumps(_plain(tree)).encode()).hexdigest()[:16]
+
+
+def _plain(node: object) -> object:
+    """A syntax tree as JSON values. Empty fields are left out: versions of Python add new ones."""
+    if isinstance(node, ast.JoinedStr):
+        return ["JoinedStr", _parts(node)]
+    if isinstance(node, ast.AST):
+        fields = {name: _plain(value) for name, value in ast.iter_fields(node)}
+        return [type(node).__name__, {k: v for k, v in fields.items() if v not in (None, [])}]
+    if isinstance(node, list):
+        return [_plain(item) for item in node if not _is_bare_string(item)]
+    if node is None:
+        return None
+    return f"{type(node).__name__} {node!r}"  # 1, 1.0 and True differ
+
+
+def _parts(node: ast.JoinedStr) -> list[object]:
+    """The parts of an f-string, neighbouring texts joined: versions of Python split them apart."""
+    parts: list[object] = []
+    for value in node.values:
+        text = value.value if isinstance(value, ast.Constant) else None
+        if text is None:
+            parts.append(_plain(value))
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += text
+        elif text:
+            parts.append(text)
+    return parts
+
+
+def _is_bare_string(node: object) -> bool:
+    """A docstring, or a string that stands alone as a comment does."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _candidates(name: str, root: Path) -> tuple[Path, Path]:
+    base = root.joinpath(*name.split("."))
+    return base / "__init__.py", base.with_name(f"{base.name}.py")
+
+
+def _exists(name: str, root: Path) -> bool:
+    in_package = name == PACKAGE or name.startswith(f"{PACKAGE}.")
+    return in_package and any(path.is_file() for path in _candidates(name, root))
+
+
+def _path(name: str, root: Path) -> Path:
+    if not _exists(name, root):
+        raise ModuleNotFoundError(f"{name!r} is no module of {PACKAGE} (in {root})", name=name)
+    return next(path for path in _candidates(name, root) if path.is_file())
+
+
+def _imports(name: str, path: Path, root: Path) -> list[str]:
+    """The `lib` modules that one module imports."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: list[str] = []
+    for node in ast.walk(_parsed(path)[0]):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(node, package)
+            # `from lib import losses` imports a module, `from lib.losses import dpo` a function
+            found += [source, *(f"{source}.{alias.name}" for alias in node.names)]
+    return [module for module in dict.fromkeys(found) if _exists(module, root)]
+
+
+def _absolute(node: ast.ImportFrom, package: str) -> str:
+    if not node.level:
+        return node.module or ""
+    parents = package.split(".")
+    parents = parents[: len(parents) - node.level + 1]
+    return ".".join([*parents, *([node.module] if node.module else [])])

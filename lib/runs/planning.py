@@ -1,0 +1,177 @@
+"""What a list of configurations would cost, given what the store and the published results have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import joblib
+import pandas as pd
+
+from lib.runs.configurations import identity
+from lib.runs.fingerprint import code_fingerprint
+from lib.runs.store import Checkpoint, Status, Store
+
+if TYPE_CHECKING:
+    from lib.runs.published import Published
+
+REUSED = ("stored", "published")
+
+
+class Engine(Protocol):
+    """How one kind of problem computes its runs.
+
+    Attributes: `block_size`, the most runs that train together; `modules`, names of the `lib`
+    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally
+    `device` ("cpu") and `dtype` ("float32"), kept as provenance.
+    """
+
+    block_size: int
+    modules: Sequence[str]
+
+    def block_key(self, config: Any) -> Any:
+        """Hashable; runs of equal keys may train together."""
+
+    def cost(self, config: Any) -> float:
+        """Estimated seconds of one run on one process, in a full block."""
+
+    def run(self, configs: Sequence[Any], checkpoint: Checkpoint) -> dict[str, pd.DataFrame]:
+        """The table of every run by identity: one row per evaluated update, metrics only.
+
+        Resumes from `checkpoint.load()`; between iterations calls `checkpoint.progress` and, when
+        `checkpoint.due()`, `checkpoint.save`. Columns called seconds_* are cumulative; their last
+        row becomes the run's provenance.
+        """
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration of a plan with what is known of it."""
+
+    config: Any
+    identity: str
+    status: Status
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of an experiment in order, each stored, published, missing, stale or damaged."""
+
+    runs: tuple[Run, ...]
+    jobs: int
+    seconds: float  # estimated, on `jobs` processes
+    bytes: float  # to be added to the store
+
+    @property
+    def todo(self) -> tuple[Run, ...]:
+        """The runs to compute."""
+        return tuple(run for run in self.runs if run.status.kind not in REUSED)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Status, with its reason where runs share one ("stale: lib/losses.py changed") -> runs."""
+        counts: dict[str, int] = {}
+        for run in self.runs:
+            counts[_group(run.status)] = counts.get(_group(run.status), 0) + 1
+        return counts
+
+    @property
+    def updates(self) -> int:
+        """Run-steps of all runs, reused ones included."""
+        return sum(run.config.updates for run in self.runs)
+
+    @property
+    def updates_todo(self) -> int:
+        """Run-steps to compute."""
+        return sum(run.config.updates for run in self.todo)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{number:,} {group}" for group, number in self.counts.items())
+        text = f"{len(self.runs):,} runs = {self.updates:,} run-steps: {kinds}."
+        if not self.todo:
+            return f"{text} Nothing to compute."
+        processes = f"{self.jobs} process{'es' if self.jobs > 1 else ''}"
+        return (
+            f"{text} To compute: {len(self.todo):,} runs = {self.updates_todo:,} run-steps, about "
+            f"{duration(self.seconds)} on {processes}, {size(self.bytes)}."
+        )
+
+    def listing(self) -> str:
+        """One line per run: identity, status, reason."""
+        return "\n".join(
+            f"{run.identity}  {run.status.kind:9}  {run.status.reason}".rstrip()
+            for run in self.runs
+        )
+
+
+def plan(
+    configs: Sequence[Any],
+    store: Store,
+    engine: Engine,
+    jobs: int | None = None,
+    published: Published | None = None,
+) -> Plan:
+    """What computing `configs` would take; computes nothing.
+
+    A configuration given twice is one run. A run that the store lacks and `published` has is
+    reused from there, also when the code has changed since: its reason then says so.
+    """
+    if not configs:
+        raise ValueError("no configurations given: an experiment needs one or more")
+    code = code_fingerprint(*engine.modules)
+    by_identity = {identity(config): config for config in configs}
+    runs = tuple(
+        Run(config, run, _status(run, store, code, published))
+        for run, config in by_identity.items()
+    )
+    todo = [run.config for run in runs if run.status.kind not in REUSED]
+    blocks = group(todo, engine)
+    jobs = max(1, min(jobs or default_jobs(engine), len(blocks) or 1))
+    costs = [sum(map(engine.cost, block)) for block in blocks]
+    seconds = max([sum(costs) / jobs, *costs])
+    return Plan(runs, jobs, seconds, len(todo) * store.record_bytes())
+
+
+def group(configs: Sequence[Any], engine: Engine) -> list[list[Any]]:
+    """Blocks of up to `engine.block_size` runs with equal keys, the most expensive first."""
+    by_key: dict[Any, list[Any]] = {}
+    for config in configs:
+        by_key.setdefault(engine.block_key(config), []).append(config)
+    blocks = [
+        members[start : start + engine.block_size]
+        for members in by_key.values()
+        for start in range(0, len(members), engine.block_size)
+    ]
+    return sorted(blocks, key=lambda block: -sum(map(engine.cost, block)))
+
+
+def default_jobs(engine: Engine) -> int:
+    """One process per available core, or one in all when the engine computes on another device."""
+    return joblib.cpu_count() if getattr(engine, "device", "cpu") == "cpu" else 1
+
+
+def duration(seconds: float) -> str:
+    """12 s, 14 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes as kB, MB or GB."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def _status(run: str, store: Store, code: dict[str, str], published: Published | None) -> Status:
+    status = store.status(run, code)
+    if status.kind == "stored" or published is None or run not in published.runs:
+        return status
+    return Status("published", published.notice(), published.metrics(run))
+
+
+def _group(status: Status) -> str:
+    named = status.kind in ("stale", "published") and status.reason
+    return f"{status.kind} ({status.reason})" if named else status.kind

@@ -1,0 +1,304 @@
+"""Computing what is missing: blocks of runs over processes, each run once, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from lib.runs import fingerprint, provenance
+from lib.runs.configurations import canonical, columns, data_files, identity
+from lib.runs.files import StoreFullError
+from lib.runs.planning import Engine, Plan, group, plan
+from lib.runs.store import Checkpoint, Store
+
+POLL = 0.5  # seconds between two looks at the workers' progress
+
+
+class RunError(RuntimeError):
+    """Some runs failed; the others were computed and stored."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs besides its block: picklable, the same for all blocks."""
+
+    store: Store
+    engine: Engine
+    code: dict[str, str]
+    origin: dict[str, Any]  # commit and uncommitted files, as provenance
+    folder: Path  # where workers leave their progress
+
+    def progress_file(self, block: Sequence[Any]) -> Path:
+        """Where the worker of a block writes the done share (0 to 1) and what to show."""
+        return self.folder / identity(block[0])
+
+
+def compute(
+    configs: Sequence[Any],
+    store: Store,
+    engine: Engine,
+    jobs: int | None = None,
+    *,
+    published: Any = None,
+    progress: bool | None = None,
+    verbose: bool = False,
+    say: Callable[[str], None] = print,
+    backend: str = "loky",
+) -> pd.DataFrame:
+    """The table of all `configs`, computing those that neither store nor `published` has.
+
+    Columns: the configurations' fields (`outer_inner` for nested ones), `run` (identity), then
+    the engine's metrics; rows in the order of `configs`. `jobs` processes of one thread each
+    (default: one per core; 1 computes in this process), by joblib's `backend`. `progress` draws a
+    bar (None: when standard error is a terminal). `verbose` lists every run with its status.
+
+    An interrupt or a kill loses at most the last `store.checkpoint_interval` seconds; calling
+    again goes on from there. Raises RunError after all other runs when some failed.
+    """
+    overview = plan(configs, store, engine, jobs, published)
+    say(overview.listing() if verbose else str(overview))
+    for run in overview.runs:
+        if run.status.kind == "damaged":
+            say(f"recomputed: {run.status.reason}")
+    store.sweep(fingerprint.code_fingerprint(*engine.modules))
+    if overview.todo:
+        _compute_missing(overview, store, engine, progress, say, backend)
+    tables = [
+        store.read(run.identity)[0] if run.status.table is None else run.status.table
+        for run in overview.runs
+    ]
+    return assemble([run.config for run in overview.runs], tables)
+
+
+def assemble(configs: Sequence[Any], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One table: each run's rows behind its configuration's columns and its identity, `run`."""
+    heads = pd.DataFrame([{**columns(config), "run": identity(config)} for config in configs])
+    metrics = pd.concat(tables, ignore_index=True)
+    both = sorted(set(heads) & set(metrics))
+    if both:
+        raise ValueError(f"metric columns {both} are also fields of the configuration")
+    repeated = heads.iloc[np.repeat(np.arange(len(tables)), [len(table) for table in tables])]
+    return pd.concat([repeated.reset_index(drop=True), metrics], axis=1)
+
+
+def _compute_missing(
+    overview: Plan,
+    store: Store,
+    engine: Engine,
+    progress: bool | None,
+    say: Callable[[str], None],
+    backend: str,
+) -> None:
+    code = fingerprint.fingerprint_as_loaded(*engine.modules)
+    store.prepare(overview.bytes)
+    blocks = _blocks(overview, store, engine, code)
+    with tempfile.TemporaryDirectory(prefix="runs-") as folder:
+        job = Job(store, engine, code, origin(overview, code), Path(folder))
+        bar = tqdm(
+            total=overview.updates_todo,
+            unit="update",
+            unit_scale=True,
+            disable=None if progress is None else not progress,
+        )
+        try:
+            with _watched(bar, job, blocks):
+                failures = _two_passes(job, blocks, overview.jobs, say, backend)
+        except KeyboardInterrupt:
+            done = sum(store.path(run.identity).exists() for run in overview.runs)
+            say(
+                f"interrupted: {done} of {len(overview.runs)} runs are stored; start again to go on"
+            )
+            raise
+    if failures:
+        raise RunError(f"{len(failures)} of {len(blocks)} blocks failed:\n" + "\n".join(failures))
+
+
+def _blocks(overview: Plan, store: Store, engine: Engine, code: dict[str, str]) -> list[list[Any]]:
+    """Blocks that a kill left midway, as they were; then the rest in blocks of their own."""
+    wanted = {run.identity: run.config for run in overview.runs}
+    missing = {run.identity: run.config for run in overview.todo}
+    resumed = []
+    for runs in store.checkpoints(code):
+        if set(runs) <= set(wanted) and set(runs) & set(missing):
+            resumed.append([wanted[run] for run in runs])
+            for run in runs:
+                missing.pop(run, None)
+    return resumed + group(list(missing.values()), engine)
+
+
+def origin(overview: Plan, code: dict[str, str]) -> dict[str, Any]:
+    """The commit, and those files that these runs execute or read which it does not hold."""
+    root = fingerprint.ROOT
+    data = {path.resolve() for run in overview.todo for path in data_files(run.config)}
+    inside = [str(path.relative_to(root)) for path in data if path.is_relative_to(root)]
+    return {"commit": provenance.commit(), "dirty": provenance.uncommitted([*code, *inside])}
+
+
+def _two_passes(
+    job: Job,
+    blocks: list[list[Any]],
+    jobs: int,
+    say: Callable[[str], None],
+    backend: str,
+) -> list[str]:
+    """First the blocks that are free, then those that another process held; returns failures."""
+    outcomes = list(_in_parallel(job, blocks, jobs, False, backend))
+    failures = [text for _, text in outcomes if text not in ("done", "busy")]
+    busy = [blocks[index] for index, text in outcomes if text == "busy"]
+    if busy:
+        say(f"waiting for {len(busy)} blocks that another process is computing")
+        outcomes = _in_parallel(job, busy, jobs, True, backend)
+        failures += [text for _, text in outcomes if text != "done"]
+    return failures
+
+
+def _in_parallel(
+    job: Job, blocks: list[list[Any]], jobs: int, wait: bool, backend: str
+) -> Iterator[tuple[int, str]]:
+    threads = {"inner_max_num_threads": 1} if backend == "loky" else {}
+    with joblib.parallel_config(backend, **threads):
+        parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+        yield from parallel(
+            joblib.delayed(_work)(job, index, block, wait) for index, block in enumerate(blocks)
+        )
+
+
+def _work(job: Job, index: int, block: list[Any], wait: bool) -> tuple[int, str]:
+    """Compute and store one block unless it is held elsewhere: "done", "busy" or the failure."""
+    fingerprint.fingerprint_as_loaded(*job.engine.modules)
+    configs = {identity(config): config for config in block}
+    with _one_thread(), job.store.locked(list(configs), wait) as held:
+        if not held:
+            return index, "busy"
+        try:
+            _compute_block(job, configs, job.progress_file(block))
+        except StoreFullError:
+            raise
+        except Exception:  # noqa: BLE001 - one failing block must not stop the others
+            return index, f"{block[0]} and {len(block) - 1} more:\n{traceback.format_exc()}"
+    _tell(job.progress_file(block), 1, {})
+    return index, "done"
+
+
+def _compute_block(job: Job, configs: dict[str, Any], progress_file: Path) -> None:
+    """Compute what is still missing of a block whose locks are held, and store it run by run."""
+    store = job.store
+    missing = [run for run in configs if store.status(run, job.code).kind != "stored"]
+    report = _Reporter(progress_file)
+    checkpoint = store.checkpoint(list(configs), job.code, report)
+    if missing and not checkpoint.path.exists():  # others may have finished a part of the block
+        configs = {run: configs[run] for run in missing}
+        checkpoint = store.checkpoint(missing, job.code, report)
+    if missing:
+        tables = job.engine.run(list(configs.values()), checkpoint)
+        _check_tables(tables, configs)
+        for run in missing:
+            made = _provenance(job, configs[run], tables[run], len(configs), checkpoint)
+            store.write(run, tables[run], made)
+    checkpoint.clear()
+
+
+def _check_tables(tables: dict[str, pd.DataFrame], configs: dict[str, Any]) -> None:
+    if set(tables) != set(configs):
+        raise ValueError(
+            f"the engine returned tables of {sorted(tables)} for the runs {sorted(configs)}"
+        )
+    empty = [run for run, table in tables.items() if table.empty]
+    if empty:
+        raise ValueError(f"the engine returned no rows for the runs {empty}")
+
+
+def _provenance(
+    job: Job, config: Any, table: pd.DataFrame, block: int, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    engine = job.engine
+    last = table.iloc[-1]
+    names = [name for name in table.columns if name.startswith("seconds_")]
+    return {
+        "configuration": canonical(config),
+        "seed": getattr(config, "seed", None),
+        **job.origin,
+        "environment": provenance.environment(
+            getattr(engine, "device", "cpu"), getattr(engine, "dtype", "float32")
+        ),
+        "seconds": {name.removeprefix("seconds_"): round(float(last[name]), 3) for name in names},
+        "code": job.code,
+        "block": {"runs": block, "resumed": checkpoint.resumed},
+        "finished": provenance.now(),
+    }
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: sums, and so numbers, depend on how many share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Reporter:
+    """Leaves a block's progress in a small file, at most every POLL seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.next = 0.0
+
+    def __call__(self, share: float, shown: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now >= self.next:
+            _tell(self.path, share, shown)
+            self.next = now + POLL
+
+
+def _tell(path: Path, share: float, shown: dict[str, Any]) -> None:
+    text = ", ".join(f"{key} {value}" for key, value in shown.items())
+    with contextlib.suppress(OSError):  # a bar that cannot move must not stop a run
+        path.write_text(f"{share} {text}")
+
+
+@contextlib.contextmanager
+def _watched(bar: tqdm, job: Job, blocks: list[list[Any]]) -> Iterator[None]:
+    """Move the bar by what the workers' files say, while the block below runs."""
+    weights = {job.progress_file(b): sum(config.updates for config in b) for b in blocks}
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(POLL):
+            _move(bar, weights)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+        _move(bar, weights)
+        bar.close()
+
+
+def _move(bar: tqdm, weights: dict[Path, int]) -> None:
+    done = 0.0
+    for path, updates in weights.items():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not begun, or half written
+            share, _, shown = path.read_text().partition(" ")
+            done += float(share) * updates
+            if shown and float(share) < 1:
+                bar.set_postfix_str(shown, refresh=False)
+    bar.update(max(0, min(round(done), bar.total) - bar.n))

@@ -1,0 +1,88 @@
+"""A small problem for the store's tests: random walks, stepped by numpy and checkpointed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib import runs
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk of `updates` steps of scale `step`."""
+
+    method: str = "plain"
+    step: float = 0.5
+    seed: int = 0
+    updates: int = 40
+    drift: float | None = None
+
+
+@dataclass(frozen=True)
+class WalkEngine:
+    """Steps a block of walks together; every finished walk leaves a line in `log`."""
+
+    log: Path
+    block_size: int = 2
+    modules: tuple[str, ...] = ("lib.runs.files",)
+    pause: float = 0.0  # seconds per step
+    fail: str = ""  # the method whose blocks raise
+    shift: float = 0.0  # added to every reward: another machine's rounding, or a bug
+
+    def block_key(self, config: Walk) -> tuple[str, int]:
+        """Walks of one method and length go together."""
+        return config.method, config.updates
+
+    def cost(self, config: Walk) -> float:
+        """Seconds of one walk."""
+        return 0.01 * config.updates
+
+    def run(self, configs: Sequence[Walk], checkpoint: runs.Checkpoint) -> dict[str, pd.DataFrame]:
+        """Every walk's place after each step; randomness comes from its seed and the step."""
+        if configs[0].method == self.fail:
+            raise FloatingPointError(f"{self.fail} went wrong")
+        updates = configs[0].updates
+        places, start = np.zeros((len(configs), updates + 1)), 0
+        stored = checkpoint.load()
+        if stored is not None:
+            places, start = stored[0]["places"].numpy(), stored[1]["step"]
+        for step in range(start, updates):
+            for row, config in enumerate(configs):
+                noise = np.random.default_rng((config.seed, step)).normal()
+                places[row, step + 1] = places[row, step] + config.step * noise
+            time.sleep(self.pause)
+            checkpoint.progress(step + 1, updates, place=round(places[0, step + 1], 2))
+            if checkpoint.due():
+                checkpoint.save({"places": torch.from_numpy(places)}, {"step": step + 1})
+        with self.log.open("a") as log:
+            log.writelines(f"{runs.identity(config)}\n" for config in configs)
+        return {runs.identity(c): self._table(places[row]) for row, c in enumerate(configs)}
+
+    def _table(self, places: np.ndarray) -> pd.DataFrame:
+        steps = np.arange(len(places))
+        return pd.DataFrame(
+            {"update": steps, "reward": places + self.shift, "seconds_training": steps * self.pause}
+        )
+
+    def computed(self) -> list[str]:
+        """The identities in the log, in order of finishing."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+
+def grid(
+    methods: Sequence[str] = ("plain", "other"), seeds: int = 3, updates: int = 40
+) -> list[Walk]:
+    """All methods at all seeds."""
+    return [Walk(method, seed=seed, updates=updates) for method in methods for seed in range(seeds)]
+
+
+def work(configs: Sequence[Walk], root: Path, engine: WalkEngine, interval: float = 20.0) -> None:
+    """Compute in this process; the target of the processes that tests start."""
+    runs.compute(configs, runs.Store(root, interval), engine, jobs=1, say=lambda text: None)

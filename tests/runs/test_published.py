@@ -1,0 +1,209 @@
+"""Publishing: small, complete, refused when it could not be reproduced."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import publish as command
+from lib import runs
+from lib.runs import published as module
+from tests.runs.fake import Walk, WalkEngine, grid
+
+
+def quiet(text):
+    pass
+
+
+@pytest.fixture
+def engine(tmp_path, repository):
+    return WalkEngine(tmp_path / "log", modules=("lib.core",), pause=1e-4)
+
+
+def computed(configs, store, engine):
+    table = runs.compute(configs, store, engine, jobs=1, say=quiet)
+    return table, store.provenance(table["run"].unique())
+
+
+def test_a_round_trip_keeps_every_value_in_float32(store, engine, repository):
+    table, records = computed(grid(), store, engine)
+    path = repository.root / "data/results/walks/cpu.parquet"
+    made = runs.publish(table, records, path, "python -m lib.publish walks --profile cpu")
+    assert (made.chapter, made.profile) == ("walks", "cpu")
+    expected = table.sort_values(["method", "seed", "update"]).reset_index(drop=True)
+    assert list(made.table.columns) == list(table.columns)
+    np.testing.assert_array_equal(made.table["reward"], expected["reward"].astype("float32"))
+    np.testing.assert_allclose(
+        made.table["seconds_training"], expected["seconds_training"], rtol=2e-4
+    )
+    for name in ("method", "step", "seed", "updates", "drift", "run", "update"):
+        pd.testing.assert_series_equal(made.table[name], expected[name])
+    assert made.meta["totals"] == {"runs": 6, "rows": 246, "seconds": {"training": 0.0}}
+    assert made.meta["command"] == "python -m lib.publish walks --profile cpu"
+    assert len(made.meta["environments"]) == 1
+    run = runs.identity(Walk("other", seed=1))
+    assert made.runs[run]["finished"] == records[run]["finished"]
+    assert made.provenance(run)["code"] == records[run]["code"]
+    assert list(made.metrics(run).columns) == ["update", "reward", "seconds_training"]
+    assert set(made.rows(run)["seed"]) == {1}
+    with pytest.raises(KeyError, match="not among the 6 published"):
+        made.rows("0" * 20)
+
+
+def test_publishing_twice_gives_the_same_bytes(store, engine, repository):
+    table, records = computed(grid(), store, engine)
+    path = repository.root / "data/results/walks/cpu.parquet"
+    runs.publish(table, records, path)
+    before = path.read_bytes()
+    runs.publish(table.iloc[::-1].sort_values("update", kind="stable"), records, path)
+    assert path.read_bytes() == before
+
+
+def test_a_dirty_tree_is_refused_now_and_when_a_run_was_computed(store, engine, repository):
+    path = repository.root / "data/results/walks/cpu.parquet"
+    table, records = computed([Walk()], store, engine)
+    repository.write("lib/new.py", "X = 1\n")
+    with pytest.raises(runs.PublishError, match="uncommitted changes.*lib/new.py"):
+        runs.publish(table, records, path)
+    assert not path.exists()
+    repository.commit()
+    runs.publish(table, records, path)  # the results it leaves in the tree do not make it dirty
+    runs.publish(table, records, path)
+    repository.write(
+        "lib/core.py", "from lib import helper\n\n\ndef double(x):\n    return x + x\n"
+    )
+    dirty = Walk(seed=7)
+    module.fingerprint._first_seen.clear()
+    table, records = computed([dirty], store, engine)
+    repository.commit()
+    with pytest.raises(runs.PublishError, match=f"{runs.identity(dirty)} .*lib/core.py"):
+        runs.publish(table, records, path)
+
+
+def test_runs_of_other_code_are_refused(store, engine, repository):
+    table, records = computed([Walk()], store, engine)
+    repository.write("lib/helper.py", "LIMIT = 50\n")
+    repository.commit()
+    path = repository.root / "data/results/walks/cpu.parquet"
+    with pytest.raises(runs.PublishError, match="computed by other code .*lib/helper.py"):
+        runs.publish(table, records, path)
+
+
+def test_unknown_profiles_and_missing_provenance_are_refused(store, engine, repository):
+    table, records = computed([Walk()], store, engine)
+    with pytest.raises(ValueError, match=r"huge.parquet names no profile; allowed: smoke"):
+        runs.publish(table, records, repository.root / "huge.parquet")
+    with pytest.raises(runs.PublishError, match="no provenance given"):
+        runs.publish(table, {}, repository.root / "cpu.parquet")
+
+
+def test_stale_results_say_so_and_are_neither_hidden_nor_recomputed(store, engine, repository):
+    table, records = computed(grid(), store, engine)
+    made = runs.publish(table, records, repository.root / "data/results/walks/cpu.parquet")
+    assert made.stale() == [] and made.notice() == ""
+    repository.write("lib/helper.py", "LIMIT = 51\n")
+    assert made.stale() == ["lib/helper.py"]
+    text = f"computed by commit {made.meta['commit'][:10]}, code changed since: lib/helper.py"
+    assert made.notice() == text
+    empty = runs.Store(store.root / "empty")
+    assert runs.plan(grid(), empty, engine, published=made).counts == {f"published ({text})": 6}
+    again = runs.compute(grid(), empty, engine, jobs=1, published=made, say=quiet)
+    assert len(engine.computed()) == 6
+    np.testing.assert_array_equal(again["reward"], table["reward"].astype("float32"))
+
+
+def test_a_table_that_is_not_the_described_one_is_refused(store, engine, repository):
+    table, records = computed([Walk()], store, engine)
+    path = repository.root / "data/results/walks/cpu.parquet"
+    runs.publish(table, records, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(runs.PublishError, match="publish again"):
+        runs.Published.load(path)
+
+
+def test_the_largest_profile_is_found(store, engine, repository):
+    table, records = computed([Walk()], store, engine)
+    results = repository.root / "data/results"
+    assert runs.largest_published("walks") is None
+    for profile in ("full", "smoke", "cpu"):
+        runs.publish(table, records, results / "walks" / f"{profile}.parquet")
+    assert runs.largest_published("walks").profile == "full"
+    assert runs.largest_published("walks", results).profile == "full"
+
+
+def test_thousands_of_runs_stay_a_few_megabytes(tmp_path):
+    generator = np.random.default_rng(0)
+    count, rows = 3000, 26
+    metrics = generator.normal(size=(count * rows, 18)).astype("float32")
+    made = pd.DataFrame(metrics, columns=[f"metric_{i}" for i in range(18)])
+    for name in ("sampling", "scoring", "training", "evaluation"):
+        made[f"seconds_{name}"] = generator.uniform(size=(count, rows)).cumsum(axis=1).ravel()
+    ids = [f"{i:020x}" for i in generator.permutation(count)]
+    made = made.assign(run=np.repeat(ids, rows), update=np.tile(np.arange(rows) * 4, count))
+    module._write_table(module._compact(made, []), tmp_path / "full.parquet")
+    assert (tmp_path / "full.parquet").stat().st_size < 7e6
+
+
+@pytest.fixture
+def experiments(engine, monkeypatch):
+    """Two stages: a sweep over steps, then fresh seeds at the step with the best mean reward."""
+
+    def sweep(results):
+        assert results is None
+        return [Walk(step=step, seed=seed) for step in (0.1, 0.5) for seed in range(2)]
+
+    def report(results):
+        last = results[results["update"] == 40]
+        assert set(last["seed"]) == {0, 1}
+        return [
+            Walk(step=last.groupby("step")["reward"].mean().idxmax(), seed=s) for s in range(5, 9)
+        ]
+
+    made = types.SimpleNamespace(
+        CHAPTERS=("walks", "other"),
+        stages=lambda chapter, profile: [sweep, report],
+        engine=lambda chapter: engine,
+    )
+    monkeypatch.setitem(sys.modules, "lib.experiments", made)
+    return made
+
+
+def test_the_command_computes_the_stages_and_publishes(experiments, repository, tmp_path, capsys):
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1", "--store", str(tmp_path / "store")]
+    assert command.main(arguments) == 0
+    made = runs.largest_published("walks")
+    assert made.meta["totals"]["runs"] == 8
+    assert made.meta["command"] == "python -m lib.publish walks --profile cpu"
+    assert sorted(made.table["seed"].unique()) == [0, 1, 5, 6, 7, 8]
+    before = len(experiments.engine("walks").computed())
+    assert command.main(arguments) == 0  # resumed: all is stored
+    assert len(experiments.engine("walks").computed()) == before
+    repository.write("lib/core.py", "X = 1\n")
+    assert command.main(arguments) == 1
+    assert "uncommitted changes" in capsys.readouterr().err
+    assert command.main(["--list"]) == 0
+    assert capsys.readouterr().out == "walks\nother\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nowhere"], "unknown chapter 'nowhere'; allowed: walks, other"),
+        (["walks", "--profile", "huge"], "invalid choice: 'huge'"),
+        ([], "name a chapter: walks, other"),
+    ],
+)
+def test_bad_arguments_are_named_before_work(experiments, arguments, named, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert named in capsys.readouterr().err
+
+
+def test_dataclass_of_published_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        runs.Published(None, None, {}).path = "elsewhere"

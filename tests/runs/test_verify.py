@@ -1,0 +1,143 @@
+"""Verification: bit-equal here, within the seeds elsewhere, stamped or failed by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+
+import pytest
+
+from lib import runs, verify
+from tests.runs.fake import Walk, WalkEngine
+
+
+def quiet(text):
+    pass
+
+
+CONFIGS = [Walk(seed=seed, updates=10) for seed in range(6)]
+
+
+@pytest.fixture
+def published(store, repository, tmp_path):
+    engine = WalkEngine(tmp_path / "log", modules=("lib.core",))
+    table = runs.compute(CONFIGS, store, engine, jobs=1, say=quiet)
+    records = store.provenance(table["run"].unique())
+    return runs.publish(table, records, repository.root / "data/results/walks/cpu.parquet")
+
+
+def experiments(published, monkeypatch, **changes):
+    engine = WalkEngine(published.path.parent / "log", modules=("lib.core",), **changes)
+    made = types.SimpleNamespace(
+        CHAPTERS=("walks",),
+        stages=lambda chapter, profile: [lambda results: CONFIGS],
+        engine=lambda chapter: engine,
+    )
+    monkeypatch.setitem(sys.modules, "lib.experiments", made)
+    return engine
+
+
+def edit_code(repository):
+    repository.write("lib/helper.py", "LIMIT = 2 + 1\n")
+    repository.commit()
+
+
+def other_machine(monkeypatch):
+    here = runs.environment("cpu", "float32")
+    monkeypatch.setattr(
+        "lib.runs.provenance.environment", lambda *about: {**here, "threads": 1, "cpu": "another"}
+    )
+
+
+def test_a_sample_is_recomputed_and_is_bit_equal(published, monkeypatch, capsys):
+    engine = experiments(published, monkeypatch)
+    assert verify.main(["--sample", "3", "--seed", "1", "--jobs", "1"]) == 0
+    assert len(engine.computed()) == 3
+    assert capsys.readouterr().out.count("passed: bit-equal") == 3
+    assert runs.Published.load(published.path).meta["verified"] == []
+
+
+def test_changed_code_that_gives_the_same_numbers_is_stamped(published, repository, monkeypatch):
+    experiments(published, monkeypatch)
+    edit_code(repository)
+    assert published.stale() == ["lib/helper.py"]
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 0
+    stamped = runs.Published.load(published.path)
+    assert stamped.stale() == []
+    assert stamped.meta["verified"][0]["tests"] == {"bit-equal": 2}
+    assert stamped.meta["commit"] == published.meta["commit"]
+    assert stamped.meta["verified"][0]["commit"] != published.meta["commit"]
+
+
+def test_uncommitted_code_is_not_stamped(published, repository, monkeypatch, capsys):
+    experiments(published, monkeypatch)
+    repository.write("lib/helper.py", "LIMIT = 2 + 1\n")
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    assert verify.main(["--sample", "2", "--jobs", "1"]) == 0
+    assert "not stamped: uncommitted changes" in capsys.readouterr().out
+    assert runs.Published.load(published.path).stale() == ["lib/helper.py"]
+
+
+def test_other_numbers_on_the_same_machine_fail_by_name(published, repository, monkeypatch, capsys):
+    experiments(published, monkeypatch, shift=1e-4)
+    edit_code(repository)
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED: not bit-equal on the same kind of machine: reward in row 0") == 2
+    assert runs.Published.load(published.path).stale() == ["lib/helper.py"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "status", "text"),
+    [
+        (1e-4, 0, "passed: first updates within tolerance, final reward"),
+        (0.1, 1, "FAILED: first updates beyond tolerance: reward in row 0 is 0.1, published 0.0"),
+    ],
+)
+def test_another_machine_is_judged_by_first_updates_and_seeds(
+    published, monkeypatch, capsys, shift, status, text
+):
+    experiments(published, monkeypatch, shift=shift)
+    other_machine(monkeypatch)
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == status
+    assert capsys.readouterr().out.count(text) == 2
+
+
+def test_a_final_reward_outside_the_seeds_fails(published, monkeypatch):
+    run = runs.identity(CONFIGS[0])
+    fresh = published.metrics(run)
+    last = published.table[published.table["update"] == 10]["reward"]
+    fresh.loc[10, "reward"] = last.max() + 0.01
+    verdict = verify.compare(published, run, fresh, {"cpu": "another"})
+    assert not verdict.passed and "outside" in verdict.test and "6 published seeds" in verdict.test
+    fresh.loc[10, "reward"] = last.min()
+    assert verify.compare(published, run, fresh, {"cpu": "another"}).passed
+    assert not verify.compare(published, run, fresh[:-1], {"cpu": "another"}).passed
+
+
+def test_a_run_that_the_grid_no_longer_has_fails(published, monkeypatch, capsys):
+    experiments(published, monkeypatch)
+    monkeypatch.setattr(f"{__name__}.CONFIGS", [dataclasses.replace(CONFIGS[0], step=0.6)])
+    assert verify.main(["--sample", "1", "--jobs", "1"]) == 1
+    assert "no configuration of the present grid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--chapter", "nowhere"], "unknown chapter 'nowhere'"), (["--sample", "0"], "'0' is not")],
+)
+def test_bad_arguments_are_named(published, monkeypatch, capsys, arguments, named):
+    experiments(published, monkeypatch)
+    with pytest.raises(SystemExit):
+        verify.main(arguments)
+    assert named in capsys.readouterr().err
+
+
+def test_nothing_published_is_told(repository, monkeypatch, capsys, tmp_path):
+    made = types.SimpleNamespace(CHAPTERS=("walks",))
+    monkeypatch.setitem(sys.modules, "lib.experiments", made)
+    assert verify.main(["--results", str(tmp_path / "none")]) == 1
+    assert "nothing is published" in capsys.readouterr().err
