@@ -53,6 +53,7 @@ class BanditRun:
             logits before it. dropout: in training, the released code's 0.1.
         reference_seed: of the network fitted to the histogram.
         held_out: whether y_w and y_l of held-out prompts are followed as well.
+        alone: train by itself and not in a stack, so that its seconds are those of one run.
     Raises: ValueError that names the value and the allowed ones.
     """
 
@@ -84,6 +85,7 @@ class BanditRun:
     dropout: float = 0.0
     reference_seed: int = 0
     held_out: bool = True
+    alone: bool = False
 
     def __post_init__(self) -> None:
         method = methods.get(self.method)
@@ -160,7 +162,7 @@ class BanditRun:
     @property
     def stack_key(self) -> tuple:
         """Runs that agree on this can be trained as one stack; the other fields vary by run."""
-        free = ("learning_rate", "seed", "reward_function")
+        free = () if self.alone else ("learning_rate", "seed", "reward_function")
         return tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in free)
 
 

@@ -19,10 +19,15 @@ from lib.finetune import Diverged, State, fine_tune
 # one (filled up with copies) makes a run's numbers independent of what stands beside it.
 BLOCK = 10
 
+
 def evaluated_updates(updates: int, evaluations: int) -> list[int]:
-    """Which updates get a row: 0, the last, and the rest evenly between."""
-    points = np.linspace(0, updates, min(evaluations, updates) + 1)
-    return sorted({int(round(point)) for point in points})
+    """Which updates get a row: 0, `evaluations` evenly to the last, and as many in the first 100.
+
+    Runs of different length (inner steps) can so be compared over their first 100 updates.
+    """
+    spans = {min(updates, 100), updates}
+    points = [np.linspace(0, span, min(evaluations, span) + 1) for span in spans]
+    return sorted({int(round(point)) for point in np.concatenate(points)})
 
 
 class Stack:
@@ -30,7 +35,8 @@ class Stack:
 
     def __init__(self, runs: Sequence[BanditRun], device: str = "cpu"):
         self.runs, self.config = list(runs), runs[0]
-        padded = self.runs + [runs[-1]] * (BLOCK - len(runs))
+        width = 1 if self.config.alone else BLOCK
+        padded = self.runs + [runs[-1]] * (width - len(runs))
         self.problem = BanditProblem(padded, device)
         self.clock = self.problem.clock
         self.hyper = self.config.hyper
@@ -110,7 +116,7 @@ class Stack:
         part = {p: {k[len(p) + 1 :]: v for k, v in tensors.items() if k.startswith(p + ".")}
                 for p in ("policy", "behaviour")}  # fmt: skip
         state.policy.load_state_dict(part["policy"])
-        state.behaviour = Scorer(part["behaviour"], BLOCK, state.policy.arch, state.policy.shift)
+        state.behaviour = Scorer(part["behaviour"], len(state.policy.flat), state.policy.arch, state.policy.shift)
         for name, value in meta["counters"].items():
             setattr(state, name, value)
         self.rows = list(meta["rows"])

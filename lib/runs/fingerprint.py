@@ -81,16 +81,19 @@ def source_hash(path: Path) -> str:
     return _parsed(path)[1]
 
 
-def _parsed(path: Path) -> tuple[ast.Module, str]:
-    """Syntax tree and hash of a module, made again only when its time or size changed."""
+def _parsed(path: Path) -> tuple[list[ast.Import | ast.ImportFrom], str]:
+    """Imports and hash of a module, parsed again only when its time or size changed."""
     stat = path.stat()
     return _parsed_at(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=512)
-def _parsed_at(path: Path, mtime_ns: int, size: int) -> tuple[ast.Module, str]:
+def _parsed_at(
+    path: Path, mtime_ns: int, size: int
+) -> tuple[list[ast.Import | ast.ImportFrom], str]:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    return tree, hashlib.sha256(json.dumps(_plain(tree)).encode()).hexdigest()[:16]
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return imports, hashlib.sha256(json.dumps(_plain(tree)).encode()).hexdigest()[:16]
 
 
 def _plain(node: object) -> object:
@@ -150,10 +153,10 @@ def _imports(name: str, path: Path, root: Path) -> list[str]:
     """The `lib` modules that one module imports."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: list[str] = []
-    for node in ast.walk(_parsed(path)[0]):
+    for node in _parsed(path)[0]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             source = _absolute(node, package)
             # `from lib import losses` imports a module, `from lib.losses import dpo` a function
             found += [source, *(f"{source}.{alias.name}" for alias in node.names)]

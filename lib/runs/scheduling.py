@@ -178,7 +178,6 @@ def _in_parallel(
 
 def _work(job: Job, index: int, block: list[Any], wait: bool) -> tuple[int, str]:
     """Compute and store one block unless it is held elsewhere: "done", "busy" or the failure."""
-    fingerprint.fingerprint_as_loaded(*job.engine.modules)
     configs = {identity(config): config for config in block}
     with _one_thread(), job.store.locked(list(configs), wait) as held:
         if not held:
@@ -203,6 +202,7 @@ def _compute_block(job: Job, configs: dict[str, Any], progress_file: Path) -> No
         configs = {run: configs[run] for run in missing}
         checkpoint = store.checkpoint(missing, job.code, report)
     if missing:
+        fingerprint.fingerprint_as_loaded(*job.engine.modules)
         tables = job.engine.run(list(configs.values()), checkpoint)
         _check_tables(tables, configs)
         for run in missing:

@@ -1,0 +1,229 @@
+"""What a chapter's notebook calls: parameters checked, plan, results, figures, numbers, verdicts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import Markdown, display
+
+from lib import claims, experiments, runs
+from lib.bandit.config import BanditRun
+from lib.experiments import Setting
+from lib.publish import STORE
+
+FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
+BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
+          "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
+
+
+class Chapter:
+    """A chapter's results at a profile, from what is published or computed now.
+
+    Args:
+        name: of `lib.experiments.CHAPTERS`.
+        profile: "auto" for the largest published one, or a name of `lib.experiments.PROFILES`.
+        recompute: leave published results aside and compute (finished runs are kept in `store`).
+        plan_only: print what would be run and skip the rest of the notebook.
+        methods: only these, None for all of the chapter.
+        seeds: reported seeds beyond the profile's, pooled with those and marked.
+        learning_rates: of the sweep, None for the profile's.
+        store: folder of finished runs.
+    Raises: ValueError that names the bad value and the allowed ones, before anything is run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        profile: str = "auto",
+        recompute: bool = False,
+        plan_only: bool = False,
+        methods: Sequence[str] | None = None,
+        seeds: Sequence[int] = (),
+        learning_rates: Sequence[float] | None = None,
+        store: str | Path | None = None,
+    ):
+        self.name = experiments.check_chapter(name)
+        published = runs.largest_published(name)
+        if profile == "auto":
+            profile = published.profile if published else "cpu"
+        self.profile_name = profile
+        self.profile = _with_rates(experiments.profile_named(profile), learning_rates)
+        self.methods = None if methods is None else list(methods)
+        experiments.settings(name, self.profile, self.methods)
+        self.extra_seeds = _checked_seeds(seeds, self.profile)
+        self.recompute = _flag("recompute", recompute)
+        self.store = runs.Store(store or STORE)
+        self.engine = experiments.engine(name, self.profile.device)
+        self.published = None if recompute else _published(name, profile)
+        if _flag("plan_only", plan_only):
+            print(self.plan())
+            _skip_the_rest()
+
+    @property
+    def jobs(self) -> int | None:
+        return experiments.CHAPTERS[self.name].jobs
+
+    @property
+    def _stages(self) -> list:
+        return experiments.stages(self.name, self.profile, self.methods, self.extra_seeds)
+
+    def plan(self) -> str:
+        """What a run of this chapter would compute, how long it would take, and how much disk.
+
+        Learning rates that have not been selected yet are assumed: they change no cost.
+        """
+        configs = experiments.assumed(self.name, self.profile, self.methods, self.extra_seeds)
+        plan = runs.plan(configs, self.store, self.engine, self.jobs, self.published)
+        return f"{self.name} at profile {self.profile_name}: {plan}"
+
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """The chapter's result table, computed or loaded at first use."""
+        results: pd.DataFrame | None = None
+        configs: dict[BanditRun, None] = {}
+        for stage in self._stages:
+            configs |= dict.fromkeys(stage(results))
+            results = runs.compute(
+                list(configs), self.store, self.engine, self.jobs,
+                published=self.published, say=self._say,
+            )  # fmt: skip
+        return experiments.CHAPTERS[self.name].derive(results, self.profile)
+
+    def _say(self, text: str) -> None:
+        if "Nothing to compute" not in text:
+            print(text)
+
+    def source(self) -> Markdown:
+        """Where the numbers come from, for the reader: commit, date, profile, what is stale."""
+        results, n = self.results, self.results["run"].nunique()
+        if self.published is None:
+            text = f"Computed now at profile `{self.profile_name}`: {n:,} runs."
+        else:
+            meta = self.published.meta
+            text = (
+                f"Published results, profile `{self.profile_name}`: {n:,} runs, computed at "
+                f"commit `{meta['commit'][:10]}`, published {meta['published'][:10]}."
+            )
+            if notice := self.published.notice():
+                text += f" **Stale:** {notice}."
+        if self.extra_seeds:
+            text += f" Pooled with your own seeds {list(self.extra_seeds)}, computed now."
+        if results["diverged"].any():
+            gone = results.groupby("run", observed=True)["diverged"].any().sum()
+            text += f" {gone} runs went non-finite; they are kept, frozen at that update."
+        return Markdown(f"```{{note}}\n{text}\n```")
+
+    def settings(self) -> list[Setting]:
+        """The grid: every setting of this chapter at this profile."""
+        return experiments.settings(self.name, self.profile, self.methods)
+
+    def reported(self, setting: str) -> pd.DataFrame:
+        """Rows of a setting, such as "ipo@R1", at its selected rate on the reported seeds.
+
+        Raises: ValueError that lists the settings there are.
+        """
+        grid = {s.name: s for s in self.settings()}
+        if setting not in grid:
+            raise ValueError(f"setting must be one of {sorted(grid)}, got {setting!r}")
+        found = grid[setting]
+        seeds = (*experiments.report_seeds(found, self.profile), *self.extra_seeds)
+        return experiments.reported(self.results, found, self.profile, seeds)
+
+    def has(self, *settings: str) -> bool:
+        """Whether all these settings are in the grid of this profile and choice of methods."""
+        return set(settings) <= {s.name for s in self.settings()}
+
+    def rate(self, setting: str) -> float:
+        """The learning rate selected for a setting."""
+        return float(self.reported(setting)["learning_rate"].iloc[0])
+
+    @cached_property
+    def verdicts(self) -> list[claims.Verdict]:
+        """The verdict of each comparison that the chapter's claims are split into."""
+        return claims.judge_all(self.name, self.results, self.profile)
+
+    def show_verdicts(self, *ids: str) -> Markdown:
+        """The verdicts on claims `ids` (all by default), each with its comparisons."""
+        summary = claims.summary(self.verdicts)
+        shown = summary[summary["claim"].isin(ids)] if ids else summary
+        parts = [_claim_text(row, self.verdicts) for row in shown.to_dict("records")]
+        return Markdown("\n\n".join(parts))
+
+    def keep(self, name: str, table: pd.DataFrame) -> Markdown:
+        """Stores the numbers of a figure as CSV beside the page and returns a link to them."""
+        FIGURE_DATA.mkdir(parents=True, exist_ok=True)
+        path = FIGURE_DATA / f"{self.name}-{name}.csv"
+        table.to_csv(path, index=False, float_format="%.6g")
+        return Markdown(f'<a class="figure-data" href="figure-data/{path.name}">'
+                        "the numbers of this figure (CSV)</a>")  # fmt: skip
+
+    def show(self, name: str, figure: Any, table: pd.DataFrame) -> None:
+        """Displays a figure, and a link to its numbers below it."""
+        display(figure)
+        display(self.keep(name, table))
+
+
+def badge(verdict: str) -> str:
+    """A verdict as MyST text that carries its word, not only its colour."""
+    return f"[{verdict}]{{.verdict-{BADGES[verdict]}}}"
+
+
+def _claim_text(row: dict[str, Any], verdicts: Sequence[claims.Verdict]) -> str:
+    lines = [f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.", "",
+             "| comparison | effect | 95% interval | seeds | verdict |",
+             "| --- | ---: | --- | ---: | --- |"]  # fmt: skip
+    for v in verdicts:
+        if v.rule.claim == row["claim"]:
+            numbers = f"{v.effect:+.3g} | {v.low:+.3g} to {v.high:+.3g}" if v.seeds else "- | -"
+            lines.append(
+                f"| {v.rule.says} ({v.rule.statistic}) | {numbers} | {v.seeds} "
+                f"| {badge(v.verdict)} |"
+            )
+    return "\n".join(lines)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _checked_seeds(seeds: Sequence[int], profile: experiments.Profile) -> tuple[int, ...]:
+    """Extra seeds, refused where they would be reported and have chosen the rate as well."""
+    first = max(experiments.FULL.report_seeds) + 1
+    bad = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < first]
+    if bad or len(set(seeds)) != len(list(seeds)):
+        raise ValueError(f"seeds must be distinct integers from {first} on, since 0 to {first - 1} "
+                         f"choose the learning rate or are reported already; got {list(seeds)}")  # fmt: skip
+    return tuple(seeds)
+
+
+def _with_rates(
+    profile: experiments.Profile, rates: Sequence[float] | None
+) -> experiments.Profile:
+    if rates is None:
+        return profile
+    bad = [r for r in rates if not isinstance(r, int | float) or not 0 < r <= 10]
+    if bad or not rates:
+        raise ValueError(f"learning_rates must be numbers in (0, 10], got {list(rates)}")
+    ordered = tuple(sorted({float(r) for r in rates}, reverse=True))
+    return experiments.replace(profile, rates=ordered)
+
+
+def _published(name: str, profile: str) -> runs.Published | None:
+    path = runs.results_folder() / name / f"{profile}.parquet"
+    return runs.Published.load(path) if path.exists() else None
+
+
+def _skip_the_rest() -> None:
+    """Makes the remaining cells of the notebook do nothing; a script simply goes on."""
+    shell = get_ipython()
+    if shell is not None:
+        shell.input_transformers_cleanup.append(lambda lines: [])

@@ -1,0 +1,192 @@
+"""Verdicts on the paper's claims, computed from result tables by rules that were written first.
+
+`data/claims.csv` holds the claims, `data/claim_rules.csv` the comparisons that each is split into:
+a contrast of settings such as `ipo@R1 - rwr@R1`, a statistic of a run, what the claim expects of
+it, and margins. A comparison is made within seeds and judged by the 95% interval of its mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib import experiments, stats
+
+DATA = Path(__file__).parents[1] / "data"
+CLAIMS, RULES = DATA / "claims.csv", DATA / "claim_rules.csv"
+DIRECTIONS = (">", "<", "=")
+VERDICTS = ("reproduced", "partly", "not reproduced", "inconclusive", "not judged")
+_TERM = re.compile(r"\s*([+-]?)\s*(?:([\d.]+)\s*\*\s*)?(\w+@\w+(?:\[[^\]]*\])?)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One comparison of a claim.
+
+    Args:
+        id, claim: its own name, and the claim it belongs to.
+        chapter: whose results it is judged on.
+        contrast: weighted settings, "ipo@R1 - 0.5*rwr@R1".
+        statistic: a name of `lib.stats.STATISTICS`.
+        direction: ">" or "<" (the contrast beyond the margin), "=" (within the equivalence margin).
+        margin, equivalence: in the statistic's units.
+        min_seeds: fewer leave it inconclusive.
+        says: the comparison in words.
+    Raises: ValueError that names the bad value.
+    """
+
+    id: str
+    claim: str
+    chapter: str
+    contrast: str
+    statistic: str
+    direction: str
+    margin: float
+    equivalence: float
+    min_seeds: int
+    says: str
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"{self.id}: direction must be one of {DIRECTIONS}, "
+                             f"got {self.direction!r}")  # fmt: skip
+        if self.statistic not in stats.STATISTICS:
+            raise ValueError(f"{self.id}: unknown statistic {self.statistic!r}")
+        if not (self.margin >= 0 and self.equivalence >= 0):
+            raise ValueError(f"{self.id}: margins must not be negative")
+        experiments.check_chapter(self.chapter)
+        terms(self.contrast)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A rule with what the results say. effect, low, high: mean contrast and its 95% interval."""
+
+    rule: Rule
+    verdict: str
+    effect: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    seeds: int = 0
+
+
+def terms(contrast: str) -> list[tuple[float, str]]:
+    """Weights and setting names of a contrast. Raises: ValueError if it cannot be read."""
+    found, end = [], 0
+    for match in _TERM.finditer(contrast):
+        if match.start() != end or (found and not match[1]):
+            break
+        weight = float(match[2] or 1) * (-1 if match[1] == "-" else 1)
+        found.append((weight, match[3]))
+        end = match.end()
+    if not found or contrast[end:].strip():
+        raise ValueError(f"cannot read the contrast {contrast!r}")
+    return found
+
+
+def rules(path: Path = RULES) -> list[Rule]:
+    """All comparisons. Raises: ValueError for a bad row or a repeated id."""
+    table = pd.read_csv(path)
+    found = [Rule(**row) for row in table.to_dict("records")]
+    if repeated := sorted(table["id"][table["id"].duplicated()]):
+        raise ValueError(f"repeated rule ids {repeated} in {path.name}")
+    return found
+
+
+def claims(path: Path = CLAIMS) -> pd.DataFrame:
+    """The paper's claims: id, question, figure, setting, claim."""
+    return pd.read_csv(path).set_index("id")
+
+
+def per_seed(rule: Rule, results: pd.DataFrame, profile: experiments.Profile) -> pd.Series | None:
+    """The contrast within each seed that every one of its settings has.
+
+    Returns: None where a setting is not in the profile's grid or has no results.
+    """
+    grid = {s.name: s for s in experiments.settings(rule.chapter, profile)}
+    total: pd.Series | None = None
+    for weight, name in terms(rule.contrast):
+        if name not in grid:
+            return None
+        try:
+            rows = experiments.reported(results, grid[name], profile, seeds=_all_reported(results))
+        except ValueError:  # its methods were left out
+            return None
+        values = weight * stats.per_run(rows, rule.statistic)
+        total = values if total is None else (total + values).dropna()
+    return total
+
+
+def _all_reported(results: pd.DataFrame) -> list[int]:
+    """Every seed beyond the sweep's: the published ones and those that a reader adds."""
+    first = min(experiments.FULL.report_seeds)
+    return [seed for seed in results["seed"].unique() if seed >= first]
+
+
+def judge(rule: Rule, results: pd.DataFrame, profile: experiments.Profile) -> Verdict:
+    """The verdict of one comparison."""
+    values = per_seed(rule, results, profile)
+    if values is None or values.empty:
+        return Verdict(rule, "not judged")
+    effect, low, high = stats.interval(values)
+    return Verdict(rule, _decide(rule, low, high, len(values)), effect, low, high, len(values))
+
+
+def _decide(rule: Rule, low: float, high: float, seeds: int) -> str:
+    if seeds < rule.min_seeds or not np.isfinite([low, high]).all():
+        return "inconclusive"
+    alike = -rule.equivalence <= low and high <= rule.equivalence
+    if rule.direction == "=":
+        apart = low > rule.equivalence or high < -rule.equivalence
+        return "reproduced" if alike else "not reproduced" if apart else "inconclusive"
+    if rule.direction == "<":
+        low, high = -high, -low
+    if low > rule.margin:
+        return "reproduced"
+    return "not reproduced" if alike or high < -rule.margin else "inconclusive"
+
+
+def parent(verdicts: Iterable[str]) -> str:
+    """A claim's verdict from its comparisons': "partly" when some are reproduced and some not."""
+    found = {v for v in verdicts if v != "not judged"}
+    if not found:
+        return "not judged"
+    if len(found) == 1:
+        return found.pop()
+    return "partly" if "reproduced" in found else "not reproduced"
+
+
+def judge_all(chapter: str, results: pd.DataFrame, profile: experiments.Profile) -> list[Verdict]:
+    """The verdicts of a chapter's comparisons, in the order of the rules."""
+    results = experiments.CHAPTERS[chapter].derive(results, profile)
+    return [judge(rule, results, profile) for rule in rules() if rule.chapter == chapter]
+
+
+def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """One row per comparison, for the reader and for `data/results`."""
+    return pd.DataFrame([
+        {"claim": v.rule.claim, "comparison": v.rule.id, "says": v.rule.says,
+         "contrast": v.rule.contrast, "statistic": v.rule.statistic,
+         "expects": f"{v.rule.direction} {v.rule.margin if v.rule.direction != '=' else '0'}",
+         "effect": v.effect, "low": v.low, "high": v.high, "seeds": v.seeds,
+         "verdict": v.verdict}
+        for v in verdicts
+    ])  # fmt: skip
+
+
+def summary(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """One row per claim: its verdict and how many of its comparisons say what."""
+    text, by_claim = claims(), {}
+    for v in verdicts:
+        by_claim.setdefault(v.rule.claim, []).append(v.verdict)
+    return pd.DataFrame([
+        {"claim": claim, "says": text.loc[claim, "claim"], "figure": text.loc[claim, "figure"],
+         "verdict": parent(parts), **{name: parts.count(name) for name in VERDICTS if
+                                      name != "partly"}}
+        for claim, parts in by_claim.items()
+    ])  # fmt: skip

@@ -1,0 +1,1 @@
+"""Drawing, from result tables only. `style` holds what all figures share."""

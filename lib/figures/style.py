@@ -1,0 +1,96 @@
+"""One look for every figure: a colour per method, a line style per property, phone-sized text.
+
+Colours are Okabe and Ito's palette (distinct under the common colour-vision deficiencies). A line
+style says what a method is: solid for on-policy, dashed for offline; the marker says whether it has
+a negative gradient (triangle down) or not (circle). Nothing is told by colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib import methods, stats
+
+# One colour for a loss, whether it is fed on-policy or offline: the line style tells those apart.
+COLOURS = {
+    "best_of_n": "#0072B2", "best_of_n_offline": "#0072B2", "best_of_n_negative": "#56B4E9",
+    "rwr": "#009E73", "rwr_offline": "#009E73", "reinforce": "#E69F00", "ppo_sequence": "#000000",
+    "dpo": "#CC79A7", "dpo_offline": "#CC79A7", "ipo": "#D55E00", "ipo_offline": "#D55E00",
+}  # fmt: skip
+SEQUENTIAL = "viridis"  # for a dial (k, T, prompts): dark is the most on-policy
+PANEL = (3.1, 2.6)  # inches: two panels side by side are as wide as a page's column
+RC = {
+    "figure.dpi": 150, "savefig.dpi": 150, "font.size": 10, "axes.titlesize": 10,
+    "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False, "xtick.labelsize": 9,
+    "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 1.8,
+}  # fmt: skip
+
+
+def look(method: str) -> dict:
+    """Colour, line style and marker of a method, as keyword arguments of `Axes.plot`."""
+    entry = methods.get(method)
+    return {
+        "color": COLOURS[method],
+        "linestyle": "-" if entry.on_policy else "--",
+        "marker": "v" if entry.negative_gradient else "o",
+    }
+
+
+def dial_colours(count: int) -> list:
+    """`count` colours of a dial, dark first."""
+    return sns.color_palette(SEQUENTIAL, count + 1)[:count]
+
+
+@contextmanager
+def panels(columns: int, rows: int = 1, **options) -> Iterator[tuple[Figure, np.ndarray]]:
+    """A figure with a (rows, columns) array of panels in the book's style.
+
+    Usage: `with panels(2) as (figure, axes): ...; return figure`. Closes the figure for pyplot, so
+    that a notebook shows it once, where it is displayed.
+    """
+    size = (PANEL[0] * columns, PANEL[1] * rows)
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False,
+                                    layout="constrained", **options)  # fmt: skip
+        yield figure, axes
+        plt.close(figure)
+
+
+def band(axes: Axes, curves: pd.DataFrame, y: str, x: str = "update", **look) -> pd.DataFrame:
+    """Mean over seeds of `y` against `x`, with the 95% interval of the mean as a band.
+
+    Args: curves: rows of several runs, one per seed. Returns: the drawn numbers: x, mean, low,
+        high, n.
+    """
+    drawn = averaged(curves, y, x)
+    style = {"markersize": 4, "markevery": max(1, len(drawn) // 6), **look}
+    (line,) = axes.plot(drawn[x], drawn["mean"], **style)
+    if (drawn["n"] > 1).all():
+        axes.fill_between(drawn[x], drawn["low"], drawn["high"], color=line.get_color(),
+                          alpha=0.18, linewidth=0)  # fmt: skip
+    return drawn
+
+
+def averaged(curves: pd.DataFrame, y: str, x: str = "update") -> pd.DataFrame:
+    """Per value of `x`: mean of `y` over seeds, its 95% interval, and n."""
+    rows = []
+    for at, group in curves.groupby(x, observed=True):
+        values = group[y].dropna()
+        if len(values):
+            rows.append((at, *stats.interval(values), len(values)))
+    return pd.DataFrame(rows, columns=[x, "mean", "low", "high", "n"])
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    """One legend for all panels, below them, where it covers no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -1,0 +1,119 @@
+"""What a run's curve is reduced to, and intervals over seeds. Pure functions of result tables.
+
+A *curve* is the rows of one run in the order of its updates (see the result table's columns in the
+chapter status).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+CONFIDENCE = 0.95
+SUSTAINED = 5  # evaluations that must stay at the target for it to count as reached
+
+
+def final(curve: pd.DataFrame, column: str = "reward") -> float:
+    """The value after the last update."""
+    return float(curve[column].iloc[-1])
+
+
+def change(curve: pd.DataFrame, column: str) -> float:
+    """The last value minus the one before the first update."""
+    return float(curve[column].iloc[-1] - curve[column].iloc[0])
+
+
+def peak(curve: pd.DataFrame, column: str) -> float:
+    """The largest value during training."""
+    return float(curve[column].max())
+
+
+def area(curve: pd.DataFrame, column: str = "reward", over: str = "update", limit=None) -> float:
+    """The mean height of the curve (trapezoid area / span) up to `limit`: how fast it learned."""
+    x, y = curve[over].to_numpy(float), curve[column].to_numpy(float)
+    if limit is not None:
+        x, y = x[x <= limit], y[x <= limit]
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def at_kl(curve: pd.DataFrame, kl: float) -> float:
+    """The reward where KL(pi || pi_ref) first reaches `kl` nats, between rows by a straight line.
+
+    A run that never gets there is given its best reward: more KL was not of use to it.
+    """
+    x, y = curve["kl_ref"].to_numpy(float), curve["reward"].to_numpy(float)
+    beyond = np.flatnonzero(x >= kl)
+    if not len(beyond):
+        return float(np.max(y))
+    i = beyond[0]
+    if i == 0:
+        return float(y[0])
+    return float(np.interp(kl, [x[i - 1], x[i]], [y[i - 1], y[i]]))
+
+
+def updates_to(curve: pd.DataFrame, share: float = 0.9) -> float:
+    """The first evaluated update with at least `share` of the curve's own best reward."""
+    reached = curve["reward"] >= share * curve["reward"].max()
+    return float(curve["update"][reached].iloc[0])
+
+
+def reaching(curve: pd.DataFrame, target: float, column: str = "update") -> float:
+    """`column` at the first update whose reward reaches `target` and keeps it for 5 evaluations.
+
+    Returns: inf where that never happens (a censored time).
+    """
+    above = (curve["reward"] >= target).to_numpy()
+    for i in range(len(above) - SUSTAINED + 1):
+        if above[i : i + SUSTAINED].all():
+            return float(curve[column].iloc[i])
+    return float("inf")
+
+
+STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
+    "final reward": final,
+    "mean reward over updates": area,
+    "mean reward over the first 100 updates": lambda c: area(c, limit=100),
+    "mean reward over samples": lambda c: area(c, over="samples"),
+    "reward at 10 nats": lambda c: at_kl(c, 10.0),
+    "reward at 20 nats": lambda c: at_kl(c, 20.0),
+    "final KL to reference": lambda c: final(c, "kl_ref"),
+    "peak KL to sampler": lambda c: peak(c, "kl_gen"),
+    "final chosen log-ratio": lambda c: final(c, "chosen_logratio"),
+    "final rejected log-ratio": lambda c: final(c, "rejected_logratio"),
+    "change of mass on tokens of the data": lambda c: change(c, "support_share"),
+    "speed to target": lambda c: 1 / reaching(c, c["target"].iloc[0], "seconds"),
+}
+
+
+def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
+    """A statistic of every run. Returns: values indexed by seed.
+
+    A non-finite value (a run that diverged before it could be evaluated) counts as 0.
+    Raises: ValueError for an unknown statistic, or two runs of one seed.
+    """
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic must be one of {tuple(STATISTICS)}, got {statistic!r}")
+    function = STATISTICS[statistic]
+    values = {}
+    for (seed, _), curve in results.groupby(["seed", "run"], sort=True, observed=True):
+        if seed in values:
+            raise ValueError(f"two runs of seed {seed}")
+        value = function(curve.sort_values("update"))
+        values[seed] = value if np.isfinite(value) else 0.0
+    return pd.Series(values, dtype=float)
+
+
+def interval(values: np.ndarray | pd.Series) -> tuple[float, float, float]:
+    """Mean and the limits of its 95% confidence interval (Student's t).
+
+    One value has no interval: its limits are infinite.
+    """
+    values = np.asarray(values, float)
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return mean, float("-inf"), float("inf")
+    half = scipy_stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    return mean, float(mean - half), float(mean + half)

@@ -1,0 +1,148 @@
+"""Standardisation, selection, pairs and RWR's weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from lib.advantages import (
+    MAX_WEIGHT,
+    exponential_weights,
+    preferences,
+    select_best,
+    standardise,
+)
+
+REWARDS = arrays(np.float32, (2, 3, 4), elements=st.floats(0, 1, width=32))
+
+
+def test_standardise_by_hand_divides_by_b_minus_1():
+    # mean 2.5, deviations -1.5 -.5 .5 1.5, sum of squares 5, variance 5 / 3
+    got = standardise(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    expected = torch.tensor([[[-1.5, -0.5], [0.5, 1.5]]]) / (5 / 3) ** 0.5
+    torch.testing.assert_close(got, expected)
+
+
+def test_standardise_per_prompt_sees_one_prompt():
+    rewards = torch.tensor([[[1.0, 3.0], [100.0, 200.0]]])
+    half = 0.5**0.5
+    got = standardise(rewards, "prompt")
+    torch.testing.assert_close(got, torch.tensor([[[-half, half], [-half, half]]]))
+    assert not torch.allclose(got, standardise(rewards, "batch"))
+
+
+def test_standardise_keeps_runs_apart():
+    rewards = torch.rand(3, 2, 5)
+    rewards[1] *= 1000
+    torch.testing.assert_close(standardise(rewards)[2], standardise(rewards[2:])[0])
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7000001, 1 / 3, 0.9183])
+@pytest.mark.parametrize("over", ["batch", "prompt"])
+def test_equal_rewards_stay_a_tie(value, over):
+    """Ten equal float32 rewards: their mean differs from them by rounding, their ranks do not."""
+    rewards = torch.full((1, 1, 10), value)
+    assert standardise(rewards, over).abs().max() < 1e-6
+
+
+def test_standardise_is_in_float64():
+    """Rewards that differ in the last bits of float32 around a large mean."""
+    rewards = torch.tensor([[[1000.0, 1000.0001, 1000.0002]]])
+    wide = rewards.double().numpy()
+    expected = (wide - wide.mean()) / (wide.std(ddof=1) + 1e-8)
+    np.testing.assert_allclose(standardise(rewards).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(REWARDS)
+def test_standardised_has_mean_0_and_variance_1(rewards):
+    got = standardise(torch.from_numpy(rewards)).double()
+    assert got.mean((1, 2)).abs().max() < 1e-5
+    for row, original in zip(got, rewards, strict=True):
+        if original.std() > 1e-3:
+            assert row.std(correction=1).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_select_best_takes_the_first_on_ties():
+    rewards = torch.tensor([[0.5, 0.9, 0.9, 0.1], [0.3, 0.3, 0.3, 0.3]])
+    assert select_best(rewards).tolist() == [
+        [False, True, False, False], [True, False, False, False]]  # fmt: skip
+    assert select_best(rewards, 3).tolist() == [
+        [True, True, True, False], [True, True, True, False]]  # fmt: skip
+
+
+@given(REWARDS, st.integers(1, 4))
+def test_selected_are_k_and_none_better_is_left(rewards, k):
+    rewards = torch.from_numpy(rewards)
+    selected = select_best(rewards, k)
+    assert (selected.sum(-1) == k).all()
+    worst = rewards.masked_fill(~selected, torch.inf).amin(-1)
+    left = rewards.masked_fill(selected, -torch.inf).amax(-1)
+    assert (worst >= left).all()
+
+
+def test_preferences_and_gap_by_hand():
+    rewards = torch.tensor([0.5, 0.2, 0.5])
+    assert preferences(rewards).tolist() == [
+        [False, True, False], [False, False, False], [False, True, False]]  # fmt: skip
+    assert not preferences(rewards, gap=0.4).any()
+    assert preferences(rewards, gap=0.2).sum() == 2
+
+
+@given(REWARDS)
+def test_every_untied_pair_is_preferred_one_way(rewards):
+    rewards = torch.from_numpy(rewards)
+    prefer = preferences(rewards)
+    untied = rewards[..., :, None] != rewards[..., None, :]
+    assert ((prefer ^ prefer.transpose(-1, -2)) == untied).all()
+    assert not (prefer & prefer.transpose(-1, -2)).any()
+
+
+def test_raw_weights_are_the_printed_formula():
+    advantage = torch.tensor([[[-0.1, 0.0, 0.2]]])
+    expected = torch.tensor([[[-1.0, 0.0, 2.0]]]).exp()
+    torch.testing.assert_close(exponential_weights(advantage, 0.1, "raw"), expected)
+
+
+def test_normalised_weights_have_the_raw_direction_and_mean_1():
+    advantage = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    raw = exponential_weights(advantage, 0.7, "raw")
+    normalised = exponential_weights(advantage, 0.7, "normalised")
+    torch.testing.assert_close(normalised, raw / raw.mean((1, 2), keepdim=True))
+    torch.testing.assert_close(normalised.mean((1, 2)), torch.ones(2))
+
+
+def test_weights_do_not_overflow():
+    advantage = torch.tensor([[[1e6, 0.0], [-1e6, 1e6]]])
+    normalised = exponential_weights(advantage, 0.01, "normalised")
+    assert normalised.tolist() == [[[2.0, 0.0], [0.0, 2.0]]]
+    clipped = exponential_weights(advantage, 0.01, "clipped")
+    assert clipped.tolist() == [[[MAX_WEIGHT, 1.0], [0.0, MAX_WEIGHT]]]
+    assert MAX_WEIGHT == 20
+
+
+def test_clipped_weights_are_raw_below_20():
+    advantage = torch.tensor([[[2.9, 3.0]]])  # e^2.9 = 18.2, e^3 = 20.1
+    weights = exponential_weights(advantage, 1.0, "clipped")[0, 0].tolist()
+    assert weights == pytest.approx([18.174145, 20.0])
+
+
+def test_a_temperature_per_run_equals_floats():
+    advantage = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    together = exponential_weights(advantage, torch.tensor([0.1, 2.0]).view(2, 1, 1), "normalised")
+    apart = [exponential_weights(advantage[i : i + 1], t, "normalised")
+             for i, t in enumerate((0.1, 2.0))]  # fmt: skip
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: standardise(torch.ones(1, 1, 2), "run"),
+     lambda: exponential_weights(torch.ones(1, 1, 2), 1.0, "run")],
+)  # fmt: skip
+def test_unknown_option_is_named_with_the_allowed(call):
+    with pytest.raises(ValueError, match=r"\('.*', .*got 'run'"):
+        call()
