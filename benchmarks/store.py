@@ -50,13 +50,12 @@ class Sleeper:
         """Seconds of one run."""
         return SECONDS
 
-    def run(self, configs: Sequence[Nap], checkpoint: runs.Checkpoint) -> dict[str, pd.DataFrame]:
+    def run(self, configs: Sequence[Nap], checkpoint: runs.Checkpoint) -> list[pd.DataFrame]:
         """One row for each run."""
         time.sleep(SECONDS * len(configs))
-        names = [runs.identity(config) for config in configs]
         with self.log.open("a") as log:
-            log.writelines(f"{name}\n" for name in names)
-        return {name: pd.DataFrame({"update": [1]}) for name in names}
+            log.writelines(f"{runs.identity(config)}\n" for config in configs)
+        return [pd.DataFrame({"update": [1]}) for _ in configs]
 
 
 def work(root: Path, log: Path, together: multiprocessing.Barrier) -> None:

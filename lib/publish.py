@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"name a chapter: {', '.join(experiments.CHAPTERS)}")
     try:
         _publish(experiments, options)
-    except (runs.PublishError, runs.RunError, runs.StoreFullError) as error:
+    except (RuntimeError, runs.StoreFullError) as error:
         print(f"not published: {error}", file=sys.stderr)
         return 1
     return 0
@@ -69,17 +69,24 @@ def configurations(stages: Sequence[Stage], table: pd.DataFrame) -> dict[str, An
 
 def check_chapter(experiments: ModuleType, chapter: str) -> str:
     """The chapter's name; ArgumentTypeError, naming those that exist, for an unknown one."""
-    if chapter not in experiments.CHAPTERS:
-        allowed = ", ".join(experiments.CHAPTERS)
-        raise argparse.ArgumentTypeError(f"unknown chapter {chapter!r}; allowed: {allowed}")
-    return chapter
+    try:
+        return experiments.check_chapter(chapter)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def chapter_engine(experiments: ModuleType, chapter: str, profile: str) -> runs.Engine:
+    """The engine of a chapter on the device of a profile; RuntimeError if that is missing."""
+    return experiments.engine(chapter, experiments.profile_named(profile).device)
 
 
 def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     runs.refuse_dirty_tree()  # before hours of work, and again after
     store = runs.Store(options.store)
     stages = experiments.stages(options.chapter, options.profile)
-    table = compute_stages(stages, store, experiments.engine(options.chapter), options.jobs)
+    engine = chapter_engine(experiments, options.chapter, options.profile)
+    jobs = options.jobs or experiments.CHAPTERS[options.chapter].jobs
+    table = compute_stages(stages, store, engine, jobs)
     path = runs.results_folder(options.results) / options.chapter / f"{options.profile}.parquet"
     command = f"python -m lib.publish {options.chapter} --profile {options.profile}"
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
@@ -92,7 +99,9 @@ def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lib.publish", description=__doc__)
     parser.add_argument("chapter", nargs="?", type=lambda name: check_chapter(experiments, name))
     parser.add_argument("--profile", choices=runs.PROFILES, default="full")
-    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--jobs", type=int, help="processes (default: one per core, or the chapter's own)"
+    )
     parser.add_argument("--store", type=Path, default=STORE, help="folder of finished runs")
     parser.add_argument("--results", type=Path, help="folder to publish into (data/results)")
     parser.add_argument("--list", action="store_true", help="list the chapters and stop")

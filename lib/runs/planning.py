@@ -36,8 +36,8 @@ class Engine(Protocol):
     def cost(self, config: Any) -> float:
         """Estimated seconds of one run on one process, in a full block."""
 
-    def run(self, configs: Sequence[Any], checkpoint: Checkpoint) -> dict[str, pd.DataFrame]:
-        """The table of every run by identity: one row per evaluated update, metrics only.
+    def run(self, configs: Sequence[Any], checkpoint: Checkpoint) -> Sequence[pd.DataFrame]:
+        """The tables of the runs, in their order: one row per evaluated update, metrics only.
 
         Resumes from `checkpoint.load()`; between iterations calls `checkpoint.progress` and, when
         `checkpoint.due()`, `checkpoint.save`. Columns called seconds_* are cumulative; their last

@@ -86,6 +86,8 @@ def compute(
 def assemble(configs: Sequence[Any], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """One table: each run's rows behind its configuration's columns and its identity, `run`."""
     heads = pd.DataFrame([{**columns(config), "run": identity(config)} for config in configs])
+    unset = [name for name in heads if heads[name].isna().all() and heads[name].dtype == object]
+    heads = heads.astype(dict.fromkeys(unset, heads["run"].dtype))  # strings, as when one is set
     metrics = pd.concat(tables, ignore_index=True)
     both = sorted(set(heads) & set(metrics))
     if both:
@@ -203,22 +205,22 @@ def _compute_block(job: Job, configs: dict[str, Any], progress_file: Path) -> No
         checkpoint = store.checkpoint(missing, job.code, report)
     if missing:
         fingerprint.fingerprint_as_loaded(*job.engine.modules)
-        tables = job.engine.run(list(configs.values()), checkpoint)
-        _check_tables(tables, configs)
+        made = job.engine.run(list(configs.values()), checkpoint)
+        tables = _checked_tables(made, list(configs))
         for run in missing:
-            made = _provenance(job, configs[run], tables[run], len(configs), checkpoint)
-            store.write(run, tables[run], made)
+            record = _provenance(job, configs[run], tables[run], len(configs), checkpoint)
+            store.write(run, tables[run], record)
     checkpoint.clear()
 
 
-def _check_tables(tables: dict[str, pd.DataFrame], configs: dict[str, Any]) -> None:
-    if set(tables) != set(configs):
-        raise ValueError(
-            f"the engine returned tables of {sorted(tables)} for the runs {sorted(configs)}"
-        )
-    empty = [run for run, table in tables.items() if table.empty]
+def _checked_tables(tables: Sequence[pd.DataFrame], runs: list[str]) -> dict[str, pd.DataFrame]:
+    if len(tables) != len(runs):
+        raise ValueError(f"the engine returned {len(tables)} tables for {len(runs)} runs")
+    by_run = dict(zip(runs, tables, strict=True))
+    empty = [run for run, table in by_run.items() if table.empty]
     if empty:
         raise ValueError(f"the engine returned no rows for the runs {empty}")
+    return by_run
 
 
 def _provenance(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Walk:
     seed: int = 0
     updates: int = 40
     drift: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class WalkEngine:
         """Seconds of one walk."""
         return 0.01 * config.updates
 
-    def run(self, configs: Sequence[Walk], checkpoint: runs.Checkpoint) -> dict[str, pd.DataFrame]:
+    def run(self, configs: Sequence[Walk], checkpoint: runs.Checkpoint) -> list[pd.DataFrame]:
         """Every walk's place after each step; randomness comes from its seed and the step."""
         if configs[0].method == self.fail:
             raise FloatingPointError(f"{self.fail} went wrong")
@@ -63,7 +65,7 @@ class WalkEngine:
                 checkpoint.save({"places": torch.from_numpy(places)}, {"step": step + 1})
         with self.log.open("a") as log:
             log.writelines(f"{runs.identity(config)}\n" for config in configs)
-        return {runs.identity(c): self._table(places[row]) for row, c in enumerate(configs)}
+        return [self._table(walk) for walk in places]
 
     def _table(self, places: np.ndarray) -> pd.DataFrame:
         steps = np.arange(len(places))
@@ -81,6 +83,23 @@ def grid(
 ) -> list[Walk]:
     """All methods at all seeds."""
     return [Walk(method, seed=seed, updates=updates) for method in methods for seed in range(seeds)]
+
+
+def experiments(engine: WalkEngine, stages: Sequence[Callable]) -> types.SimpleNamespace:
+    """What `lib.experiments` is to the commands: two chapters with these stages and this engine."""
+
+    def check_chapter(name: str) -> str:
+        if name not in ("walks", "other"):
+            raise ValueError(f"chapter must be walks or other, got {name!r}")
+        return name
+
+    return types.SimpleNamespace(
+        CHAPTERS=dict.fromkeys(("walks", "other"), types.SimpleNamespace(jobs=1)),
+        check_chapter=check_chapter,
+        profile_named=lambda name: types.SimpleNamespace(device="cpu"),
+        stages=lambda chapter, profile: list(stages),
+        engine=lambda chapter, device: engine,
+    )
 
 
 def work(configs: Sequence[Walk], root: Path, engine: WalkEngine, interval: float = 20.0) -> None:

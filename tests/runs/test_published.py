@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import types
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ import pytest
 from lib import publish as command
 from lib import runs
 from lib.runs import published as module
+from tests.runs import fake
 from tests.runs.fake import Walk, WalkEngine, grid
 
 
@@ -41,7 +41,7 @@ def test_a_round_trip_keeps_every_value_in_float32(store, engine, repository):
     np.testing.assert_allclose(
         made.table["seconds_training"], expected["seconds_training"], rtol=2e-4
     )
-    for name in ("method", "step", "seed", "updates", "drift", "run", "update"):
+    for name in ("method", "step", "seed", "updates", "drift", "note", "run", "update"):
         pd.testing.assert_series_equal(made.table[name], expected[name])
     assert made.meta["totals"] == {"runs": 6, "rows": 246, "seconds": {"training": 0.0}}
     assert made.meta["command"] == "python -m lib.publish walks --profile cpu"
@@ -164,25 +164,23 @@ def experiments(engine, monkeypatch):
             Walk(step=last.groupby("step")["reward"].mean().idxmax(), seed=s) for s in range(5, 9)
         ]
 
-    made = types.SimpleNamespace(
-        CHAPTERS=("walks", "other"),
-        stages=lambda chapter, profile: [sweep, report],
-        engine=lambda chapter: engine,
-    )
+    made = fake.experiments(engine, [sweep, report])
     monkeypatch.setitem(sys.modules, "lib.experiments", made)
     return made
 
 
-def test_the_command_computes_the_stages_and_publishes(experiments, repository, tmp_path, capsys):
+def test_the_command_computes_the_stages_and_publishes(
+    experiments, engine, repository, tmp_path, capsys
+):
     arguments = ["walks", "--profile", "cpu", "--jobs", "1", "--store", str(tmp_path / "store")]
     assert command.main(arguments) == 0
     made = runs.largest_published("walks")
     assert made.meta["totals"]["runs"] == 8
     assert made.meta["command"] == "python -m lib.publish walks --profile cpu"
     assert sorted(made.table["seed"].unique()) == [0, 1, 5, 6, 7, 8]
-    before = len(experiments.engine("walks").computed())
+    before = len(engine.computed())
     assert command.main(arguments) == 0  # resumed: all is stored
-    assert len(experiments.engine("walks").computed()) == before
+    assert len(engine.computed()) == before
     repository.write("lib/core.py", "X = 1\n")
     assert command.main(arguments) == 1
     assert "uncommitted changes" in capsys.readouterr().err
@@ -193,7 +191,7 @@ def test_the_command_computes_the_stages_and_publishes(experiments, repository, 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nowhere"], "unknown chapter 'nowhere'; allowed: walks, other"),
+        (["nowhere"], "chapter must be walks or other, got 'nowhere'"),
         (["walks", "--profile", "huge"], "invalid choice: 'huge'"),
         ([], "name a chapter: walks, other"),
     ],

@@ -27,11 +27,12 @@ def quiet(text):
 def test_the_table_has_configuration_identity_and_metrics_in_order(store, engine):
     configs = grid()
     table = runs.compute(configs, store, engine, jobs=1, say=quiet)
-    settings = ["method", "step", "seed", "updates", "drift"]
+    settings = ["method", "step", "seed", "updates", "drift", "note"]
     assert list(table.columns) == [*settings, "run", "update", "reward", "seconds_training"]
     assert list(table["run"].unique()) == [runs.identity(config) for config in configs]
     assert len(table) == 6 * 41 and table["drift"].isna().all()
     assert sorted(engine.computed()) == sorted(map(runs.identity, configs))
+    assert table["note"].isna().all() and table["note"].dtype == table["run"].dtype
 
 
 def test_provenance_is_complete(store, engine):
@@ -134,9 +135,10 @@ def test_a_full_disk_loses_nothing_that_was_stored(store, engine, monkeypatch):
 
 
 def test_wrong_tables_of_an_engine_are_refused(store, engine, monkeypatch):
-    monkeypatch.setattr(WalkEngine, "run", lambda self, configs, checkpoint: {})
-    with pytest.raises(runs.RunError, match="returned tables of"):
-        runs.compute([Walk()], store, engine, jobs=1, say=quiet)
+    for tables, named in ([], "0 tables for 1 runs"), ([pd.DataFrame()], "no rows for the runs"):
+        monkeypatch.setattr(WalkEngine, "run", lambda *a, tables=tables: tables)
+        with pytest.raises(runs.RunError, match=named):
+            runs.compute([Walk()], store, engine, jobs=1, say=quiet)
 
 
 def test_a_metric_named_as_a_field_is_refused():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import types
 
 import pytest
 
 from lib import runs, verify
+from tests.runs import fake
 from tests.runs.fake import Walk, WalkEngine
 
 
@@ -29,11 +29,7 @@ def published(store, repository, tmp_path):
 
 def experiments(published, monkeypatch, **changes):
     engine = WalkEngine(published.path.parent / "log", modules=("lib.core",), **changes)
-    made = types.SimpleNamespace(
-        CHAPTERS=("walks",),
-        stages=lambda chapter, profile: [lambda results: CONFIGS],
-        engine=lambda chapter: engine,
-    )
+    made = fake.experiments(engine, [lambda results: CONFIGS])
     monkeypatch.setitem(sys.modules, "lib.experiments", made)
     return engine
 
@@ -127,7 +123,7 @@ def test_a_run_that_the_grid_no_longer_has_fails(published, monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--chapter", "nowhere"], "unknown chapter 'nowhere'"), (["--sample", "0"], "'0' is not")],
+    [(["--chapter", "nowhere"], "got 'nowhere'"), (["--sample", "0"], "'0' is not")],
 )
 def test_bad_arguments_are_named(published, monkeypatch, capsys, arguments, named):
     experiments(published, monkeypatch)
@@ -137,7 +133,18 @@ def test_bad_arguments_are_named(published, monkeypatch, capsys, arguments, name
 
 
 def test_nothing_published_is_told(repository, monkeypatch, capsys, tmp_path):
-    made = types.SimpleNamespace(CHAPTERS=("walks",))
-    monkeypatch.setitem(sys.modules, "lib.experiments", made)
+    monkeypatch.setitem(sys.modules, "lib.experiments", fake.experiments(None, []))
     assert verify.main(["--results", str(tmp_path / "none")]) == 1
     assert "nothing is published" in capsys.readouterr().err
+
+
+def test_a_table_of_a_missing_device_is_passed_over_and_told(published, monkeypatch, capsys):
+    engine = experiments(published, monkeypatch)
+
+    def missing(name):
+        raise RuntimeError("needs a CUDA device")
+
+    monkeypatch.setattr(sys.modules["lib.experiments"], "profile_named", missing)
+    assert verify.main(["--jobs", "1"]) == 0
+    assert "walks/cpu: not verified: needs a CUDA device" in capsys.readouterr().out
+    assert not engine.computed()
