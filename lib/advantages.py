@@ -1,4 +1,4 @@
-"""From rewards to what a loss weighs a completion by: standardisation, selection, pairs, weights."""
+"""From rewards to what a loss weighs a completion by: standardised, selected, paired, weighted."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EPSILON = 1e-8
 
 # Largest weight of the "clipped" option: the released LLM code clips exp(score) to [0, 20].
 MAX_WEIGHT = 20.0
+MAX_EXPONENT = 80.0
 
 
 def standardise(rewards: Tensor, over: str = "batch") -> Tensor:
@@ -56,7 +57,8 @@ def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: st
 
     "normalised" divides by the batch mean of the weights: the same direction of the gradient, but
     a size that does not swing by e^30 from one batch to the next, which Adam's running second
-    moment would turn into vanishing steps. "raw" is the printed formula; "clipped" caps it at 20.
+    moment would turn into vanishing steps. "raw" is the printed formula, up to e^80, where float32
+    ends; "clipped" caps it at 20.
 
     Args: advantage (..., P, C); temperature a float or a tensor that broadcasts against it.
     Returns: (..., P, C), non-negative, dtype of `advantage`.
@@ -69,7 +71,7 @@ def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: st
         shifted = (exponent - exponent.amax((-2, -1), keepdim=True)).exp()
         weight = shifted / shifted.mean((-2, -1), keepdim=True)
     else:
-        weight = exponent.exp()
+        weight = exponent.clamp(max=MAX_EXPONENT).exp()
     if form == "clipped":
         weight = weight.clamp(max=MAX_WEIGHT)
     return weight.to(advantage.dtype)

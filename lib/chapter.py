@@ -1,4 +1,4 @@
-"""What a chapter's notebook calls: parameters checked, plan, results, figures, numbers, verdicts."""
+"""What a chapter's notebook calls: parameters checked, plan, results, figures, verdicts."""
 
 from __future__ import annotations
 
@@ -200,14 +200,14 @@ def _checked_seeds(seeds: Sequence[int], profile: experiments.Profile) -> tuple[
     first = max(experiments.FULL.report_seeds) + 1
     bad = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < first]
     if bad or len(set(seeds)) != len(list(seeds)):
-        raise ValueError(f"seeds must be distinct integers from {first} on, since 0 to {first - 1} "
-                         f"choose the learning rate or are reported already; got {list(seeds)}")  # fmt: skip
+        raise ValueError(
+            f"seeds must be distinct integers from {first} on, since 0 to {first - 1} choose the "
+            f"learning rate or are reported already; got {list(seeds)}"
+        )
     return tuple(seeds)
 
 
-def _with_rates(
-    profile: experiments.Profile, rates: Sequence[float] | None
-) -> experiments.Profile:
+def _with_rates(profile: experiments.Profile, rates: Sequence[float] | None) -> experiments.Profile:
     if rates is None:
         return profile
     bad = [r for r in rates if not isinstance(r, int | float) or not 0 < r <= 10]

@@ -1,9 +1,10 @@
 """The grids of each chapter, by profile: which runs answer its question, and in which order.
 
 A chapter is a list of settings (a method on a reward function, with options). Every setting's
-learning rate is chosen on sweep seeds, by the best mean final reward, and reported on other seeds,
-so that choosing does not flatter the result. Hence stages: a later one needs the results of those
-before it.
+learning rate is chosen on sweep seeds and reported on other seeds, so that choosing does not
+flatter the result. It is chosen by the mean reward over all updates: the final reward would choose
+at random among the many rates at which an on-policy method ends at the ceiling. Hence stages: a
+later one needs the results of those before it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lib import methods
+from lib import methods, stats
 from lib.bandit.config import LEARNING_RATES, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 
 REWARDS = ("R1", "R2")
+SELECT_BY = "mean reward over updates"
 OFFLINE = tuple(name for name, m in methods.METHODS.items() if not m.on_policy)
 ON_POLICY = tuple(name for name, m in methods.METHODS.items() if m.on_policy)
 
@@ -203,8 +205,9 @@ CHAPTERS: dict[str, Grid] = {
     ),
     "complementary": Grid(lambda p: _base(("ipo_offline", "ipo", "rwr", "ppo_sequence"))),
     "wall_clock": Grid(
-        lambda p: _base(WALL_CLOCK, ("R1",))
-        + [Setting(name, "R1", ALONE, "base") for name in WALL_CLOCK],
+        lambda p: (
+            _base(WALL_CLOCK, ("R1",)) + [Setting(name, "R1", ALONE, "base") for name in WALL_CLOCK]
+        ),
         jobs=1,  # each run has the machine to itself
         derive=lambda results, profile: with_target(results, profile),
     ),
@@ -231,9 +234,7 @@ def profile_named(name: str) -> Profile:
     return profile
 
 
-def settings(
-    chapter: str, profile: Profile, only: Sequence[str] | None = None
-) -> list[Setting]:
+def settings(chapter: str, profile: Profile, only: Sequence[str] | None = None) -> list[Setting]:
     """A chapter's settings, or those of the methods in `only`.
 
     Raises: ValueError for a method that is not in the chapter.
@@ -275,25 +276,25 @@ def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> t
     return profile.rates[max(0, i - 1) : i + 2]
 
 
-def selected_rate(results: pd.DataFrame, setting: Setting, profile: Profile) -> float:
-    """The rate with the best mean final reward on the sweep seeds; a non-finite run counts as 0.
+def selected_rate(
+    results: pd.DataFrame, setting: Setting, profile: Profile, statistic: str = SELECT_BY
+) -> float:
+    """The rate with the best `statistic` on the sweep seeds, in the mean.
 
+    `statistic` names one of `lib.stats`; the paper's rule is "final reward".
     Raises: ValueError if the sweep has no runs in `results`.
     """
     if setting.sweep == "base" or (setting.sweep == "neighbours" and not profile.dial_sweep_seeds):
-        return selected_rate(results, setting.base, profile)
-    seeds = _sweep_seeds(setting, profile)
-    rates = candidates(setting, profile, _base_rate(results, setting, profile))
-    rows = matching(final(results), setting, profile)
+        return selected_rate(results, setting.base, profile, statistic)
+    base = None if setting.sweep == "all" else selected_rate(results, setting.base, profile)
+    rates, seeds = candidates(setting, profile, base), _sweep_seeds(setting, profile)
+    rows = matching(results, setting, profile)
     rows = rows[rows["seed"].isin(seeds) & rows["learning_rate"].isin(rates)]
     if rows.empty:
         raise ValueError(f"no sweep results for {setting.name}")
-    means = rows.assign(reward=rows["reward"].fillna(0.0)).groupby("learning_rate")["reward"].mean()
-    return float(means.idxmax())
-
-
-def _base_rate(results: pd.DataFrame, setting: Setting, profile: Profile) -> float | None:
-    return None if setting.sweep == "all" else selected_rate(results, setting.base, profile)
+    means = {rate: stats.per_run(part, statistic).mean()
+             for rate, part in rows.groupby("learning_rate")}  # fmt: skip
+    return float(max(means, key=means.get))
 
 
 def _sweep_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
@@ -309,7 +310,7 @@ def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
 def reported(
     results: pd.DataFrame, setting: Setting, profile: Profile, seeds: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """The rows that figures and verdicts use: the selected rate, on seeds that did not select it."""
+    """The rows of figures and verdicts: the selected rate, on seeds that did not select it."""
     rate = selected_rate(results, setting, profile)
     seeds = report_seeds(setting, profile) if seeds is None else seeds
     rows = matching(results, setting, profile)

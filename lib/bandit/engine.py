@@ -18,16 +18,19 @@ from lib.finetune import Diverged, State, fine_tune
 # Runs trained as one stack. A short stack keeps the activations of a layer near the cache; a fixed
 # one (filled up with copies) makes a run's numbers independent of what stands beside it.
 BLOCK = 10
+EARLY = (1, 2, 3, 6, 10)
 
 
 def evaluated_updates(updates: int, evaluations: int) -> list[int]:
     """Which updates get a row: 0, `evaluations` evenly to the last, and as many in the first 100.
 
-    Runs of different length (inner steps) can so be compared over their first 100 updates.
+    Runs of different length (inner steps) can so be compared over their first 100 updates. A few
+    early updates are added, where a fast method crosses from 0 to 50 nats within two rows.
     """
     spans = {min(updates, 100), updates}
     points = [np.linspace(0, span, min(evaluations, span) + 1) for span in spans]
-    return sorted({int(round(point)) for point in np.concatenate(points)})
+    early = [point for point in EARLY if point <= updates]
+    return sorted({int(round(point)) for point in np.concatenate([*points, early])})
 
 
 class Stack:
@@ -116,7 +119,9 @@ class Stack:
         part = {p: {k[len(p) + 1 :]: v for k, v in tensors.items() if k.startswith(p + ".")}
                 for p in ("policy", "behaviour")}  # fmt: skip
         state.policy.load_state_dict(part["policy"])
-        state.behaviour = Scorer(part["behaviour"], len(state.policy.flat), state.policy.arch, state.policy.shift)
+        state.behaviour = Scorer(
+            part["behaviour"], len(state.policy.flat), state.policy.arch, state.policy.shift
+        )
         for name, value in meta["counters"].items():
             setattr(state, name, value)
         self.rows = list(meta["rows"])

@@ -173,7 +173,8 @@ class StackedPolicy(Scorer):
         loss = item.flatten(1).sum(-1) / items
         grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
         gradient = torch.cat([g.flatten(1) for g in grads], -1)
-        norm = gradient.norm(dim=-1)
+        # in float64: squares of a large but finite gradient overflow float32
+        norm = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64).float()
         self.alive &= norm.isfinite() & loss.detach().isfinite()
         self.optimiser.step(self.flat, gradient, self.alive)
         return logp.detach(), {"loss": loss.detach(), "grad_norm": norm, **metrics}

@@ -55,7 +55,7 @@ class BanditProblem:
 
     def __init__(self, runs: Sequence[BanditRun], device: str = "cpu"):
         if len({run.stack_key for run in runs}) != 1:
-            raise ValueError("the runs of a stack may differ in seed, rate and reward function only")
+            raise ValueError("runs of a stack may differ in seed, rate and reward function only")
         self.config, self.device, self.clock = runs[0], device, Clock()
         self.method: Method = get(self.config.method)
         self.seeds = [run.seed for run in runs]
@@ -72,9 +72,7 @@ class BanditProblem:
     def initial_state(self) -> State:
         """Policy = reference = the fitted network; also draws the pairs that are followed."""
         config = self.config
-        policy = StackedPolicy(
-            self.initial, self.rates, dropout=config.dropout, shift=config.shift
-        )
+        policy = StackedPolicy(self.initial, self.rates, dropout=config.dropout, shift=config.shift)
         state = State(policy, Scorer(self.initial, len(self.seeds), policy.arch, config.shift))
         self.fixed = self._draw(state.reference, self.prompts, TRAIN, 0, True).narrow(
             0, min(TRACKED, config.prompts)

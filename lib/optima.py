@@ -1,0 +1,134 @@
+"""What each loss would reach on the bandit with unlimited data and an unrestricted policy: exact.
+
+Completions are independent tokens of pi_ref, and a method sees a completion through its reward
+alone, so everything follows from the law of that reward. Three results are used:
+
+- best-of-N: maximum likelihood reaches the law of the best of N draws (appendix I.2.1);
+- RWR: pi proportional to pi_ref exp(standardised reward / temperature) (appendix I.2.5);
+- IPO: pi proportional to pi_ref exp(p / tau), p the probability of beating a draw from pi_ref
+  (Azar et al. 2024, the solution of Eq. 20 of the paper).
+
+DPO has no such optimum here: preferences are certain, so its loss falls for ever as margins grow.
+Chapter: negative_gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.signal import fftconvolve
+
+from lib import methods
+from lib.bandit.reference import histogram, reward_table
+
+RESOLUTION = 20_000  # steps of the grid on which token rewards are added up
+
+
+@dataclass(frozen=True)
+class Law:
+    """The law of a completion's mean reward under pi_ref.
+
+    Args:
+        scores: (S,) mean rewards, ascending. mass: (S,) their probabilities.
+    """
+
+    scores: np.ndarray
+    mass: np.ndarray
+
+    @property
+    def beaten(self) -> np.ndarray:
+        """(S,) probability that a draw from pi_ref scores less; a tie counts one half."""
+        return np.cumsum(self.mass) - self.mass / 2
+
+    def best_of(self, n: int) -> np.ndarray:
+        """(S,) the probabilities of the best score of n draws."""
+        return np.diff(np.cumsum(self.mass).clip(0, 1) ** n, prepend=0.0)
+
+    def tilted(self, log_weight: np.ndarray) -> np.ndarray:
+        """(S,) the law under pi proportional to pi_ref exp(log_weight)."""
+        weight = np.exp(log_weight - log_weight[self.mass > 0].max()) * self.mass
+        return weight / weight.sum()
+
+    def summary(self, law: np.ndarray) -> tuple[float, float]:
+        """Mean reward of `law`, and its KL to pi_ref in nats."""
+        held = law > 0
+        return float(law @ self.scores), float(law[held] @ np.log(law[held] / self.mass[held]))
+
+
+def _convolved(masses: list[np.ndarray]) -> np.ndarray:
+    total = np.ones(1)
+    for mass in masses:
+        total = fftconvolve(total, mass).clip(0)
+    return total / total.sum()
+
+
+def _token_grid(reward_function: str, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """pi_ref (100,), each token's step on the grid (100,), and the law of one token's step."""
+    policy = histogram(kind)
+    rewards = reward_table(reward_function).double().numpy()
+    step = np.rint(rewards * RESOLUTION).astype(int)
+    return policy, step, np.bincount(step, policy, RESOLUTION + 1)
+
+
+def reward_law(reward_function: str, length: int = 9, kind: str = "squashed") -> Law:
+    """The law of the mean reward of `length` tokens; exact for one, on a grid for more.
+
+    The grid moves a token's reward by at most 1 / (2 RESOLUTION).
+    """
+    policy, _, one = _token_grid(reward_function, kind)
+    if length == 1:
+        rewards = reward_table(reward_function).double().numpy()
+        order = rewards.argsort()
+        return Law(rewards[order], policy[order])
+    mass = _convolved([one] * length)
+    return Law(np.arange(len(mass)) / RESOLUTION / length, mass)
+
+
+def win_ratio(
+    reward_function: str, length: int = 9, completions: int = 10, kind: str = "squashed"
+) -> np.ndarray:
+    """N P(best of N | the completion holds token a at a given position): (100,).
+
+    1 for a token that does not matter, N for one that always wins. Its mean under pi_ref is 1.
+    """
+    law = reward_law(reward_function, length, kind)
+    wins = law.best_of(completions)
+    ratio = np.divide(wins, law.mass, out=np.zeros_like(wins), where=law.mass > 1e-15)
+    if length == 1:
+        rewards = reward_table(reward_function).double().numpy()
+        return ratio[rewards.argsort().argsort()]
+    _, step, one = _token_grid(reward_function, kind)
+    rest = _convolved([one] * (length - 1))
+    return np.array([rest @ ratio[s : s + len(rest)] for s in step])
+
+
+def break_even(beta: float, completions: int = 10) -> float:
+    """The win ratio above which best-of-N + negative gradient pushes a token up, on balance.
+
+    Per prompt, the loss pulls a token up 1 time for each time it is in the best completion and
+    pushes it down beta times for each time it is in one of the others: (1 + beta) P(best) - beta.
+    """
+    return completions * beta / (1 + beta)
+
+
+def optima(length: int = 9, completions: int = 10, kind: str = "squashed") -> pd.DataFrame:
+    """Reward and KL to pi_ref of what each offline loss would reach: one row per method and reward.
+
+    Columns: method, reward_function, reward, kl (nats per completion).
+    """
+    temperature = methods.get("rwr_offline").hyper["temperature"]
+    tau = methods.get("ipo_offline").hyper["tau"]
+    rows = []
+    for name in ("R1", "R2"):
+        law = reward_law(name, length, kind)
+        mean = law.mass @ law.scores
+        deviation = np.sqrt(law.mass @ (law.scores - mean) ** 2)
+        reached = {
+            "best_of_n_offline": law.best_of(completions),
+            "rwr_offline": law.tilted((law.scores - mean) / deviation / temperature),
+            "ipo_offline": law.tilted(law.beaten / tau),
+        }
+        rows += [(method, name, *law.summary(found)) for method, found in reached.items()]
+    return pd.DataFrame(rows, columns=["method", "reward_function", "reward", "kl"])
