@@ -1,0 +1,237 @@
+"""Drawings that several chapters share, each from result tables only.
+
+`curves` draws reward (or another column) against updates, samples, seconds or KL; `dial` a
+statistic of a run against k, T, the number of prompts or the learning rate; `forest` differences
+with their intervals. Each returns the figure and the table of what it drew, which the page links.
+Every interval is the 95% confidence interval of a mean over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib import methods, stats
+from lib.figures import style
+
+Lines = Mapping[str, pd.DataFrame]  # label -> rows of one setting, one run per seed
+Points = Mapping[str, Mapping[float, pd.DataFrame]]  # label -> value of the dial -> such rows
+PHASES = ("seconds_sampling", "seconds_scoring", "seconds_training")
+AXES = {
+    "update": "updates",
+    "samples": "completions drawn",
+    "seconds": "seconds",
+    "reward": "mean reward",
+    "kl_ref": r"KL($\pi\,\|\,\pi_\mathrm{ref}$), nats",
+    "kl_gen": r"KL($\pi\,\|\,\pi_\mathrm{gen}$), nats",
+    "entropy": "entropy, nats",
+}
+DODGE = 0.03  # share of the axis over which a dial's lines are spread, to keep intervals apart
+LEGEND_ROW = 0.19  # inches
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of `curves`.
+
+    Args:
+        title: above it; also names it in the table of what was drawn.
+        lines: label -> rows.
+        x, y: columns; x may also be "seconds" (sampling, scoring and training, not evaluation).
+        limit: largest x to draw, None for all.
+    """
+
+    title: str
+    lines: Lines
+    x: str = "update"
+    y: str = "reward"
+    limit: float | None = None
+
+
+def method_looks(names: Iterable[str]) -> dict[str, dict]:
+    """Title of each method -> how it is drawn in every figure of the book."""
+    return {methods.get(name).title: style.look(name) for name in names}
+
+
+def dial_looks(labels: Sequence[str]) -> dict[str, dict]:
+    """Label of each value of a dial, in order -> colour (dark first) and marker."""
+    markers, colours = "osv^DPX*", style.dial_colours(len(labels))
+    return {
+        label: {"color": colour, "marker": markers[i % len(markers)]}
+        for i, (label, colour) in enumerate(zip(labels, colours, strict=True))
+    }
+
+
+def curves(
+    panels: Sequence[Panel], looks: Mapping[str, dict], columns: int = 2
+) -> tuple[Figure, pd.DataFrame]:
+    """Mean over seeds at each update, with its interval as a band.
+
+    Where x differs between seeds (seconds, KL), it is averaged at the same update as y.
+    Raises: ValueError for a label without a look.
+    """
+    _check_labels((p.lines for p in panels), looks)
+    columns = min(columns, len(panels))
+    with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
+        flat = axes.flatten()
+        drawn = [
+            _curve_panel(axis, panel, looks) for axis, panel in zip(flat, panels, strict=False)
+        ]
+        _finish(figure, flat, len(panels), looks)
+    return figure, pd.concat(drawn, ignore_index=True)
+
+
+def dial(
+    panels: Mapping[str, Points],
+    looks: Mapping[str, dict],
+    statistic: str = "final reward",
+    x: str = "k",
+    columns: int = 2,
+) -> tuple[Figure, pd.DataFrame]:
+    """A statistic of a run (`lib.stats.STATISTICS`) against a dial, on a logarithmic axis.
+
+    Args: panels: title -> label -> value of the dial -> rows. x: the dial's name on the axis.
+    Raises: ValueError for a label without a look.
+    """
+    _check_labels(panels.values(), looks)
+    columns = min(columns, len(panels))
+    with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
+        flat = axes.flatten()
+        drawn = []
+        for axis, (title, points) in zip(flat, panels.items(), strict=False):
+            drawn.append(_dial_panel(axis, points, looks, statistic).assign(panel=title))
+            axis.set(title=title, xlabel=x, ylabel=statistic)
+        _finish(figure, flat, len(panels), looks)
+    return figure, pd.concat(drawn, ignore_index=True)
+
+
+def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figure, pd.DataFrame]:
+    """Differences with their intervals, one row each, and a grey band of those within `margin`.
+
+    Args: table: label, effect, low, high, n, in the order from top to bottom.
+    """
+    height = max(1.2, 0.28 * len(table) + 0.7) / style.PANEL[1]
+    with style.panels(1) as (figure, axes):
+        figure.set_size_inches(2 * style.PANEL[0], height * style.PANEL[1])
+        axis, y = axes[0, 0], np.arange(len(table))[::-1]
+        axis.axvspan(-margin, margin, color="0.88", linewidth=0)
+        axis.axvline(0, color="0.4", linewidth=1)
+        spread = np.stack([table["effect"] - table["low"], table["high"] - table["effect"]])
+        axis.errorbar(table["effect"], y, xerr=np.where(np.isfinite(spread), spread, 0),
+                      fmt="o", color="black", markersize=4, linewidth=1.4)  # fmt: skip
+        axis.set_yticks(y, table["label"])
+        axis.set(xlabel=xlabel, ylim=(-0.6, len(table) - 0.4))
+        axis.grid(False, axis="y")
+    return figure, table
+
+
+def with_seconds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds `seconds`: sampling, scoring and training so far, without evaluation."""
+    return rows.assign(seconds=rows[list(PHASES)].sum(axis=1))
+
+
+def by_value(rows: pd.DataFrame, column: str) -> dict[float, pd.DataFrame]:
+    """Rows split by a column's value, as `dial` takes them."""
+    return {float(value): part for value, part in rows.groupby(column, observed=True)}
+
+
+def averaged(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Per update: mean of `x`, mean of `y` over seeds, its 95% interval, and n.
+
+    Returns: columns update, x, mean, low, high, n, in the order of the updates.
+    """
+    rows = with_seconds(rows) if x == "seconds" else rows
+    drawn = style.averaged(rows, y)
+    if x != "update":
+        drawn.insert(1, x, drawn["update"].map(rows.groupby("update", observed=True)[x].mean()))
+    return drawn
+
+
+def _check_labels(lines: Iterable[Mapping], looks: Mapping[str, dict]) -> None:
+    missing = sorted({label for group in lines for label in group} - set(looks))
+    if missing:
+        raise ValueError(f"no look for {missing}; there are looks for {sorted(looks)}")
+
+
+def _curve_panel(axis: Axes, panel: Panel, looks: Mapping[str, dict]) -> pd.DataFrame:
+    drawn = []
+    for label, rows in panel.lines.items():
+        line = averaged(rows, panel.x, panel.y)
+        if panel.limit is not None:
+            line = line[line[panel.x] <= panel.limit]
+        _line_with_band(axis, line, panel.x, label, looks[label])
+        drawn.append(line.assign(panel=panel.title, line=label, y=panel.y))
+    axis.set(title=panel.title, xlabel=AXES.get(panel.x, panel.x),
+             ylabel=AXES.get(panel.y, panel.y))  # fmt: skip
+    return _drawn(axis, drawn)
+
+
+def _line_with_band(axis: Axes, line: pd.DataFrame, x: str, label: str, look: dict) -> None:
+    every = max(1, len(line) // 6)
+    (path,) = axis.plot(line[x], line["mean"], label=label, markersize=4, markevery=every, **look)
+    if len(line) and (line["n"] > 1).all():
+        axis.fill_between(line[x], line["low"], line["high"], color=path.get_color(),
+                          alpha=0.18, linewidth=0)  # fmt: skip
+
+
+def _dial_panel(
+    axis: Axes, points: Points, looks: Mapping[str, dict], statistic: str
+) -> pd.DataFrame:
+    axis.set_xscale("log")
+    values = sorted({value for parts in points.values() for value in parts})
+    span = np.log(values[-1] / values[0]) if len(values) > 1 else 1.0
+    drawn = []
+    for i, (label, parts) in enumerate(points.items()):
+        line = summarised(parts, statistic)
+        shift = np.exp(span * DODGE * (i - (len(points) - 1) / 2) / max(1, len(points) - 1))
+        spread = np.stack([line["mean"] - line["low"], line["high"] - line["mean"]])
+        axis.errorbar(line["value"] * shift, line["mean"], markersize=4, label=label,
+                      yerr=np.where(np.isfinite(spread), spread, 0), **looks[label])  # fmt: skip
+        drawn.append(line.assign(line=label, statistic=statistic))
+    _ticks(axis, values)
+    return _drawn(axis, drawn)
+
+
+def summarised(parts: Mapping[float, pd.DataFrame], statistic: str) -> pd.DataFrame:
+    """Per value of a dial: mean of a statistic over seeds, its 95% interval, and n."""
+    rows = []
+    for value, table in sorted(parts.items()):
+        found = stats.per_run(table, statistic)
+        rows.append((value, *stats.interval(found), len(found)))
+    return pd.DataFrame(rows, columns=["value", "mean", "low", "high", "n"])
+
+
+def _ticks(axis: Axes, values: Sequence[float]) -> None:
+    """The dial's own values as ticks where they fit, else the powers of ten."""
+    if 0 < len(values) <= 7:
+        axis.set_xticks(values, [f"{v:g}" for v in values])
+        axis.minorticks_off()
+
+
+def _drawn(axis: Axes, parts: list[pd.DataFrame]) -> pd.DataFrame:
+    if not parts:
+        axis.text(0.5, 0.5, "not run\nat this profile", ha="center", va="center",
+                  transform=axis.transAxes)  # fmt: skip
+        return pd.DataFrame()
+    return pd.concat(parts, ignore_index=True)
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], used: int, looks: Mapping[str, dict]) -> None:
+    """One legend for all panels, in the order of `looks`; panels left over are hidden."""
+    for axis in axes[used:]:
+        axis.set_visible(False)
+    found: dict[str, object] = {}
+    for axis in axes[:used]:
+        handles, labels = axis.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    shown = [label for label in looks if label in found]
+    if shown:
+        columns = 2 if len(shown) > 1 and max(map(len, shown)) > 12 else min(4, len(shown))
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + LEGEND_ROW * -(-len(shown) // columns))
+        figure.legend([found[s] for s in shown], shown, loc="outside lower center", ncols=columns)

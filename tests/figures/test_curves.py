@@ -1,0 +1,102 @@
+"""What a figure returns as drawn must be what the result table says."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import stats
+from lib.figures import curves
+
+matplotlib.use("Agg")
+
+
+def rows(seeds, rewards, kl=(0.0, 1.0, 3.0)):
+    """A result table of runs with three evaluations; `rewards` (seeds, 3)."""
+    parts = []
+    for seed, values in zip(seeds, rewards, strict=True):
+        parts.append(pd.DataFrame({
+            "run": f"run-{seed}", "seed": seed, "update": [0, 50, 100], "reward": values,
+            "kl_ref": np.array(kl) * (seed + 1), "learning_rate": 0.1, "samples": [0, 5000, 10000],
+            "seconds_sampling": [0.0, 1.0, 2.0], "seconds_scoring": [0.0, 0.5, 1.0],
+            "seconds_training": [0.0, 2.0, 4.0], "seconds_evaluation": [9.0, 9.0, 9.0],
+        }))  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
+
+
+TWO = rows([0, 1], [[0.0, 0.5, 1.0], [0.0, 0.7, 0.8]])
+LOOKS = curves.dial_looks(["a", "b"])
+
+
+def test_mean_and_interval_at_each_update():
+    _, drawn = curves.curves([curves.Panel("R1", {"a": TWO})], LOOKS)
+    assert drawn["mean"].tolist() == pytest.approx([0.0, 0.6, 0.9])
+    assert drawn["low"][2] == pytest.approx(stats.interval([1.0, 0.8])[1])
+    assert set(drawn["n"]) == {2} and set(drawn["panel"]) == {"R1"} and set(drawn["line"]) == {"a"}
+
+
+def test_kl_is_averaged_at_the_update_of_its_reward():
+    _, drawn = curves.curves([curves.Panel("R1", {"a": TWO}, x="kl_ref")], LOOKS)
+    assert drawn["kl_ref"].tolist() == pytest.approx([0.0, 1.5, 4.5])
+
+
+def test_seconds_leave_evaluation_out():
+    _, drawn = curves.curves([curves.Panel("R1", {"a": TWO}, x="seconds")], LOOKS)
+    assert drawn["seconds"].tolist() == pytest.approx([0.0, 3.5, 7.0])
+
+
+def test_limit_cuts_the_line_and_the_axis_carries_its_words():
+    figure, drawn = curves.curves([curves.Panel("R1", {"a": TWO}, limit=50)], LOOKS)
+    assert drawn["update"].tolist() == [0, 50]
+    (axis,) = figure.axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("updates", "mean reward")
+    assert axis.lines[0].get_xdata().tolist() == [0, 50]
+
+
+def test_an_unknown_label_is_refused():
+    with pytest.raises(ValueError, match="no look for \\['c'\\]"):
+        curves.curves([curves.Panel("R1", {"c": TWO})], LOOKS)
+
+
+def test_a_panel_without_runs_says_so():
+    figure, drawn = curves.curves([curves.Panel("R1", {})], LOOKS)
+    assert drawn.empty and "not run" in figure.axes[0].texts[0].get_text()
+
+
+def test_legend_names_every_line_once_over_all_panels():
+    panels = [curves.Panel("R1", {"a": TWO}), curves.Panel("R2", {"a": TWO, "b": TWO})]
+    figure, _ = curves.curves(panels, LOOKS)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_dial_draws_the_statistic_of_every_value():
+    points = {"a": {1: TWO, 10: rows([0, 1], [[0.0, 0.1, 0.2], [0.0, 0.1, 0.4]])}}
+    figure, drawn = curves.dial({"R1": points}, LOOKS, "final reward", "T")
+    assert drawn["value"].tolist() == [1, 10]
+    assert drawn["mean"].tolist() == pytest.approx([0.9, 0.3])
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "10"]
+
+
+def test_rows_are_split_by_rate():
+    table = pd.concat([TWO, TWO.assign(learning_rate=0.3)])
+    assert {k: len(v) for k, v in curves.by_value(table, "learning_rate").items()} == {
+        0.1: 6, 0.3: 6,
+    }  # fmt: skip
+
+
+def test_forest_lists_rows_from_top_to_bottom():
+    table = pd.DataFrame({"label": ["first", "second"], "effect": [0.1, -0.2],
+                          "low": [0.0, -np.inf], "high": [0.2, np.inf], "n": [5, 1]})  # fmt: skip
+    figure, drawn = curves.forest(table, "difference", margin=0.02)
+    axis = figure.axes[0]
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    heights = dict(zip(labels, axis.get_yticks(), strict=True))
+    assert heights["first"] > heights["second"]
+    assert axis.lines[1].get_xdata().tolist() == [0.1, -0.2]
+    assert drawn is table
+
+
+def test_methods_keep_their_colour_in_every_figure():
+    looks = curves.method_looks(["ipo", "ipo_offline"])
+    on, off = looks["IPO (on-policy)"], looks["IPO (offline)"]
+    assert on["color"] == off["color"] and on["linestyle"] != off["linestyle"]
