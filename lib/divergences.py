@@ -43,7 +43,11 @@ def sampled_kl(logp: Tensor, logq: Tensor, kind: str = "k1") -> Tensor:
     Raises: ValueError for another `kind`.
     """
     delta = logp - logq
-    kinds = {"k1": lambda: delta, "k2": lambda: delta**2 / 2, "k3": lambda: (-delta).expm1() + delta}
+    kinds = {
+        "k1": lambda: delta,
+        "k2": lambda: delta**2 / 2,
+        "k3": lambda: (-delta).expm1() + delta,
+    }
     if kind not in kinds:
         raise ValueError(f"kind must be one of {tuple(kinds)}, got {kind!r}")
     return kinds[kind]()
