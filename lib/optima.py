@@ -72,6 +72,15 @@ def _token_grid(reward_function: str, kind: str) -> tuple[np.ndarray, np.ndarray
     return policy, step, np.bincount(step, policy, RESOLUTION + 1)
 
 
+def _one_token(reward_function: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards that one token can have, ascending, and each token's place among them: (100,).
+
+    Tokens at the same distance from the peak share a reward.
+    """
+    rewards = reward_table(reward_function).double().numpy()
+    return np.unique(rewards, return_inverse=True)
+
+
 def reward_law(reward_function: str, length: int = 9, kind: str = "squashed") -> Law:
     """The law of the mean reward of `length` tokens; exact for one, on a grid for more.
 
@@ -79,9 +88,8 @@ def reward_law(reward_function: str, length: int = 9, kind: str = "squashed") ->
     """
     policy, _, one = _token_grid(reward_function, kind)
     if length == 1:
-        rewards = reward_table(reward_function).double().numpy()
-        order = rewards.argsort()
-        return Law(rewards[order], policy[order])
+        scores, place = _one_token(reward_function)
+        return Law(scores, np.bincount(place, policy))
     mass = _convolved([one] * length)
     return Law(np.arange(len(mass)) / RESOLUTION / length, mass)
 
@@ -97,8 +105,7 @@ def win_ratio(
     wins = law.best_of(completions)
     ratio = np.divide(wins, law.mass, out=np.zeros_like(wins), where=law.mass > 1e-15)
     if length == 1:
-        rewards = reward_table(reward_function).double().numpy()
-        return ratio[rewards.argsort().argsort()]
+        return ratio[_one_token(reward_function)[1]]
     _, step, one = _token_grid(reward_function, kind)
     rest = _convolved([one] * (length - 1))
     return np.array([rest @ ratio[s : s + len(rest)] for s in step])

@@ -1,0 +1,88 @@
+"""Optima against enumeration, simulation, known formulas and the gradients of lib.losses."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib import losses, optima
+from lib.bandit.reference import histogram, reward_table
+
+REWARDS = ("R1", "R2")
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_law_of_two_tokens_matches_enumeration(reward):
+    policy, table = histogram(), reward_table(reward).double().numpy()
+    mass, scores = np.outer(policy, policy).ravel(), np.add.outer(table, table).ravel() / 2
+    law = optima.reward_law(reward, 2)
+    assert law.mass.sum() == pytest.approx(1)
+    assert law.mass @ law.scores == pytest.approx(mass @ scores, abs=1e-4)
+    for level in (0.11, 0.52, 0.83):
+        assert law.mass[law.scores <= level].sum() == pytest.approx(
+            mass[scores <= level].sum(), abs=2e-3
+        )
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_kl_of_best_of_n_is_the_known_formula(length):
+    """ln N - (N - 1) / N, for a reward without ties."""
+    law = optima.reward_law("R1", length)
+    n = 3 if length == 1 else 10  # one token has atoms: only roughly continuous
+    known = np.log(n) - (n - 1) / n
+    assert law.summary(law.best_of(n))[1] == pytest.approx(known, rel=0.05 if length == 1 else 0.01)
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_best_of_n_matches_simulation(reward):
+    table, rng = reward_table(reward).double().numpy(), np.random.default_rng(0)
+    draws = rng.choice(100, size=(40_000, 10, 9), p=histogram())
+    best = table[draws].mean(-1).max(-1)
+    law = optima.reward_law(reward, 9)
+    found = law.summary(law.best_of(10))[0]
+    assert found == pytest.approx(best.mean(), abs=4 * best.std() / 200)
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_win_ratio_matches_simulation(reward):
+    table, rng = reward_table(reward).double().numpy(), np.random.default_rng(0)
+    draws = rng.choice(100, size=(40_000, 10, 9), p=histogram())
+    best = draws[np.arange(len(draws)), table[draws].mean(-1).argmax(-1)]
+    ratio = optima.win_ratio(reward, 9)
+    peak = {"R1": 70, "R2": 20}[reward]
+    near = np.isin(np.arange(100), range(peak - 2, peak + 3))
+    expected = (ratio * histogram())[near].sum() / histogram()[near].sum()
+    found = np.isin(best, np.flatnonzero(near)).mean() / histogram()[near].sum()
+    assert found == pytest.approx(expected, rel=0.05)
+    assert ratio @ histogram() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_ipo_optimum_has_no_gradient_in_the_books_own_loss(reward):
+    """Population loss of one token: all 100 as one group, pairs weighted by pi_ref."""
+    policy = torch.tensor(histogram())
+    scores = reward_table(reward).double()
+    law = optima.reward_law(reward, 1)
+    beaten = torch.tensor(law.beaten[np.searchsorted(law.scores, scores.numpy())])
+    logp = (policy.log() + 20 * beaten).log_softmax(-1).requires_grad_()
+    prefer = scores[:, None] > scores[None, :]
+    loss = losses.ipo(logp[None], policy.log()[None], prefer[None], 0.05)[0]
+    (loss * policy[:, None] * policy[None, :]).sum().backward()
+    assert logp.grad.abs().max() < 1e-9
+
+
+def test_break_even_is_where_the_books_own_loss_changes_sign():
+    """A completion that is best in a share s of its draws: pull s, push beta (1 - s)."""
+    for beta in (1.0, 0.1):
+        share = optima.break_even(beta, 10) / 10
+        logp = torch.zeros(2, requires_grad=True, dtype=torch.float64)
+        selected = torch.tensor([[True, False], [False, True]])
+        item = losses.best_of_n_negative(logp.expand(2, 2), selected, beta, 0.01)
+        (torch.tensor([share, 1 - share])[:, None] * item)[:, 0].sum().backward()
+        assert logp.grad[0].item() == pytest.approx(0, abs=1e-12)
+    assert optima.break_even(1.0, 10) == 5
+
+
+def test_optima_table_is_ordered_and_finite():
+    table = optima.optima(9)
+    assert len(table) == 6 and np.isfinite(table[["reward", "kl"]]).all(axis=None)
+    assert table["reward"].between(0, 1).all() and (table["kl"] > 0).all()
