@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -92,7 +93,8 @@ def main() -> int:
     print(
         f"store: {PROCESSES} processes, {RUNS} runs of {SECONDS} s, each computed once: "
         f"{'yes' if once else 'NO'}; {together:.1f} s, {alone / together:.1f} times as fast as one "
-        f"process ({alone:.1f} s; {PROCESSES} is ideal); limited by reading the store on the cores"
+        f"process ({alone:.1f} s; {PROCESSES} is ideal); limited by planning and reading in every "
+        f"process, which share {joblib.cpu_count()} cores"
     )
     return 0 if once else 1
 

@@ -55,20 +55,33 @@ def changed_since(then: Mapping[str, str], root: Path | None = None) -> list[str
     return changed(then, now)
 
 
-def fingerprint_as_loaded(*module_names: str, root: Path | None = None) -> dict[str, str]:
+def fingerprint_as_loaded(*module_names: str) -> dict[str, str]:
     """`code_fingerprint`, refused when a file changed after this process first computed with it.
 
     The process still runs what it loaded then, so the files no longer name the code that runs.
     """
-    root = root or ROOT
-    now = code_fingerprint(*module_names, root=root)
-    edited = [path for path in now if _first_seen.setdefault(root / path, now[path]) != now[path]]
-    if edited:
+    now = code_fingerprint(*module_names)
+    refuse_other_code(now)
+    return now
+
+
+def refuse_other_code(code: Mapping[str, str]) -> None:
+    """RuntimeError unless the code of this process is `code`.
+
+    An edit during a computation does not disturb it: what it loaded still is `code`.
+    """
+    other = [path for path, hashed in code.items() if _seen(ROOT / path) != hashed]
+    if other:
         raise RuntimeError(
-            f"{', '.join(edited)} changed since this process loaded it: restart the process (the "
+            f"{', '.join(other)} changed since this process loaded it: restart the process (the "
             "kernel, in a notebook), so that results are computed by the code that they name"
         )
-    return now
+
+
+def _seen(path: Path) -> str:
+    if path not in _first_seen:
+        _first_seen[path] = source_hash(path)
+    return _first_seen[path]
 
 
 def module_name(path: str) -> str:

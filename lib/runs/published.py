@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from lib.runs import fingerprint, provenance
 from lib.runs.configurations import file_hash
 from lib.runs.files import write_atomically
+from lib.runs.records import unset_strings
 
 PROFILES = ("smoke", "cpu", "full", "gpu", "paper")  # from the smallest to the largest
 SECONDS_BITS = 12  # of the mantissa that published times keep: 1 part in 8,000, far below noise
@@ -286,4 +287,5 @@ def _environments(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]
 def _plain_strings(table: pd.DataFrame) -> pd.DataFrame:
     """Categories back to the strings that `compute` returns."""
     names = [n for n in table.columns if isinstance(table[n].dtype, pd.CategoricalDtype)]
-    return table.assign(**{n: table[n].astype(table[n].cat.categories.dtype) for n in names})
+    plain = {name: table[name].astype(table[name].cat.categories.dtype) for name in names}
+    return unset_strings(table.assign(**plain))

@@ -82,5 +82,11 @@ def read_record(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     return table, provenance
 
 
+def unset_strings(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns without any value get the type of `run`, the one they have when a string is set."""
+    unset = [name for name in table if table[name].dtype == object and table[name].isna().all()]
+    return table.astype(dict.fromkeys(unset, table["run"].dtype))
+
+
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:80] or type(error).__name__

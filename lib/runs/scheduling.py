@@ -22,6 +22,7 @@ from lib.runs import fingerprint, provenance
 from lib.runs.configurations import canonical, columns, data_files, identity
 from lib.runs.files import StoreFullError
 from lib.runs.planning import Engine, Plan, group, plan
+from lib.runs.records import unset_strings
 from lib.runs.store import Checkpoint, Store
 
 POLL = 0.5  # seconds between two looks at the workers' progress
@@ -86,8 +87,7 @@ def compute(
 def assemble(configs: Sequence[Any], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """One table: each run's rows behind its configuration's columns and its identity, `run`."""
     heads = pd.DataFrame([{**columns(config), "run": identity(config)} for config in configs])
-    unset = [name for name in heads if heads[name].isna().all() and heads[name].dtype == object]
-    heads = heads.astype(dict.fromkeys(unset, heads["run"].dtype))  # strings, as when one is set
+    heads = unset_strings(heads)
     metrics = pd.concat(tables, ignore_index=True)
     both = sorted(set(heads) & set(metrics))
     if both:
@@ -204,7 +204,7 @@ def _compute_block(job: Job, configs: dict[str, Any], progress_file: Path) -> No
         configs = {run: configs[run] for run in missing}
         checkpoint = store.checkpoint(missing, job.code, report)
     if missing:
-        fingerprint.fingerprint_as_loaded(*job.engine.modules)
+        fingerprint.refuse_other_code(job.code)
         made = job.engine.run(list(configs.values()), checkpoint)
         tables = _checked_tables(made, list(configs))
         for run in missing:
