@@ -22,7 +22,42 @@ BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not
           "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
 
 
-class Chapter:
+class Page:
+    """A chapter without runs of its own: takes the parameters of every chapter and checks them.
+
+    Args:
+        name: the chapter's, for the files of its figures' numbers.
+        profile, recompute, plan_only: as `Chapter`; with `plan_only` the rest is skipped.
+    Raises: ValueError that names the bad value and the allowed ones.
+    """
+
+    def __init__(
+        self, name: str, *, profile: str = "auto", recompute: bool = False, plan_only: bool = False
+    ):
+        self.name = name
+        if profile != "auto" and profile not in experiments.PROFILES:
+            allowed = ("auto", *experiments.PROFILES)
+            raise ValueError(f"profile must be one of {allowed}, got {profile!r}")
+        self.profile_name, self.recompute = profile, _flag("recompute", recompute)
+        if _flag("plan_only", plan_only):
+            print(f"{name} has no runs of its own: nothing to compute")
+            _skip_the_rest()
+
+    def keep(self, name: str, table: pd.DataFrame) -> Markdown:
+        """Stores the numbers of a figure as CSV beside the page and returns a link to them."""
+        FIGURE_DATA.mkdir(parents=True, exist_ok=True)
+        path = FIGURE_DATA / f"{self.name}-{name}.csv"
+        table.to_csv(path, index=False, float_format="%.6g")
+        return Markdown(f'<a class="figure-data" href="figure-data/{path.name}">'
+                        "the numbers of this figure (CSV)</a>")  # fmt: skip
+
+    def show(self, name: str, figure: Any, table: pd.DataFrame) -> None:
+        """Displays a figure, and a link to its numbers below it."""
+        display(figure)
+        display(self.keep(name, table))
+
+
+class Chapter(Page):
     """A chapter's results at a profile, from what is published or computed now.
 
     Args:
@@ -155,19 +190,6 @@ class Chapter:
         shown = summary[summary["claim"].isin(ids)] if ids else summary
         parts = [_claim_text(row, self.verdicts) for row in shown.to_dict("records")]
         return Markdown("\n\n".join(parts))
-
-    def keep(self, name: str, table: pd.DataFrame) -> Markdown:
-        """Stores the numbers of a figure as CSV beside the page and returns a link to them."""
-        FIGURE_DATA.mkdir(parents=True, exist_ok=True)
-        path = FIGURE_DATA / f"{self.name}-{name}.csv"
-        table.to_csv(path, index=False, float_format="%.6g")
-        return Markdown(f'<a class="figure-data" href="figure-data/{path.name}">'
-                        "the numbers of this figure (CSV)</a>")  # fmt: skip
-
-    def show(self, name: str, figure: Any, table: pd.DataFrame) -> None:
-        """Displays a figure, and a link to its numbers below it."""
-        display(figure)
-        display(self.keep(name, table))
 
 
 def badge(verdict: str) -> str:
