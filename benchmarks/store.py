@@ -41,7 +41,7 @@ class Sleeper:
 
     log: Path
     block_size: int = 1
-    modules: tuple[str, ...] = ("lib.runs.files",)
+    modules: tuple[str, ...] = ("lib.losses",)
 
     def block_key(self, config: Nap) -> str:
         """All runs are alike."""
