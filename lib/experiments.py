@@ -96,12 +96,14 @@ class Setting:
     Args:
         sweep: which learning rates compete: "all", "neighbours" (the base setting's and the next
             on either side) or "base" (the base setting's, without a sweep of its own).
+        seeds: how many are reported: "report" (20 at full), "dial" (10) or "few" (5).
     """
 
     method: str
     reward_function: str
     options: tuple[tuple[str, Any], ...] = ()
     sweep: str = "all"
+    seeds: str = "report"
 
     @property
     def base(self) -> Setting:
@@ -121,6 +123,7 @@ class Setting:
             options.setdefault("inner_steps", updates)
         else:
             options.setdefault("iterations", max(1, updates // options.get("sets", 1)))
+            options.setdefault("held_out", False)  # of interest where the data are fixed
         return bandit_run(self.method, self.reward_function, rate, seed, **options)
 
 
@@ -132,17 +135,24 @@ def _staleness(profile: Profile) -> list[Setting]:
     """Dial B: k sets drawn at once, consumed in k updates; on R2 the other methods' end only."""
     dial = [("best_of_n", reward, k) for reward in REWARDS for k in profile.sets]
     others = [name for name in ON_POLICY if name != "best_of_n"]
-    dial += [(name, "R1", k) for name in others for k in profile.sets if k != 2]
+    dial += [(name, "R1", k) for name in others for k in profile.sets if k not in (2, 5)]
     dial += [(name, "R2", max(profile.sets)) for name in others]
-    return [Setting(name, r, (("sets", k),), "neighbours") for name, r, k in dial]
+    return [
+        Setting(name, r, (("sets", k),), "neighbours", "report" if name == "best_of_n" else "dial")
+        for name, r, k in dial
+    ]
 
 
 def _reuse(profile: Profile) -> list[Setting]:
     """Dial T on R1: every value for RWR (Figure 14), two for the other on-policy methods."""
     few = [t for t in profile.inner_steps if t in (5, 10)] or profile.inner_steps
+    judged = ("rwr", "reinforce", "ppo_sequence")
     dial = [("rwr", "R1", t) for t in profile.inner_steps]
     dial += [(name, "R1", t) for name in ON_POLICY if name != "rwr" for t in few]
-    return [Setting(name, r, (("inner_steps", t),), "base") for name, r, t in dial]
+    return [
+        Setting(name, r, (("inner_steps", t),), "base", "dial" if name in judged else "few")
+        for name, r, t in dial
+    ]
 
 
 def _conventions(names: Iterable[str]) -> list[Setting]:
@@ -161,17 +171,17 @@ def _conventions(names: Iterable[str]) -> list[Setting]:
         "ipo_offline": [(("length", 10),), (("histogram", "clipped"),), (("shift", False),),
                         (("dropout", 0.1),)],
     }  # fmt: skip
-    return [Setting(n, "R1", s, "base") for n in names if n in switches for s in switches[n]]
+    return [Setting(n, "R1", s, "base", "few") for n in names if n in switches for s in switches[n]]
 
 
 def _one_token() -> list[Setting]:
     """The 1-token bandit of appendix J.3: every method has its own sweep there."""
-    return [Setting(n, r, (("length", 1),)) for r in REWARDS for n in OFFLINE]
+    return [Setting(n, r, (("length", 1),), seeds="dial") for r in REWARDS for n in OFFLINE]
 
 
 def _prompts(profile: Profile) -> list[Setting]:
     return [
-        Setting("ipo_offline", reward, (("prompts", n),), "neighbours")
+        Setting("ipo_offline", reward, (("prompts", n),), "neighbours", "dial")
         for reward in REWARDS for n in profile.prompts
     ]  # fmt: skip
 
@@ -206,7 +216,8 @@ CHAPTERS: dict[str, Grid] = {
     "complementary": Grid(lambda p: _base(("ipo_offline", "ipo", "rwr", "ppo_sequence"))),
     "wall_clock": Grid(
         lambda p: (
-            _base(WALL_CLOCK, ("R1",)) + [Setting(name, "R1", ALONE, "base") for name in WALL_CLOCK]
+            _base(WALL_CLOCK, ("R1",))
+            + [Setting(name, "R1", ALONE, "base", "dial") for name in WALL_CLOCK]
         ),
         jobs=1,  # each run has the machine to itself
         derive=lambda results, profile: with_target(results, profile),
@@ -302,9 +313,9 @@ def _sweep_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
 
 
 def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
-    """Seeds whose results are reported: more for base settings and for the dial of Figure 4."""
-    figure_4 = setting.method == "best_of_n" and dict(setting.options).keys() == {"sets"}
-    return profile.report_seeds if figure_4 or not setting.options else profile.dial_seeds
+    """The seeds whose results are reported."""
+    few = profile.dial_seeds[:5]
+    return {"report": profile.report_seeds, "dial": profile.dial_seeds, "few": few}[setting.seeds]
 
 
 def reported(
