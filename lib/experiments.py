@@ -336,8 +336,7 @@ def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     phases = ["seconds_sampling", "seconds_scoring", "seconds_training"]
     results = results.assign(seconds=results[phases].sum(axis=1))
     alone = [s for s in CHAPTERS["wall_clock"].settings(profile) if s.options]
-    last = final(results)
-    means = [reported(last, s, profile)["reward"].mean() for s in alone
+    means = [final(reported(results, s, profile))["reward"].mean() for s in alone
              if s.method in set(results["method"])]  # fmt: skip
     return results.assign(target=TARGET_SHARE * max(means))
 
