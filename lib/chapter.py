@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from myst_nb import glue
 
-from lib import claims, experiments, runs
+from lib import claims, experiments, runs, stats, tables
 from lib.bandit.config import BanditRun
 from lib.experiments import Setting
 from lib.publish import STORE
@@ -190,6 +191,48 @@ class Chapter(Page):
         shown = summary[summary["claim"].isin(ids)] if ids else summary
         parts = [_claim_text(row, self.verdicts) for row in shown.to_dict("records")]
         return Markdown("\n\n".join(parts))
+
+    def lines(self, settings: Mapping[str, str]) -> dict[str, pd.DataFrame]:
+        """Reported rows of `settings` (label -> name), without those not in this profile's grid."""
+        return {label: self.reported(s) for label, s in settings.items() if self.has(s)}
+
+    def dial(self, base: str, option: str, first: int = 1) -> dict[float, pd.DataFrame]:
+        """Reported rows by value of `option`: the base setting's as `first`, then the rest."""
+        found = {first: self.reported(base)} if self.has(base) else {}
+        for s in self.settings():
+            if s.base.name == base and len(s.options) == 1 and s.options[0][0] == option:
+                found[s.options[0][1]] = self.reported(s.name)
+        return dict(sorted(found.items()))
+
+    def counts(self) -> None:
+        """Makes n_report, n_dial, n_few, n_sweep (seeds) and n_rates available to the prose."""
+        profile, extra = self.profile, len(self.extra_seeds)
+        glue("n_report", len(profile.report_seeds) + extra, display=False)
+        glue("n_dial", len(profile.dial_seeds) + extra, display=False)
+        glue("n_few", len(profile.dial_seeds[:5]) + extra, display=False)
+        glue("n_sweep", len(profile.sweep_seeds), display=False)
+        glue("n_rates", len(profile.rates), display=False)
+
+    def contrast(self, text: str, statistic: str = "final reward") -> pd.Series | None:
+        """A statistic of a contrast such as "ipo@R1 - rwr@R1", by seed, as the verdicts use it.
+
+        Returns: None where one of its settings is not in the grid of this profile.
+        """
+        parts = claims.terms(text)
+        if not self.has(*(name for _, name in parts)):
+            return None
+        values = [w * stats.per_run(self.reported(name), statistic) for w, name in parts]
+        return sum(values[1:], values[0]).dropna()
+
+    def number(
+        self, name: str, text: str, statistic: str = "final reward", digits: int = 2
+    ) -> None:
+        """Makes a contrast's mean and 95% interval available to the prose as `name`."""
+        values = self.contrast(text, statistic)
+        signed = len(claims.terms(text)) > 1
+        shown = "(not run at this profile)" if values is None or values.empty else (
+            tables.interval_text(values, signed, digits))  # fmt: skip
+        glue(name, shown, display=False)
 
 
 def badge(verdict: str) -> str:

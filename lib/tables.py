@@ -1,0 +1,179 @@
+"""Tables that chapters show, each from result tables only, and how they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown
+
+from lib import experiments, methods, stats
+
+COLLAPSED = 0.01  # nats of entropy per completion: the policy answers a prompt in one way only
+CEILING = 1.0  # of both reward functions: every token at the peak
+RATES_TRIED = {"all": "all", "neighbours": "selected and neighbours", "base": "the base setting's"}
+NEAR = 0.02  # of reward: what this book's verdicts treat as no difference
+
+
+def shown(table: pd.DataFrame, digits: int = 2) -> Markdown:
+    """A table in Markdown: text to the left, numbers to the right with `digits` decimals."""
+    numeric = [pd.api.types.is_numeric_dtype(table[c]) for c in table]
+    lines = [_row(table.columns), _row("---:" if n else "---" for n in numeric)]
+    lines += [_row(_cell(v, digits) for v in row) for row in table.itertuples(index=False)]
+    return Markdown("\n".join(lines))
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float | np.floating):
+        return "-" if np.isnan(value) else f"{value:.{digits}f}"
+    return str(value)
+
+
+def interval_text(values: Sequence[float], signed: bool = False, digits: int = 2) -> str:
+    """ "0.93 (0.91 to 0.95)": mean and its 95% interval; a single value has no interval."""
+    mean, low, high = stats.interval(values)
+    sign = "+" if signed else ""
+    text = f"{mean:{sign}.{digits}f}"
+    if not np.isfinite(low):
+        return text
+    return f"{text} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+
+
+def rate_text(rate: float) -> str:
+    return f"{rate:g}"
+
+
+def paired(a: pd.DataFrame, b: pd.DataFrame, statistic: str) -> pd.Series:
+    """A statistic's difference a - b within every seed that both have."""
+    return (stats.per_run(a, statistic) - stats.per_run(b, statistic)).dropna()
+
+
+def effects(pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], statistic: str) -> pd.DataFrame:
+    """Paired differences with their 95% intervals, as `lib.figures.curves.forest` takes them.
+
+    Args: pairs: label -> (rows, rows it is compared with). Returns: label, effect, low, high, n.
+    """
+    rows = []
+    for label, (a, b) in pairs.items():
+        difference = paired(a, b, statistic)
+        rows.append((label, *stats.interval(difference), len(difference)))
+    return pd.DataFrame(rows, columns=["label", "effect", "low", "high", "n"])
+
+
+def effects_shown(tables: Mapping[str, pd.DataFrame]) -> Markdown:
+    """Several `effects` side by side, one column of "mean (low to high)" each.
+
+    Args: tables: column title -> effects of the same labels.
+    """
+    first = next(iter(tables.values()))
+    columns = {
+        title: [
+            f"{r.effect:+.3f}" + (f" ({r.low:+.3f} to {r.high:+.3f})" if np.isfinite(r.low) else "")
+            for r in table.itertuples()
+        ]
+        for title, table in tables.items()
+    }
+    return shown(pd.DataFrame({"setting": first["label"], **columns, "seeds": first["n"]}))
+
+
+def cost_to_reach(parts: Mapping[str, pd.DataFrame], target: float) -> pd.DataFrame:
+    """Updates, completions and seconds until the reward reaches `target` and stays there.
+
+    Medians over the runs that reach it; `reached` counts them.
+    Args: parts: label -> rows of one setting, with a column `seconds`.
+    """
+    rows = []
+    for label, table in parts.items():
+        curves = [c.sort_values("update") for _, c in table.groupby("run", observed=True)]
+        found = {
+            name: np.array([stats.reaching(c, target, name) for c in curves])
+            for name in ("update", "samples", "seconds")
+        }
+        reached = np.isfinite(found["update"])
+        median = {k: np.median(v[reached]) if reached.any() else np.nan for k, v in found.items()}
+        rows.append({"setting": label, "reached by": f"{reached.sum()} of {len(curves)}",
+                     "updates": median["update"], "completions": median["samples"],
+                     "seconds": median["seconds"]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def grid(settings: Sequence[experiments.Setting], profile: experiments.Profile) -> pd.DataFrame:
+    """A chapter's grid, one row per group of settings that differ only in a value."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for s in settings:
+        keys = ", ".join(name for name, _ in s.options)
+        values = ", ".join(str(value) for _, value in s.options)
+        group = groups.setdefault((s.method, keys, s.sweep), {"values": [], "rewards": []})
+        group["values"].append(values)
+        group["rewards"].append(s.reward_function)
+        group["seeds"] = len(experiments.report_seeds(s, profile))
+    return pd.DataFrame([
+        {"method": methods.get(name).title, "varied": f"`{keys}`" if keys else "-",
+         "values": "; ".join(dict.fromkeys(g["values"])) or "-",
+         "reward": ", ".join(sorted(set(g["rewards"]))), "rates tried": RATES_TRIED[sweep],
+         "seeds": g["seeds"]}
+        for (name, keys, sweep), g in groups.items()
+    ])  # fmt: skip
+
+
+def selection(
+    results: pd.DataFrame, settings: Sequence[experiments.Setting], profile: experiments.Profile
+) -> pd.DataFrame:
+    """The rate and final reward that each way of choosing the learning rate gives.
+
+    This book's: the best mean reward over updates on the sweep seeds, reported on fresh seeds. The
+    paper's: the best mean final reward, reported on the same seeds that chose it (appendix I.3).
+    """
+    rows = []
+    for s in settings:
+        ours = experiments.reported(results, s, profile)
+        swept = experiments.matching(results, s, profile)
+        swept = swept[swept["seed"].isin(profile.sweep_seeds)]
+        best = experiments.selected_rate(results, s, profile, "final reward")
+        theirs = stats.per_run(swept[swept["learning_rate"] == best], "final reward")
+        rows.append({
+            "method": methods.get(s.method).title, "reward": s.reward_function,
+            "rate, ours": rate_text(float(ours["learning_rate"].iloc[0])),
+            "final reward, fresh seeds": interval_text(stats.per_run(ours, "final reward"),
+                                                       digits=3),
+            "rate, paper's rule": rate_text(best),
+            "final reward, best of the sweep": interval_text(theirs, digits=3),
+            "rates near the best": near_best(swept),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def near_best(swept: pd.DataFrame) -> str:
+    """How many rates of a sweep end within `NEAR` of the best one's mean final reward."""
+    finals = experiments.final(swept)
+    means = finals.assign(reward=finals["reward"].fillna(0.0)).groupby("learning_rate")["reward"]
+    means = means.mean()
+    return f"{int((means >= means.max() - NEAR).sum())} of {len(means)}"
+
+
+def collapse(results: pd.DataFrame) -> pd.DataFrame:
+    """Per method and reward: on what the runs ended, each counted once.
+
+    Columns: runs; those whose policy still varies; those that answer in one way only (entropy below
+    `COLLAPSED` nats), apart by whether that is the best answer (within 0.001 of the ceiling); those
+    that went non-finite.
+    """
+    rows = []
+    for (name, reward), last in experiments.final(results).groupby(
+        ["method", "reward_function"], observed=True, sort=False
+    ):
+        gone = last["diverged"].astype(bool)
+        still = (last["entropy"] < COLLAPSED) & ~gone
+        best = still & (last["reward"] > CEILING - 1e-3)
+        rows.append({
+            "method": methods.get(name).title, "reward": reward, "runs": len(last),
+            "still varies": int((~still & ~gone).sum()), "one answer, the best": int(best.sum()),
+            "one answer, not the best": int((still & ~best).sum()), "non-finite": int(gone.sum()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
