@@ -1,0 +1,40 @@
+"""Speed benchmarks: `python -m benchmarks` prints each as a ratio to a named baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured ratio.
+
+    Args:
+        name: of the benchmark, parts joined by "/".
+        ratio: as `baseline` puts it, above 1 where ours is more.
+        baseline: what it is measured against, with its settings.
+        ours, theirs: seconds of the same work, here and for the baseline.
+        threads: of ours, "1" or "2 processes x 1".
+        limited_by: where the time goes.
+        details: anything else worth keeping, as JSON values.
+    """
+
+    name: str
+    ratio: float
+    baseline: str
+    ours: float
+    theirs: float
+    threads: str
+    limited_by: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.ratio:.3g} x {self.baseline}; {_seconds(self.ours)} against "
+            f"{_seconds(self.theirs)}; threads: {self.threads}; limited by: {self.limited_by}"
+        )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

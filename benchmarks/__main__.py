@@ -1,0 +1,75 @@
+"""`python -m benchmarks [--quick] [word ...]`: the benchmarks whose name contains one of the words.
+
+Prints one line for each: name, ratio to its named baseline, times, threads, what limits it. The
+lines go to _build/benchmarks.json as well, with the machine, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+
+import torch  # noqa: E402
+
+from benchmarks import bandit, store  # noqa: E402
+from lib.runs import ROOT, environment, provenance, write_atomically  # noqa: E402
+
+OUTPUT = ROOT / "_build" / "benchmarks.json"
+STORE = "store"
+NAMES = (*bandit.BENCHMARKS, STORE)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line. Exits with the known names if a word is part of none."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("words", nargs="*", help=f"parts of names: {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="under a minute, few repeats")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
+    args = parser.parse_args()
+    for word in args.words:
+        if not any(word in name for name in NAMES):
+            parser.error(f"no benchmark is called {word!r}; there are {', '.join(NAMES)}")
+    return args
+
+
+def save(path: Path, quick: bool, lines: list[dict]) -> None:
+    """The results with where they come from, as JSON."""
+    about = {**environment("cpu", "float32"), "commit": provenance.commit(),
+             "time": provenance.now(), "quick": quick, "cores": os.cpu_count(),
+             "load": os.getloadavg()[0]}  # fmt: skip
+    text = json.dumps({"environment": about, "results": lines}, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def main() -> int:
+    """Runs what was asked for; 1 if a benchmark found something wrong."""
+    args = arguments()
+    chosen = [name for name in NAMES if not args.words or any(w in name for w in args.words)]
+    torch.set_num_threads(1)
+    effort = bandit.QUICK if args.quick else bandit.FULL
+    lines, failed = [], False
+    if os.getloadavg()[0] > 0.5:
+        print(f"note: other work is running (load {os.getloadavg()[0]:.1f}); times are unreliable")
+    for name in chosen:
+        if name == STORE:
+            failed |= bool(store.main())
+            continue
+        try:
+            for result in bandit.BENCHMARKS[name](effort):
+                print(result, flush=True)
+                lines.append(asdict(result))
+        except AssertionError as error:
+            print(f"{name}: FAILED: {error}", flush=True)
+            failed = True
+    save(args.output, args.quick, lines)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
