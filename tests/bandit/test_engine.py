@@ -1,0 +1,206 @@
+"""Blocks of runs: the same numbers whatever stands beside a run, and after a kill."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.bandit import engine as module
+from lib.bandit.config import bandit_run
+from lib.bandit.engine import BLOCK, BanditEngine, Stack, evaluated_updates
+from tests.bandit.helpers import Checkpoint, small, tables
+
+NEIGHBOURS = [
+    small("ipo", seed=5, rate=0.1, reward="R2"),
+    small("ipo", seed=6, rate=1e-4),
+    small("ipo", seed=7, rate=0.3),
+]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Blocks of 3, for what does not depend on their size; no rows but the evenly spaced."""
+    monkeypatch.setattr(module, "BLOCK", 3)
+    monkeypatch.setattr(module, "EARLY", ())
+
+
+def assert_same(a, b):
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_tables_have_a_row_for_each_evaluated_update(quick):
+    run = bandit_run("ipo", "R1", 0.003, 2, prompts=3, completions=4, iterations=6, evaluations=3)
+    (table,) = BanditEngine().run([run], Checkpoint())
+    assert table["update"].tolist() == [0, 2, 4, 6]
+    assert table["samples"].tolist() == [0, 24, 48, 72]
+    assert not table["diverged"].any()
+    metrics = table.drop(columns=["update", "samples", "diverged"])
+    assert set(metrics.dtypes.astype(str)) == {"float32"}
+    seconds = table[[c for c in table if c.startswith("seconds")]]
+    assert (seconds.diff().iloc[1:] >= 0).all(axis=None)
+    assert (seconds.iloc[-1] > 0).all()
+
+
+def test_training_metrics_are_means_since_the_last_row(quick):
+    run = small("ipo", iterations=6, evaluations=2)
+    each, few = tables(small("ipo", iterations=6, evaluations=6))[0], tables(run)[0]
+    for name in ("loss", "grad_norm", "pair_accuracy"):
+        assert few[name][1] == pytest.approx(each[name][1:4].mean(), rel=1e-5)
+        assert few[name][2] == pytest.approx(each[name][4:7].mean(), rel=1e-5)
+    for name in ("reward", "kl_ref", "chosen_logratio"):
+        assert few[name].tolist() == each[name][[0, 3, 6]].tolist()
+
+
+def test_a_run_is_bit_equal_alone_and_anywhere_among_others():
+    run, others = small("ipo", seed=1), NEIGHBOURS
+    (alone,) = tables(run)
+    assert_same(tables(others[0], run, others[1])[1], alone)
+    full = [*others, *others, *others, run]
+    assert len(full) == BLOCK
+    assert_same(tables(*full)[9], alone)
+    assert alone["kl_ref"].iloc[-1] > 0.01  # it did train
+
+
+def test_a_run_of_the_books_size_is_bit_equal_anywhere():
+    make = lambda seed, rate: bandit_run(  # noqa: E731
+        "best_of_n", "R1", rate, seed, iterations=2, evaluations=1
+    )
+    (alone,) = tables(make(0, 0.003))
+    assert_same(tables(make(1, 0.3), make(0, 0.003), make(2, 0.01))[1], alone)
+
+
+INTERRUPTED = [
+    small("ipo", seed=seed, rate=rate, sets=2, inner_steps=2, iterations=2, evaluations=3)
+    for seed, rate in ((0, 0.01), (1, 0.003))
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", 3)
+        patch.setattr(module, "EARLY", ())
+        return tables(*INTERRUPTED)
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 4, 5, 6, 8])
+def test_a_killed_run_resumes_with_the_same_numbers(kill_at, quick, uninterrupted):
+    """2 sets and 2 passes: 4 updates an iteration, so that most kills are in its middle."""
+    checkpoint = Checkpoint(kill_at)
+    with pytest.raises(Checkpoint.Killed):
+        tables(*INTERRUPTED, checkpoint=checkpoint)
+    resumed = tables(*INTERRUPTED, checkpoint=checkpoint)
+    for again, whole in zip(resumed, uninterrupted, strict=True):
+        assert_same(again, whole)
+
+
+def test_a_killed_offline_run_resumes_with_the_same_numbers(quick):
+    run = small("dpo_offline", inner_steps=6)
+    checkpoint = Checkpoint(4)
+    with pytest.raises(Checkpoint.Killed):
+        tables(run, checkpoint=checkpoint)
+    assert_same(tables(run, checkpoint=checkpoint)[0], tables(run)[0])
+
+
+class Breaks(Checkpoint):
+    """Poisons some runs of a stack after an update, as an overflow would."""
+
+    def __init__(self, after, rows):
+        super().__init__()
+        self.after, self.rows, self.stack = after, rows, None
+
+    def due(self):
+        self.seen += 1
+        if self.seen == self.after:
+            self.stack.state.policy.flat[self.rows] = torch.nan
+        return False
+
+
+def broken(runs, after, rows):
+    checkpoint = Breaks(after, rows)
+    checkpoint.stack = Stack(runs)
+    checkpoint.stack.train(checkpoint)
+    return [t.drop(columns=[c for c in t if c.startswith("seconds")])
+            for t in checkpoint.stack.tables()]  # fmt: skip
+
+
+def test_a_diverged_run_is_marked_and_its_neighbours_are_bit_equal_to_without_it(quick):
+    runs = [small("ipo", seed=s, iterations=6, evaluations=3) for s in (0, 1, 2)]
+    first, second, third = broken(runs, after=3, rows=[1])
+    assert second["diverged"].tolist() == [False, False, True, True]
+    assert second["reward"].iloc[2:].isna().all() and second["reward"].iloc[:2].notna().all()
+    assert not first["diverged"].any() and not third["diverged"].any()
+    assert_same(first, tables(runs[0])[0])
+    assert_same(third, tables(runs[2])[0])
+
+
+def test_an_overflowing_weight_freezes_the_run_before_that_step(quick):
+    """An infinite weight of one run: it stops as it was, with finite parameters."""
+    runs = [small("rwr", seed=s, iterations=6, evaluations=6) for s in (0, 1)]
+    stack = Stack(runs)
+    prepare = stack.problem.method.prepare
+
+    def overflowing(rollout, hyper):
+        labels = prepare(rollout, hyper)
+        if stack.state.updates == 3:
+            labels["weight"] = labels["weight"].clone()
+            labels["weight"][0] = torch.inf
+        return labels
+
+    stack.problem.method = replace(stack.problem.method, prepare=overflowing)
+    stack.train(Checkpoint())
+    first, second = stack.tables()
+    assert first["diverged"].tolist() == [False] * 4 + [True] * 3
+    assert first["kl_ref"].notna().all()
+    frozen = stack.state.policy.flat[0]
+    assert frozen.isfinite().all()
+    assert first["chosen_logratio"][3:].nunique() == 1
+    assert second["chosen_logratio"].nunique() == 7
+
+
+def test_when_every_run_diverges_the_tables_are_still_whole(quick):
+    runs = [small("ipo", seed=s, iterations=6, evaluations=3) for s in (0, 1)]
+    for table in broken(runs, after=3, rows=slice(None)):
+        assert table["update"].tolist() == [0, 2, 4, 6]
+        assert table["diverged"].tolist() == [False, False, True, True]
+
+
+def test_too_many_runs_for_a_block_are_refused():
+    with pytest.raises(ValueError, match="at most 10 runs, got 11"):
+        BanditEngine().run([small(seed=s) for s in range(11)], Checkpoint())
+
+
+def test_runs_that_cannot_be_stacked_have_different_keys():
+    engine = BanditEngine()
+    assert engine.block_key(small(seed=0)) == engine.block_key(small(seed=1, rate=0.1))
+    assert engine.block_key(small()) != engine.block_key(small(top_k=2))
+    with pytest.raises(ValueError, match="seed, rate and reward function only"):
+        engine.run([small(), small(top_k=2)], Checkpoint())
+
+
+def test_cost_grows_with_updates_and_completions():
+    cost = BanditEngine().cost
+    whole = bandit_run("ipo", "R1", 0.01, 0)
+    assert cost(whole) > cost(small("ipo"))
+    assert cost(bandit_run("ipo", "R1", 0.01, 0, inner_steps=2)) > cost(whole)
+    assert cost(bandit_run("ipo", "R1", 0.01, 0, prompts=20)) > cost(whole)
+
+
+@given(st.integers(1, 500), st.integers(1, 60))
+def test_evaluated_updates_hold_the_ends(updates, evaluations):
+    points = evaluated_updates(updates, evaluations)
+    assert points[0] == 0 and points[-1] == updates
+    assert points == sorted(set(points))
+    assert len(points) >= min(evaluations, updates) + 1
+
+
+def test_evaluated_updates_of_a_long_run_hold_those_of_100_updates():
+    assert set(evaluated_updates(100, 25)) <= set(evaluated_updates(1000, 25))
+    spaced = [0, 1, 2, 3, 4, 6, 8, 10, *range(12, 101, 4)]
+    assert evaluated_updates(100, 25) == spaced
+    assert evaluated_updates(5, 1) == [0, 1, 2, 3, 5]
