@@ -33,6 +33,7 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP_CELL = Path("book/assets/setup_cell.py")
+SITE_FILES = "book/assets/extra"  # its content lands in the site as it is (html_extra_path)
 KNOWN_HOSTS = {"github.com": "github", "gitlab.com": "gitlab", "bitbucket.org": "bitbucket"}
 SKIPPED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
 
@@ -59,6 +60,11 @@ class Book:
 
     def executed(self, chapter: str, suffix: str = ".ipynb") -> Path:
         return self.out / "executed" / f"{Path(chapter).name}{suffix}"
+
+    @property
+    def figure_data(self) -> Path:
+        """Where chapters leave the numbers of their figures, for the page to link to."""
+        return self.out / "figure-data"
 
     def page(self, chapter: str) -> Path:
         return self.out / "html" / f"{chapter}.html"
@@ -150,6 +156,7 @@ def run_chapter(book: Book, chapter: str, parameters: dict[str, str], inputs: di
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(source), str(unfinished)]
     # One thread each: `lib` spreads runs over cores, and results then depend on no core count.
     environment = {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **os.environ}
+    environment["PREFBOOK_FIGURE_DATA"] = str(book.figure_data)
     start = time.monotonic()
     done = subprocess.run(
         [*command, *flags],
@@ -294,6 +301,8 @@ def site_sources(book: Book) -> dict[str, bytes]:
     kept = [p for p in files_below(book.root / "book") if p.suffix not in {".ipynb", ".py"}]
     sources = {p.relative_to(book.root).as_posix(): p.read_bytes() for p in kept}
     sources["_toc.yml"] = (book.root / "_toc.yml").read_bytes()
+    for path in files_below(book.figure_data):
+        sources[f"{SITE_FILES}/book/figure-data/{path.name}"] = path.read_bytes()
     for chapter in book.chapters:
         path = book.executed(chapter)
         if not path.is_file():
@@ -411,6 +420,9 @@ def check_chapter(book: Book, chapter: str) -> tuple[int, int, list[str]]:
         problems.append("an error is on the page")
     if not code or not all(map(is_executed, code)):
         problems.append(f"{sum(map(is_executed, code))} of {len(code)} code cells were executed")
+    links = [a["href"] for a in soup.select("a.figure-data")]
+    gone = [link for link in links if not (book.page(chapter).parent / link).is_file()]
+    problems += [f"{link} is missing" for link in gone]
     if figures < figure_cells(source):
         problems.append(f"{figures} figures on the page, {figure_cells(source)} promised")
     return sum(map(is_executed, code)), figures, problems
