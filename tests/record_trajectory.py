@@ -42,6 +42,7 @@ def main() -> None:
         "settings": {"seeds": SEEDS, "learning_rate": RATE, "reward_function": "R1"},
         "trajectories": {method: trajectory(method) for method in METHODS},
     }
+    FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps(recorded, indent=1) + "\n")
     print(f"{FILE.name}: {len(METHODS)} methods, {UPDATES} updates, commit {recorded['commit']}")
 
