@@ -29,7 +29,10 @@ class Walk:
 
 @dataclass(frozen=True)
 class WalkEngine:
-    """Steps a block of walks together; every finished walk leaves a line in `log`."""
+    """Steps a block of walks together; every finished walk leaves a line in `log`.
+
+    The method "other" has a metric of its own, `height`.
+    """
 
     log: Path
     block_size: int = 2
@@ -65,13 +68,14 @@ class WalkEngine:
                 checkpoint.save({"places": torch.from_numpy(places)}, {"step": step + 1})
         with self.log.open("a") as log:
             log.writelines(f"{runs.identity(config)}\n" for config in configs)
-        return [self._table(walk) for walk in places]
+        return [self._table(*pair) for pair in zip(configs, places, strict=True)]
 
-    def _table(self, places: np.ndarray) -> pd.DataFrame:
+    def _table(self, config: Walk, places: np.ndarray) -> pd.DataFrame:
         steps = np.arange(len(places))
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {"update": steps, "reward": places + self.shift, "seconds_training": steps * self.pause}
         )
+        return table.assign(height=np.abs(places)) if config.method == "other" else table
 
     def computed(self) -> list[str]:
         """The identities in the log, in order of finishing."""

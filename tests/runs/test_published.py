@@ -49,7 +49,7 @@ def test_a_round_trip_keeps_every_value_in_float32(store, engine, repository):
     run = runs.identity(Walk("other", seed=1))
     assert made.runs[run]["finished"] == records[run]["finished"]
     assert made.provenance(run)["code"] == records[run]["code"]
-    assert list(made.metrics(run).columns) == ["update", "reward", "seconds_training"]
+    assert list(made.metrics(run).columns) == ["update", "reward", "seconds_training", "height"]
     assert set(made.rows(run)["seed"]) == {1}
     with pytest.raises(KeyError, match="not among the 6 published"):
         made.rows("0" * 20)

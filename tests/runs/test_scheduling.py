@@ -27,8 +27,9 @@ def quiet(text):
 def test_the_table_has_configuration_identity_and_metrics_in_order(store, engine):
     configs = grid()
     table = runs.compute(configs, store, engine, jobs=1, say=quiet)
+    metrics = ["update", "reward", "seconds_training", "height"]
     settings = ["method", "step", "seed", "updates", "drift", "note"]
-    assert list(table.columns) == [*settings, "run", "update", "reward", "seconds_training"]
+    assert list(table.columns) == [*settings, "run", *metrics]
     assert list(table["run"].unique()) == [runs.identity(config) for config in configs]
     assert len(table) == 6 * 41 and table["drift"].isna().all()
     assert sorted(engine.computed()) == sorted(map(runs.identity, configs))

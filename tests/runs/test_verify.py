@@ -17,6 +17,7 @@ def quiet(text):
 
 
 CONFIGS = [Walk(seed=seed, updates=10) for seed in range(6)]
+CONFIGS += [Walk("other", seed=seed, updates=10) for seed in range(3)]
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def other_machine(monkeypatch):
 
 def test_a_sample_is_recomputed_and_is_bit_equal(published, monkeypatch, capsys):
     engine = experiments(published, monkeypatch)
-    assert verify.main(["--sample", "3", "--seed", "1", "--jobs", "1"]) == 0
-    assert len(engine.computed()) == 3
-    assert capsys.readouterr().out.count("passed: bit-equal") == 3
+    assert verify.main(["--sample", "9", "--seed", "1", "--jobs", "1"]) == 0
+    assert len(engine.computed()) == 9
+    assert capsys.readouterr().out.count("passed: bit-equal") == 9
     assert runs.Published.load(published.path).meta["verified"] == []
 
 
@@ -102,10 +103,18 @@ def test_another_machine_is_judged_by_first_updates_and_seeds(
     assert capsys.readouterr().out.count(text) == 2
 
 
+def test_a_metric_that_the_run_no_longer_has_fails(published):
+    run = runs.identity(CONFIGS[-1])
+    fresh = published.metrics(run).drop(columns="height")
+    verdict = verify.compare(published, run, fresh, {})
+    assert not verdict.passed and "without columns ['height']" in verdict.test
+
+
 def test_a_final_reward_outside_the_seeds_fails(published, monkeypatch):
     run = runs.identity(CONFIGS[0])
     fresh = published.metrics(run)
-    last = published.table[published.table["update"] == 10]["reward"]
+    alike = published.table["method"] == "plain"
+    last = published.table[alike & (published.table["update"] == 10)]["reward"]
     fresh.loc[10, "reward"] = last.max() + 0.01
     verdict = verify.compare(published, run, fresh, {"cpu": "another"})
     assert not verdict.passed and "outside" in verdict.test and "6 published seeds" in verdict.test
