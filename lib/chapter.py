@@ -13,7 +13,7 @@ from IPython import get_ipython
 from IPython.display import Markdown, display
 from myst_nb import glue
 
-from lib import claims, experiments, runs, stats, tables
+from lib import claims, experiments, methods, runs, stats, tables
 from lib.bandit.config import BanditRun
 from lib.experiments import Setting
 from lib.publish import STORE
@@ -165,12 +165,15 @@ class Chapter(Page):
 
         Raises: ValueError that lists the settings there are.
         """
-        grid = {s.name: s for s in self.settings()}
-        if setting not in grid:
-            raise ValueError(f"setting must be one of {sorted(grid)}, got {setting!r}")
-        found = grid[setting]
+        found = self._setting(setting)
         seeds = (*experiments.report_seeds(found, self.profile), *self.extra_seeds)
         return experiments.reported(self.results, found, self.profile, seeds)
+
+    def _setting(self, name: str) -> Setting:
+        grid = {s.name: s for s in self.settings()}
+        if name not in grid:
+            raise ValueError(f"setting must be one of {sorted(grid)}, got {name!r}")
+        return grid[name]
 
     def has(self, *settings: str) -> bool:
         """Whether all these settings are in the grid of this profile and choice of methods."""
@@ -203,6 +206,25 @@ class Chapter(Page):
             if s.base.name == base and len(s.options) == 1 and s.options[0][0] == option:
                 found[s.options[0][1]] = self.reported(s.name)
         return dict(sorted(found.items()))
+
+    def names(self) -> dict[str, str]:
+        """Name -> title of the chapter's methods, in the order of the grid."""
+        return {s.method: methods.get(s.method).title for s in self.settings()}
+
+    def swept(self, setting: str) -> pd.DataFrame:
+        """The rows of a base setting on the sweep seeds, at every learning rate."""
+        rows = experiments.matching(self.results, self._setting(setting), self.profile)
+        return rows[rows["seed"].isin(self.profile.sweep_seeds)]
+
+    def switches(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+        """Each switched convention or hyperparameter: label -> (its rows, the base setting's)."""
+        dials = {("sets",), ("inner_steps",)}
+        return {
+            f"{self.names()[s.method]}: " + ", ".join(f"{k} = {v}" for k, v in s.options):
+            (self.reported(s.name), self.reported(s.base.name))
+            for s in self.settings()
+            if s.sweep == "base" and tuple(k for k, _ in s.options) not in dials
+        }  # fmt: skip
 
     def counts(self) -> None:
         """Makes n_report, n_dial, n_few, n_sweep (seeds) and n_rates available to the prose."""

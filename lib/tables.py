@@ -157,6 +157,22 @@ def near_best(swept: pd.DataFrame) -> str:
     return f"{int((means >= means.max() - NEAR).sum())} of {len(means)}"
 
 
+def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """How far two methods' runs are apart at the same rate and seed, by learning rate.
+
+    Columns: learning rate, pairs of runs, the largest difference in reward at any update.
+    """
+    keys = ["reward_function", "learning_rate", "seed", "update"]
+    both = a[[*keys, "reward"]].merge(b[[*keys, "reward"]], on=keys, suffixes=("_a", "_b"))
+    both["gap"] = (both["reward_a"] - both["reward_b"]).abs()
+    rows = [
+        {"learning rate": rate_text(rate), "pairs of runs": len(part[keys[:3]].drop_duplicates()),
+         "largest difference in reward": part["gap"].max()}
+        for rate, part in both.groupby("learning_rate", observed=True)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def collapse(results: pd.DataFrame) -> pd.DataFrame:
     """Per method and reward: on what the runs ended, each counted once.
 

@@ -70,6 +70,14 @@ def test_collapse_counts_each_run_once():
     assert [row[name] for name in counts] == [6, 2, 2, 1, 1]
 
 
+def test_agreement_is_the_largest_gap_at_the_same_seed_and_rate():
+    a = pd.concat([runs([0.5, 0.7], 0.1), runs([0.9], 0.01)])
+    b = pd.concat([runs([0.5, 0.6], 0.1), runs([0.9], 0.01)])
+    found = tables.agreement(a, b).set_index("learning rate")
+    assert found["largest difference in reward"].to_dict() == pytest.approx({"0.01": 0, "0.1": 0.1})
+    assert found["pairs of runs"].to_dict() == {"0.01": 1, "0.1": 2}
+
+
 def test_rates_near_the_best():
     swept = pd.concat([runs([0.9], 0.1), runs([0.89], 0.01), runs([0.5], 0.001)])
     assert tables.near_best(swept) == "2 of 3"

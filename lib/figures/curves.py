@@ -89,23 +89,27 @@ def curves(
 def dial(
     panels: Mapping[str, Points],
     looks: Mapping[str, dict],
-    statistic: str = "final reward",
+    statistic: str | Sequence[str] = "final reward",
     x: str = "k",
     columns: int = 2,
 ) -> tuple[Figure, pd.DataFrame]:
     """A statistic of a run (`lib.stats.STATISTICS`) against a dial, on a logarithmic axis.
 
-    Args: panels: title -> label -> value of the dial -> rows. x: the dial's name on the axis.
+    Args:
+        panels: title -> label -> value of the dial -> rows.
+        statistic: one for all panels, or one for each.
+        x: the dial's name on the axis.
     Raises: ValueError for a label without a look.
     """
     _check_labels(panels.values(), looks)
+    statistics = [statistic] * len(panels) if isinstance(statistic, str) else list(statistic)
     columns = min(columns, len(panels))
     with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
         flat = axes.flatten()
         drawn = []
-        for axis, (title, points) in zip(flat, panels.items(), strict=False):
-            drawn.append(_dial_panel(axis, points, looks, statistic).assign(panel=title))
-            axis.set(title=title, xlabel=x, ylabel=statistic)
+        for axis, (title, points), name in zip(flat, panels.items(), statistics, strict=False):
+            drawn.append(_dial_panel(axis, points, looks, name).assign(panel=title))
+            axis.set(title=title, xlabel=x, ylabel=name)
         _finish(figure, flat, len(panels), looks)
     return figure, pd.concat(drawn, ignore_index=True)
 
