@@ -51,6 +51,17 @@ class Law:
         weight = np.exp(log_weight - log_weight[self.mass > 0].max()) * self.mass
         return weight / weight.sum()
 
+    def self_ranked(self, tau: float) -> np.ndarray:
+        """(S,) the law whose log-ratio to pi_ref is (the share of itself that a score beats) / tau.
+
+        That share u is uniform under the law sought, so dF_ref / du is proportional to
+        exp(-u / tau), and u follows from F_ref in closed form.
+        """
+        below = np.cumsum(self.mass).clip(0, 1)
+        u = -tau * np.log1p(-below * -np.expm1(-1 / tau))
+        law = np.diff(u, prepend=0.0)
+        return law / law.sum()
+
     def summary(self, law: np.ndarray) -> tuple[float, float]:
         """Mean reward of `law`, and its KL to pi_ref in nats."""
         held = law > 0
@@ -139,3 +150,37 @@ def optima(length: int = 9, completions: int = 10, kind: str = "squashed") -> pd
         }
         rows += [(method, name, *law.summary(found)) for method, found in reached.items()]
     return pd.DataFrame(rows, columns=["method", "reward_function", "reward", "kl"])
+
+
+def ipo_floor(completions: int = 10, tau: float = 0.05) -> float:
+    """The least that IPO's loss can be on the pairs of N ranked completions.
+
+    No log-ratios give every pair the margin 1 / (2 tau): the least squares solution spaces ranks by
+    1 / (tau N), so that a pair d ranks apart has the margin d / (tau N).
+    """
+    distance = np.arange(1, completions)
+    margin, target = distance / (tau * completions), 0.5 / tau
+    pairs = completions - distance
+    return float((pairs * (margin - target) ** 2).sum() / pairs.sum())
+
+
+def ipo_optima(tau: float = 0.05, length: int = 9, kind: str = "squashed") -> pd.DataFrame:
+    """Where IPO's loss is at rest, by whose completions it ranks: pi_ref's or the policy's own.
+
+    Against pairs from a law mu the loss is least at log(pi / pi_ref) = p_mu / tau + constant, p_mu
+    the probability of beating a draw from mu. Offline mu = pi_ref; on-policy mu = pi itself.
+
+    Columns: pairs from, reward_function, reward, kl (nats per completion). Chapter: complementary.
+    """
+    rows = []
+    for name in ("R1", "R2"):
+        law = reward_law(name, length, kind)
+        rows.append(("pi_ref", name, *law.summary(law.tilted(law.beaten / tau))))
+        rows.append(("the policy", name, *law.summary(law.self_ranked(tau))))
+    return pd.DataFrame(rows, columns=["pairs from", "reward_function", "reward", "kl"])
+
+
+def peak_distance(reward_function: str, length: int = 9, kind: str = "squashed") -> float:
+    """KL to pi_ref, in nats, of writing nothing but the reward's peak token."""
+    peak = int(reward_table(reward_function).argmax())
+    return float(-length * np.log(histogram(kind)[peak]))

@@ -86,3 +86,37 @@ def test_optima_table_is_ordered_and_finite():
     table = optima.optima(9)
     assert len(table) == 6 and np.isfinite(table[["reward", "kl"]]).all(axis=None)
     assert table["reward"].between(0, 1).all() and (table["kl"] > 0).all()
+
+
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_ipo_floor_is_the_least_squares_residual(n):
+    better, worse = np.triu_indices(n, 1)
+    design = np.zeros((len(better), n))
+    design[np.arange(len(better)), better], design[np.arange(len(better)), worse] = 1, -1
+    ratios = np.linalg.lstsq(design, np.full(len(better), 10.0), rcond=None)[0]
+    assert ((design @ ratios - 10) ** 2).mean() == pytest.approx(optima.ipo_floor(n, 0.05))
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.2])
+def test_ipo_at_rest_lies_at_the_same_kl_on_either_reward(tau):
+    """In closed form, where ties are rare: ln(1/tau) - 1 offline, 1/(2 tau) - ln(1/tau) on-policy.
+
+    Both up to terms of the order of exp(-1/tau).
+    """
+    found = optima.ipo_optima(tau).groupby("pairs from")["kl"]
+    small = 2 * np.exp(-1 / tau) / tau
+    expected = {"pi_ref": np.log(1 / tau) - 1, "the policy": 0.5 / tau - np.log(1 / tau)}
+    for source, kl in found:
+        assert kl.to_numpy() == pytest.approx(expected[source], abs=0.01 + small)
+
+
+def test_the_self_ranked_law_is_the_one_its_own_ranks_imply():
+    law = optima.reward_law("R1")
+    at_rest = law.self_ranked(0.05)
+    share_beaten = np.cumsum(at_rest) - at_rest / 2
+    assert np.abs(law.tilted(share_beaten / 0.05) - at_rest).sum() < 1e-3
+
+
+def test_distance_of_writing_only_the_peak():
+    peak = optima.histogram("squashed")[70]
+    assert optima.peak_distance("R1") == pytest.approx(-9 * np.log(peak))
