@@ -122,6 +122,9 @@ def test_weights_do_not_overflow():
     clipped = exponential_weights(advantage, 0.01, "clipped")
     assert clipped.tolist() == [[[MAX_WEIGHT, 1.0], [0.0, MAX_WEIGHT]]]
     assert MAX_WEIGHT == 20
+    raw = exponential_weights(advantage, 0.01, "raw")  # up to where float32 ends
+    assert raw.isfinite().all()
+    assert raw[0, 0].tolist() == pytest.approx([np.exp(80.0), 1.0], rel=1e-5)
 
 
 def test_clipped_weights_are_raw_below_20():
