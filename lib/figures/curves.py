@@ -92,6 +92,7 @@ def dial(
     statistic: str | Sequence[str] = "final reward",
     x: str = "k",
     columns: int = 2,
+    levels: Sequence[Mapping[str, float]] = (),
 ) -> tuple[Figure, pd.DataFrame]:
     """A statistic of a run (`lib.stats.STATISTICS`) against a dial, on a logarithmic axis.
 
@@ -99,6 +100,7 @@ def dial(
         panels: title -> label -> value of the dial -> rows.
         statistic: one for all panels, or one for each.
         x: the dial's name on the axis.
+        levels: for each panel, horizontal lines to compare with: words -> height.
     Raises: ValueError for a label without a look.
     """
     _check_labels(panels.values(), looks)
@@ -110,6 +112,8 @@ def dial(
         for axis, (title, points), name in zip(flat, panels.items(), statistics, strict=False):
             drawn.append(_dial_panel(axis, points, looks, name).assign(panel=title))
             axis.set(title=title, xlabel=x, ylabel=name)
+        for axis, marked in zip(flat, levels, strict=False):
+            _levels(axis, marked)
         _finish(figure, flat, len(panels), looks)
     return figure, pd.concat(drawn, ignore_index=True)
 
@@ -199,6 +203,13 @@ def _dial_panel(
         drawn.append(line.assign(line=label, statistic=statistic))
     _ticks(axis, values)
     return _drawn(axis, drawn)
+
+
+def _levels(axis: Axes, marked: Mapping[str, float]) -> None:
+    left = axis.get_xlim()[0]
+    for words, height in marked.items():
+        axis.axhline(height, color="0.35", linestyle=":", linewidth=1.2)
+        axis.annotate(words, (left, height), (3, 2), textcoords="offset points", fontsize=8)
 
 
 def summarised(parts: Mapping[float, pd.DataFrame], statistic: str) -> pd.DataFrame:

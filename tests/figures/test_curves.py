@@ -77,6 +77,16 @@ def test_dial_draws_the_statistic_of_every_value():
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "10"]
 
 
+def test_each_panel_has_its_own_statistic_and_levels():
+    points = {"a": {1: TWO, 10: TWO}}
+    names = ["final reward", "mean reward over updates"]
+    figure, drawn = curves.dial({"x": points, "y": points}, LOOKS, names, levels=[{"best": 0.9}])
+    assert drawn.groupby("panel")["statistic"].first().to_dict() == {"x": names[0], "y": names[1]}
+    left, right = figure.axes
+    assert [text.get_text() for text in left.texts] == ["best"] and not right.texts
+    assert (left.get_ylabel(), right.get_ylabel()) == tuple(names)
+
+
 def test_rows_are_split_by_rate():
     table = pd.concat([TWO, TWO.assign(learning_rate=0.3)])
     assert {k: len(v) for k, v in curves.by_value(table, "learning_rate").items()} == {
