@@ -15,6 +15,7 @@ from myst_nb import glue
 
 from lib import claims, experiments, methods, runs, stats, tables
 from lib.bandit.config import BanditRun
+from lib.bandit.engine import BanditEngine
 from lib.experiments import Setting
 from lib.publish import STORE
 
@@ -255,6 +256,25 @@ class Chapter(Page):
         shown = "(not run at this profile)" if values is None or values.empty else (
             tables.interval_text(values, signed, digits))  # fmt: skip
         glue(name, shown, display=False)
+
+
+class _Untracked:
+    """The checkpoint of a run that is neither saved nor watched."""
+
+    def load(self) -> None:
+        return None
+
+    def due(self) -> bool:
+        return False
+
+    def progress(self, done: int, total: int) -> None:
+        return None
+
+
+def trial(config: BanditRun) -> pd.DataFrame:
+    """The result table of one run, computed in this process and not stored: to try a method out."""
+    (table,) = BanditEngine().run([config], _Untracked())
+    return table
 
 
 def badge(verdict: str) -> str:
