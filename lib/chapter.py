@@ -220,12 +220,10 @@ class Chapter(Page):
     def switches(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
         """Each switched convention or hyperparameter: label -> (its rows, the base setting's)."""
         dials = {("sets",), ("inner_steps",)}
-        return {
-            f"{self.names()[s.method]}: " + ", ".join(f"{k} = {v}" for k, v in s.options):
-            (self.reported(s.name), self.reported(s.base.name))
-            for s in self.settings()
-            if s.sweep == "base" and tuple(k for k, _ in s.options) not in dials
-        }  # fmt: skip
+        grid = [s for s in self.settings() if s.sweep == "base"]
+        switched = [s for s in grid if tuple(name for name, _ in s.options) not in dials]
+        return {_switch_label(s): (self.reported(s.name), self.reported(s.base.name))
+                for s in switched}  # fmt: skip
 
     def counts(self) -> None:
         """Makes n_report, n_dial, n_few, n_sweep (seeds) and n_rates available to the prose."""
@@ -275,6 +273,12 @@ def trial(config: BanditRun) -> pd.DataFrame:
     """The result table of one run, computed in this process and not stored: to try a method out."""
     (table,) = BanditEngine().run([config], _Untracked())
     return table
+
+
+def _switch_label(setting: Setting) -> str:
+    """ "RWR: weights = raw": the title without what all of a chapter's methods share."""
+    title = methods.get(setting.method).title.split(" (")[0]
+    return f"{title}: " + ", ".join(f"{name} = {value}" for name, value in setting.options)
 
 
 def badge(verdict: str) -> str:

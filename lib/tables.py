@@ -104,22 +104,22 @@ def cost_to_reach(parts: Mapping[str, pd.DataFrame], target: float) -> pd.DataFr
 
 
 def grid(settings: Sequence[experiments.Setting], profile: experiments.Profile) -> pd.DataFrame:
-    """A chapter's grid, one row per group of settings that differ only in a value."""
-    groups: dict[tuple, dict[str, Any]] = {}
+    """A chapter's grid: settings that differ only in a value, a reward or a method share a row."""
+    values: dict[tuple, dict[str, list]] = {}
     for s in settings:
         keys = ", ".join(name for name, _ in s.options)
-        values = ", ".join(str(value) for _, value in s.options)
-        group = groups.setdefault((s.method, keys, s.sweep), {"values": [], "rewards": []})
-        group["values"].append(values)
+        key = (s.method, keys, s.sweep, len(experiments.report_seeds(s, profile)))
+        group = values.setdefault(key, {"values": [], "rewards": []})
+        group["values"].append(", ".join(str(value) for _, value in s.options))
         group["rewards"].append(s.reward_function)
-        group["seeds"] = len(experiments.report_seeds(s, profile))
-    return pd.DataFrame([
-        {"method": methods.get(name).title, "varied": f"`{keys}`" if keys else "-",
-         "values": "; ".join(dict.fromkeys(g["values"])) or "-",
-         "reward": ", ".join(sorted(set(g["rewards"]))), "rates tried": RATES_TRIED[sweep],
-         "seeds": g["seeds"]}
-        for (name, keys, sweep), g in groups.items()
-    ])  # fmt: skip
+    rows: dict[tuple, list[str]] = {}
+    for (name, keys, sweep, seeds), group in values.items():
+        tried = "; ".join(dict.fromkeys(group["values"])) or "-"
+        rewards = ", ".join(sorted(set(group["rewards"])))
+        row = (f"`{keys}`" if keys else "-", tried, rewards, RATES_TRIED[sweep], seeds)
+        rows.setdefault(row, []).append(methods.get(name).title)
+    columns = ["methods", "varied", "values", "reward", "rates tried", "seeds"]
+    return pd.DataFrame([(", ".join(n), *row) for row, n in rows.items()], columns=columns)
 
 
 def selection(

@@ -85,7 +85,7 @@ def test_rates_near_the_best():
 
 def test_grid_names_every_value_of_a_dial_once():
     found = tables.grid(experiments.settings("on_policy", experiments.FULL), experiments.FULL)
-    (row,) = found[(found["method"] == "Best-of-N (on-policy)") & (found["varied"] == "`sets`")
+    (row,) = found[found["methods"].eq("Best-of-N (on-policy)") & found["varied"].eq("`sets`")
                    ].to_dict("records")  # fmt: skip
     assert row["values"] == "2; 5; 10; 50" and row["reward"] == "R1, R2"
     assert row["seeds"] == len(experiments.FULL.report_seeds)
