@@ -267,14 +267,12 @@ def final(results: pd.DataFrame) -> pd.DataFrame:
 
 def matching(results: pd.DataFrame, setting: Setting, profile: Profile) -> pd.DataFrame:
     """The rows of a setting, at every learning rate and seed."""
-    example = setting.run(profile, 0.1, 0)
-    keep = pd.Series(True, results.index)
-    for name, value in vars(example).items():
-        if name in ("learning_rate", "seed"):
-            continue
-        column = results[name]
-        keep &= column.isna() if value is None else column == value
-    return results[keep]
+    runs = results.drop_duplicates("run")  # a thirtieth of the rows: compared field by field
+    keep = pd.Series(True, runs.index)
+    for name, value in vars(setting.run(profile, 0.1, 0)).items():
+        if name not in ("learning_rate", "seed"):
+            keep &= runs[name].isna() if value is None else runs[name] == value
+    return results[results["run"].isin(runs.loc[keep, "run"])]
 
 
 def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> tuple[float, ...]:
@@ -365,17 +363,19 @@ def stages(
         ]  # fmt: skip
 
     def dial_sweep(results: pd.DataFrame) -> list[BanditRun]:
+        base = {s: selected_rate(results, s, profile) for s in swept if not s.options}
         return report([s for s in grid if s.sweep == "all"], results) + [
             s.run(profile, rate, seed)
             for s in dials if s.sweep == "neighbours"
-            for rate in candidates(s, profile, selected_rate(results, s.base, profile))
+            for rate in candidates(s, profile, base[s.base])
             for seed in profile.dial_sweep_seeds
         ]  # fmt: skip
 
     def report(some: list[Setting], results: pd.DataFrame) -> list[BanditRun]:
+        rates = {s: selected_rate(results, s, profile) for s in some}
         return [
-            s.run(profile, selected_rate(results, s, profile), seed)
-            for s in some for seed in (*report_seeds(s, profile), *extra_seeds)
+            s.run(profile, rate, seed)
+            for s, rate in rates.items() for seed in (*report_seeds(s, profile), *extra_seeds)
         ]  # fmt: skip
 
     return [sweep, dial_sweep, lambda results: report(dials, results)]
