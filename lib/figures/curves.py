@@ -180,12 +180,16 @@ def _curve_panel(axis: Axes, panel: Panel, looks: Mapping[str, dict]) -> pd.Data
 
 
 def _line_with_band(axis: Axes, line: pd.DataFrame, x: str, label: str, look: dict) -> None:
-    """Where several updates share an x (samples drawn at once), the line waits for the next x."""
+    """Where several updates share an x (samples drawn at once), the line waits for the next x.
+
+    A line whose x falls again (a KL) has no band.
+    """
     waits = bool(line[x].duplicated().any())
     every = max(1, len(line) // 6)
     (path,) = axis.plot(line[x], line["mean"], label=label, markersize=4, markevery=every,
                         drawstyle="steps-post" if waits else "default", **look)  # fmt: skip
-    if len(line) and (line["n"] > 1).all():
+    folds = not line[x].is_monotonic_increasing  # back towards the reference: a band would overlap
+    if len(line) and (line["n"] > 1).all() and not folds:
         axis.fill_between(line[x], line["low"], line["high"], color=path.get_color(), alpha=0.18,
                           step="post" if waits else None, linewidth=0)  # fmt: skip
 

@@ -45,6 +45,13 @@ def test_seconds_leave_evaluation_out():
     assert drawn["seconds"].tolist() == pytest.approx([0.0, 3.5, 7.0])
 
 
+def test_a_band_is_drawn_only_where_x_does_not_fold_back():
+    straight, _ = curves.curves([curves.Panel("R1", {"a": TWO}, x="kl_ref")], LOOKS)
+    folded = rows([0, 1], [[0.0, 0.5, 1.0], [0.0, 0.7, 0.8]], kl=(0.0, 3.0, 1.0))
+    back, _ = curves.curves([curves.Panel("R1", {"a": folded}, x="kl_ref")], LOOKS)
+    assert len(straight.axes[0].collections) == 1 and not back.axes[0].collections
+
+
 def test_limit_cuts_the_line_and_the_axis_carries_its_words():
     figure, drawn = curves.curves([curves.Panel("R1", {"a": TWO}, limit=50)], LOOKS)
     assert drawn["update"].tolist() == [0, 50]
