@@ -121,8 +121,9 @@ def plan(
         raise ValueError("no configurations given: an experiment needs one or more")
     code = code_fingerprint(*engine.modules)
     by_identity = {identity(config): config for config in configs}
+    notice = published.notice() if published else ""
     runs = tuple(
-        Run(config, run, _status(run, store, code, published))
+        Run(config, run, _status(run, store, code, published, notice))
         for run, config in by_identity.items()
     )
     todo = [run.config for run in runs if run.status.kind not in REUSED]
@@ -165,11 +166,13 @@ def size(count: float) -> str:
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
-def _status(run: str, store: Store, code: dict[str, str], published: Published | None) -> Status:
+def _status(
+    run: str, store: Store, code: dict[str, str], published: Published | None, notice: str
+) -> Status:
     status = store.status(run, code)
     if status.kind == "stored" or published is None or run not in published.runs:
         return status
-    return Status("published", published.notice(), published.metrics(run))
+    return Status("published", notice, published.metrics(run))
 
 
 def _group(status: Status) -> str:

@@ -66,20 +66,32 @@ class Published:
         }
 
     @functools.cached_property
-    def _places(self) -> Mapping[str, np.ndarray]:
-        return self.table.groupby("run").indices
+    def _places(self) -> dict[str, slice | np.ndarray]:
+        """Where each run's rows are: a slice, which cuts a view, as long as they lie together."""
+        places = self.table.groupby("run").indices
+        return {
+            run: slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
+            for run, rows in places.items()
+        }
 
-    def rows(self, run: str) -> pd.DataFrame:
-        """All columns of one run; KeyError if it is not published here."""
+    @functools.cached_property
+    def _metrics(self) -> pd.DataFrame:
+        return self.table.drop(columns=[*self.meta["configuration"], "run"])
+
+    def _cut(self, table: pd.DataFrame, run: str) -> pd.DataFrame:
         if run not in self.runs:
             raise KeyError(
                 f"run {run} is not among the {len(self.runs)} published in {self.path.name}"
             )
-        return self.table.iloc[self._places[run]].reset_index(drop=True)
+        return table.iloc[self._places[run]].reset_index(drop=True)
+
+    def rows(self, run: str) -> pd.DataFrame:
+        """All columns of one run; KeyError if it is not published here."""
+        return self._cut(self.table, run)
 
     def metrics(self, run: str) -> pd.DataFrame:
         """One run without its configuration's columns, as an engine returns it."""
-        return self.rows(run).drop(columns=[*self.meta["configuration"], "run"])
+        return self._cut(self._metrics, run)
 
     def provenance(self, run: str) -> dict[str, Any]:
         """Environment and time of finishing of one run, and the code that computed it."""
