@@ -14,6 +14,7 @@ class Result:
         name: of the benchmark, parts joined by "/".
         ratio: as `baseline` puts it, above 1 where ours is more.
         baseline: what it is measured against, with its settings.
+        quantity: of the baseline, what the ratio compares.
         ours, theirs: seconds of the same work, here and for the baseline.
         threads: of ours, "1" or "2 processes x 1".
         limited_by: where the time goes.
@@ -27,12 +28,14 @@ class Result:
     theirs: float
     threads: str
     limited_by: str
+    quantity: str = "the speed of"
     details: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.ratio:.3g} x {self.baseline}; {_seconds(self.ours)} against "
-            f"{_seconds(self.theirs)}; threads: {self.threads}; limited by: {self.limited_by}"
+            f"{self.name}: {self.ratio:.3g} times {self.quantity} {self.baseline}; "
+            f"{_seconds(self.ours)} against {_seconds(self.theirs)}; threads: {self.threads}; "
+            f"limited by: {self.limited_by}"
         )
 
 

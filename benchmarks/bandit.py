@@ -55,7 +55,7 @@ class Effort:
 
 
 FULL = Effort(rounds=4, steps=8, released=2, grids=(10, 100, 1000), machine=True, updates=20)
-QUICK = Effort(rounds=1, steps=3, released=1, grids=(10, 30), machine=False, updates=10)
+QUICK = Effort(rounds=1, steps=3, released=1, grids=(10, 20), machine=False, updates=4)
 
 
 # --- timing ---------------------------------------------------------------------------------------
@@ -372,13 +372,13 @@ def run_step(method: str, effort: Effort) -> Iterator[Result]:
     yield Result(
         f"run_step/{method}/plain", plain * threads / mine,
         f"plain PyTorch, one run at a time ({decoding} sampling, threads: {threads}), per core",
-        mine, plain, "1", limits(method), details,
+        mine, plain, "1", limits(method), details=details,
     )  # fmt: skip
     slow = step_times(ReleasedRun(bandit_run(method, "R1", 0.001, 0)), effort.released)
     yield Result(
         f"run_step/{method}/released", median(slow) / mine,
         "released protocol, one sequence at a time (threads: 1), per core",
-        mine, median(slow), "1", limits(method), {"theirs": slow},
+        mine, median(slow), "1", limits(method), details={"theirs": slow},
     )  # fmt: skip
     if effort.machine:
         yield whole_machine(method, effort, settings, cached)
@@ -400,7 +400,8 @@ def whole_machine(
     return Result(
         f"run_step/{method}/plain/two_cores", ways[best] / mine,
         f"plain PyTorch, one run at a time ({best})", mine, ways[best],
-        "2 processes x 1", "memory and cache shared by the cores; else as on one", {"ways": ways},
+        "2 processes x 1", "memory and cache shared by the cores; else as on one",
+        details={"ways": ways},
     )  # fmt: skip
 
 
@@ -423,9 +424,10 @@ def peak(method: str, effort: Effort) -> Iterator[Result]:
     }  # fmt: skip
     yield Result(
         f"peak/{method}", flops / seconds / top,
-        f"the sgemm peak ({top / 1e9:.0f} GFLOP/s at {PEAK_SIZE}; {flops / 1e9:.2f} GFLOP a step, "
+        f"sgemm ({top / 1e9:.0f} GFLOP/s at {PEAK_SIZE}; {flops / 1e9:.2f} GFLOP a step, "
         f"{flops / seconds / 1e9:.0f} GFLOP/s)", seconds, flops / top, "1",
-        f"{limits(method)}; page faults {faults['kernel_share']:.0%}", details,
+        f"{limits(method)}; time in the kernel {faults['kernel_share']:.0%}",
+        "the peak of", details,
     )  # fmt: skip
 
 
@@ -461,9 +463,9 @@ def linearity(effort: Effort) -> Iterator[Result]:
     shown = ", ".join(f"{n} runs {memory[n]:.0f} MB" for n in memory)
     yield Result(
         f"linearity/{large}_runs", per_step[large] / per_step[small],
-        f"the time of a run-step with {small} runs, set-up included", per_step[large],
-        per_step[small], "1", f"blocks of {BLOCK}: time is linear; peak memory {shown}, budget "
-        f"{MEMORY_BUDGET} MB", {"seconds_per_run_step": per_step, "peak_mb": memory},
+        f"{small} runs, set-up included", per_step[large], per_step[small], "1",
+        f"blocks of {BLOCK}, one after another; peak memory {shown}, budget {MEMORY_BUDGET} MB",
+        "the time per run-step of", {"seconds_per_run_step": per_step, "peak_mb": memory},
     )  # fmt: skip
 
 
@@ -497,9 +499,9 @@ def plan(effort: Effort) -> Iterator[Result]:
         measured = perf_counter() - started
         estimate = sum(map(engine.cost, configs))
         yield Result(
-            f"plan/{name}", estimate / measured, f"the measured time of a block of {method}",
-            estimate, measured, "1", "constants of BanditEngine.cost, set on an idle machine",
-            {"options": options},
+            f"plan/{name}", estimate / measured, f"a block of {method}", estimate, measured, "1",
+            "the constants of BanditEngine.cost, set on an idle machine",
+            "the measured time of", {"options": options},
         )  # fmt: skip
 
 
