@@ -1,0 +1,290 @@
+"""What the chapters say together: which method when, each claim's verdict, what is published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import pandas as pd
+
+from lib import cards, claims, experiments, methods, runs, stats
+from lib.chapter import Chapter, badge
+from lib.experiments import OFFLINE, ON_POLICY, REWARDS
+from lib.runs.provenance import environment
+from lib.tables import NEAR, interval_text
+
+Chapters = Mapping[str, Chapter]
+Values = Mapping[str, pd.Series]  # method -> a statistic by seed
+
+QUESTIONS = {
+    1: "When does sampling from the current policy help?",
+    2: "When does a negative gradient help?",
+    3: "Do the two add up?",
+}
+NOT_YET = "not computed yet"
+SPEED = "mean reward over updates"
+PACKAGES = ("torch", "numpy", "pandas", "scipy", "pyarrow", "matplotlib", "papermill",
+            "jupyter-book", "myst-nb")  # fmt: skip
+
+
+def load(profile: str = "auto", recompute: bool = False) -> dict[str, Chapter]:
+    """The chapters that have results: published ones, or with `recompute` all, computed now."""
+    found = {}
+    for name in experiments.CHAPTERS:
+        if recompute or published(name, profile):
+            found[name] = Chapter(name, profile=profile, recompute=recompute)
+    return found
+
+
+def published(chapter: str, profile: str = "auto") -> bool:
+    """Whether a chapter has published results, at any profile for "auto"."""
+    if profile == "auto":
+        return runs.largest_published(chapter) is not None
+    return (runs.results_folder() / chapter / f"{profile}.parquet").exists()
+
+
+def values(chapters: Chapters, names: Sequence[str], reward: str, statistic: str) -> Values:
+    """A statistic by seed for each of `names` that has reported results on `reward`."""
+    found = {}
+    for name in names:
+        home = "on_policy" if methods.get(name).on_policy else "negative_gradient"
+        setting = f"{name}@{reward}"
+        if home in chapters and chapters[home].has(setting):
+            found[name] = stats.per_run(chapters[home].reported(setting), statistic)
+    return found
+
+
+def standing(chapters: Chapters, statistic: str = "final reward") -> pd.DataFrame:
+    """One row per method and reward function: mean of a statistic, its 95% interval, n seeds."""
+    rows = [
+        (name, reward, *stats.interval(by_seed), len(by_seed))
+        for reward in REWARDS
+        for name, by_seed in values(chapters, (*OFFLINE, *ON_POLICY), reward, statistic).items()
+    ]
+    return pd.DataFrame(rows, columns=["method", "reward_function", "mean", "low", "high", "n"])
+
+
+def best(found: Values) -> str:
+    """The method with the best mean."""
+    return max(found, key=lambda name: found[name].mean())
+
+
+def not_told_apart(found: Values) -> list[str]:
+    """Methods that the best one does not beat by more than 0.02 with 95% confidence."""
+    top = best(found)
+    others = {name: (found[top] - by_seed).dropna() for name, by_seed in found.items()
+              if name != top}  # fmt: skip
+    return [name for name, gap in others.items() if not stats.interval(gap)[1] > NEAR]
+
+
+def _short(name: str) -> str:
+    title = methods.get(name).title
+    for ending in (" (offline)", " (on-policy)", " (one ratio per completion)"):
+        title = title.removesuffix(ending)
+    return title
+
+
+def _winner(found: Values, digits: int = 2) -> str:
+    """ "**DPO** 0.97 (0.95 to 0.98); level with it: IPO"."""
+    if not found:
+        return NOT_YET
+    top = best(found)
+    text = f"**{_short(top)}** {interval_text(found[top], digits=digits)}"
+    level = not_told_apart(found)
+    if len(level) == len(found) - 1 and len(level) > 1:
+        return f"{text}; level with it: all the others"
+    return text + (f"; level with it: {', '.join(map(_short, level))}" if level else "")
+
+
+def _gap(first: Values, second: Values) -> str:
+    """The paired difference between the best of `first` and the best of `second`."""
+    if not first or not second:
+        return NOT_YET
+    gap = (first[best(first)] - second[best(second)]).dropna()
+    return interval_text(gap, signed=True)
+
+
+def _stale(chapters: Chapters, reward: str) -> str:
+    """What drawing rarely (the largest k) does to the mean reward: least and most harmed method."""
+    chapter = chapters.get("on_policy")
+    if chapter is None:
+        return NOT_YET
+    k = max(chapter.profile.sets)
+    found = {
+        name: chapter.contrast(f"{name}@{reward}[sets={k}] - {name}@{reward}", SPEED)
+        for name in ON_POLICY
+    }
+    found = {name: by_seed for name, by_seed in found.items() if by_seed is not None}
+    if not found:
+        return NOT_YET
+    order = sorted(found, key=lambda name: found[name].mean())
+    shown = [f"{_short(name)} {interval_text(found[name], signed=True)}"
+             for name in (order[-1], order[0])]  # fmt: skip
+    return f"from {shown[0]} to {shown[1]}"
+
+
+def _clock(chapters: Chapters, reward: str) -> str:
+    """The method that reaches 95% of the best final reward first, in seconds of one core."""
+    chapter = chapters.get("wall_clock")
+    if chapter is None:
+        return NOT_YET
+    found = {}
+    for setting in (s for s in chapter.settings() if s.options and s.reward_function == reward):
+        rows = chapter.reported(setting.name)
+        times = [stats.reaching(curve, curve["target"].iloc[0], "seconds")
+                 for _, curve in rows.groupby("run", observed=True)]  # fmt: skip
+        found[setting.method] = pd.Series(times)
+    finite = {name: times for name, times in found.items() if times.max() < float("inf")}
+    if not found:
+        return "not timed"
+    if not finite:
+        return "no method on every seed"
+    first = min(finite, key=lambda name: finite[name].mean())
+    return f"**{methods.get(first).title}** {interval_text(finite[first], digits=1)} s"
+
+
+def answers(chapters: Chapters) -> str:
+    """Which method when: a Markdown table of questions by reward function."""
+    updates = next((c.profile.updates for c in chapters.values()), 100)
+    k = next((max(c.profile.sets) for c in chapters.values()), 50)
+    rows: dict[str, list[str]] = {
+        "**You have fixed data.** Best final reward": [],
+        "... and what a negative gradient adds": [],
+        "**You can sample while training.** Best final reward": [],
+        "... and what sampling adds to the best offline method": [],
+        f"... fastest: best mean reward over {updates} updates": [],
+        f"**Sampling is a bottleneck.** Drawing for {k} updates at once changes that mean by": [],
+        "**Seconds count.** First at 95% of the best reward, one core": [],
+    }
+    for reward in REWARDS:
+        off, on = (values(chapters, names, reward, "final reward")
+                   for names in (OFFLINE, ON_POLICY))  # fmt: skip
+        pushed, pulled = (
+            {name: v for name, v in off.items() if methods.get(name).negative_gradient is sign}
+            for sign in (True, False)
+        )
+        speed = values(chapters, ON_POLICY, reward, SPEED)
+        cells = (_winner(off), _gap(pushed, pulled), _winner(on), _gap(on, off), _winner(speed),
+                 _stale(chapters, reward), _clock(chapters, reward))  # fmt: skip
+        for row, cell in zip(rows.values(), cells, strict=True):
+            row.append(cell)
+    columns = ["your situation", "reward far from the model's habits (R1)", "reward near them (R2)"]
+    table = pd.DataFrame([(question, *cells) for question, cells in rows.items()], columns=columns)
+    return cards.markdown(table)
+
+
+def dashboard(chapters: Chapters) -> str:
+    """Every claim with its verdict and a link to the chapter that judges it, by question."""
+    home = {rule.claim: rule.chapter for rule in claims.rules()}
+    judged = {row["claim"]: row["verdict"] for chapter in chapters.values()
+              for row in claims.summary(chapter.verdicts).to_dict("records")}  # fmt: skip
+    text = claims.claims()
+    parts = []
+    for question, title in QUESTIONS.items():
+        parts.append(f"**{title}**\n")
+        for claim, row in text[text["question"].astype(int) == question].iterrows():
+            verdict = judged.get(claim)
+            shown = badge(verdict) if verdict else f"[{NOT_YET}]{{.verdict-inconclusive}}"
+            where = row["figure"] if str(row["figure"])[0].isalpha() else f"Figure {row['figure']}"
+            parts.append(
+                f"- {shown} {row['claim']} ([{where}, {row['setting']}]({home[claim]}.ipynb))"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+def counts(chapters: Chapters) -> str:
+    """How many claims have which verdict, in words."""
+    judged = [row["verdict"] for chapter in chapters.values()
+              for row in claims.summary(chapter.verdicts).to_dict("records")]  # fmt: skip
+    total = len(claims.claims())
+    found = [f"{judged.count(v)} {v}" for v in claims.VERDICTS if judged.count(v)]
+    if len(judged) < total:
+        found.append(f"{total - len(judged)} {NOT_YET}")
+    return f"{total} claims: " + ", ".join(found)
+
+
+def sources(chapters: Chapters) -> str:
+    """Profile, commit and date of the results that the page shows."""
+    rows = []
+    for name in experiments.CHAPTERS:
+        link = f"[{name.replace('_', ' ')}]({name}.ipynb)"
+        chapter = chapters.get(name)
+        if chapter is None:
+            rows.append((link, NOT_YET, "", "", ""))
+        elif chapter.published is None:
+            seeds = len(chapter.profile.report_seeds)
+            rows.append((link, f"{chapter.profile_name}, computed now", seeds, "", ""))
+        else:
+            meta, seeds = chapter.published.meta, len(chapter.profile.report_seeds)
+            stale = " (stale)" if chapter.published.stale() else ""
+            rows.append((link, chapter.profile_name, seeds, f"`{meta['commit'][:10]}`{stale}",
+                         meta["published"][:10]))  # fmt: skip
+    columns = ["chapter", "profile", "seeds", "commit", "date"]
+    return cards.markdown(pd.DataFrame(rows, columns=columns), "llrll")
+
+
+def all_published() -> list[runs.Published]:
+    """Every published result, by chapter, from the smallest profile to the largest."""
+    found = []
+    for chapter in experiments.CHAPTERS:
+        for profile in runs.PROFILES:
+            path = runs.results_folder() / chapter / f"{profile}.parquet"
+            found += [runs.Published.load(path)] if path.exists() else []
+    return found
+
+
+def published_table() -> str:
+    """Every published result: runs, size, core-hours, commit, date, checks, staleness."""
+    rows = [_published_row(result) for result in all_published()]
+    if not rows:
+        return "Nothing is published yet."
+    columns = ["chapter", "profile", "runs", "kB", "core-hours", "commit", "date", "verified",
+               "state"]  # fmt: skip
+    return cards.markdown(pd.DataFrame(rows, columns=columns), "llrrrllll")
+
+
+def _published_row(result: runs.Published) -> tuple[Any, ...]:
+    meta = result.meta
+    hours = sum(meta["totals"]["seconds"].values()) / 3600
+    checks = meta["verified"]
+    return (
+        f"[{result.chapter.replace('_', ' ')}]({result.chapter}.ipynb)", result.profile,
+        f"{meta['totals']['runs']:,}", f"{result.path.stat().st_size / 1e3:,.0f}", f"{hours:.2f}",
+        f"`{meta['commit'][:10]}`", meta["published"][:10],
+        f"{len(checks)} times" if checks else "not yet", result.notice() or "current",
+    )  # fmt: skip
+
+
+def environments_table() -> str:
+    """The machines and versions that computed what is published."""
+    rows: dict[tuple, int] = {}
+    for result in all_published():
+        for entry in result.meta["environments"]:
+            versions = ", ".join(f"{k} {v}" for k, v in entry["versions"].items())
+            device = entry["device_name"] or entry["cpu"]
+            key = (device, entry["capability"], entry["threads"], entry["dtype"], versions)
+            rows[key] = rows.get(key, 0) + len(entry["runs"])
+    if not rows:
+        return "Nothing is published yet."
+    columns = ["device", "CPU capability", "threads", "dtype", "versions", "runs"]
+    return cards.markdown(pd.DataFrame([(*k, f"{n:,}") for k, n in rows.items()],
+                                       columns=columns), "llrllr")  # fmt: skip
+
+
+def here() -> str:
+    """The machine and versions that executed this page."""
+    now = environment("cpu", "float32")
+    rows = [("processor", now["cpu"]), ("CPU capability", now["capability"]),
+            ("system", now["system"]), ("python", now["versions"]["python"])]  # fmt: skip
+    rows += [(name, metadata.version(name)) for name in PACKAGES if _installed(name)]
+    return cards.markdown(pd.DataFrame(rows, columns=["what", "this page"]))
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""The landing page's answers, from chapters whose results are written by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from lib import claims, experiments, overview, stats
+from lib.chapter import BADGES
+from lib.figures import overview as figures
+
+
+def rows(finals, first=5):
+    """One run per seed that goes from 0 to its final reward in a straight line."""
+    return pd.concat([
+        pd.DataFrame({"run": f"r{seed}", "seed": seed, "update": [0, 100], "reward": [0.0, final]})
+        for seed, final in enumerate(finals, first)
+    ])  # fmt: skip
+
+
+class Handmade:
+    """A chapter with given rows per setting."""
+
+    published, profile_name, verdicts = None, "smoke", []
+    profile = SimpleNamespace(sets=(2, 50), updates=100, report_seeds=(5, 6, 7))
+
+    def __init__(self, **settings):
+        self.rows = {name.replace("_at_", "@"): rows(finals) for name, finals in settings.items()}
+
+    def has(self, *names):
+        return set(names) <= set(self.rows)
+
+    def reported(self, name):
+        return self.rows[name]
+
+    def contrast(self, text, statistic):
+        terms = claims.terms(text)
+        if not self.has(*(name for _, name in terms)):
+            return None
+        return sum(w * stats.per_run(self.rows[name], statistic) for w, name in terms)
+
+
+@pytest.fixture
+def chapters():
+    offline = Handmade(
+        dpo_offline_at_R1=[0.90, 0.92, 0.94], ipo_offline_at_R1=[0.90, 0.93, 0.93],
+        rwr_offline_at_R1=[0.30, 0.31, 0.32], dpo_offline_at_R2=[0.99, 0.99, 0.98],
+    )  # fmt: skip
+    on_policy = Handmade(ipo_at_R1=[0.99, 1.0, 1.0], rwr_at_R1=[0.95, 0.97, 0.96])
+    on_policy.rows["ipo@R1[sets=50]"] = rows([0.79, 0.8, 0.8])
+    return {"negative_gradient": offline, "on_policy": on_policy}
+
+
+def table_row(text, start):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_answers_are_the_means_of_the_rows(chapters):
+    text = overview.answers(chapters)
+    _, far, near = table_row(text, "**You have fixed data.**")
+    assert far.startswith("**IPO** 0.92 (") or far.startswith("**DPO** 0.92 (")
+    assert "RWR" not in far and "level with it" in far
+    assert near.startswith("**DPO** 0.99")
+    assert table_row(text, "... and what a negative gradient adds")[1].startswith("+0.61 (")
+    sampled = table_row(text, "**You can sample while training.**")
+    assert sampled[1].startswith("**IPO** 1.00 (") and sampled[2] == overview.NOT_YET
+    assert table_row(text, "**Sampling is a bottleneck.**")[1].startswith("from IPO -0.10 (")
+
+
+def test_without_results_every_answer_says_so():
+    text = overview.answers({})
+    assert text.count(overview.NOT_YET) == 14
+    assert overview.counts({}) == f"{len(claims.claims())} claims: {len(claims.claims())} " + (
+        overview.NOT_YET)  # fmt: skip
+    assert overview.dashboard({}).count(overview.NOT_YET) == len(claims.claims())
+    assert overview.standing({}).empty
+
+
+def test_a_clear_lead_is_told_apart():
+    far = {
+        "ipo": pd.Series([0.9, 0.91, 0.92], [5, 6, 7]),
+        "rwr": pd.Series([0.5, 0.52, 0.51], [5, 6, 7]),
+    }
+    assert overview.best(far) == "ipo" and overview.not_told_apart(far) == []
+    near = {**far, "dpo": pd.Series([0.89, 0.9, 0.91], [5, 6, 7])}
+    assert overview.not_told_apart(near) == ["dpo"]  # a lead of 0.01 is inside the margin
+
+
+def test_dashboard_shows_each_claim_once_with_its_verdict(chapters):
+    rule = next(r for r in claims.rules() if r.claim == "Q2-bandit-r1")
+    chapters["negative_gradient"].verdicts = [claims.Verdict(rule, "reproduced", 0.5, 0.4, 0.6, 20)]
+    text = overview.dashboard(chapters)
+    line = next(line for line in text.splitlines() if "IPO and best-of-N + negative" in line)
+    assert line.startswith(f"- [reproduced]{{.verdict-{BADGES['reproduced']}}}")
+    assert line.endswith("(negative_gradient.ipynb))")
+    for claim in claims.claims()["claim"]:
+        assert text.count(claim) == 1
+    for title in overview.QUESTIONS.values():
+        assert title in text
+
+
+def test_sources_name_every_chapter(chapters):
+    text = overview.sources(chapters)
+    for name in experiments.CHAPTERS:
+        assert f"({name}.ipynb)" in text
+    assert text.count("smoke, computed now") == 2
+
+
+def test_standing_and_its_figure(chapters):
+    table = overview.standing(chapters)
+    assert len(table) == 6 and set(table["n"]) == {3}
+    (panel,) = figures.standing(table).axes
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert labels[:3] == ["RWR (offline)", "DPO (offline)", "IPO (offline)"]
+    markers = [line for line in panel.lines if line.get_linestyle() == "None"]
+    drawn = sorted(float(line.get_xdata()[0]) for line in markers)
+    assert drawn == pytest.approx(sorted(table["mean"]))
