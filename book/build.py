@@ -307,8 +307,28 @@ def site_sources(book: Book) -> dict[str, bytes]:
         path = book.executed(chapter)
         if not path.is_file():
             raise BookError(f"{chapter} has not been executed; run `make book` first")
-        sources[f"{chapter}.ipynb"] = path.read_bytes()
+        sources[f"{chapter}.ipynb"] = one_figure_each(path.read_text()).encode()
     return sources
+
+
+def one_figure_each(notebook: str) -> str:
+    """A notebook whose figure cells hold their image only; a cell of its own follows for the rest.
+
+    MyST-NB makes a figure of *every* output of such a cell, all under one name, so a link below the
+    image would be a second figure.
+    """
+    parsed = nbformat.reads(notebook, as_version=4)
+    cells = []
+    for cell in parsed.cells:
+        cells.append(cell)
+        if cell.cell_type == "code" and "figure" in cell.metadata.get("mystnb", {}):
+            rest = [o for o in cell.outputs if "image/png" not in o.get("data", {})]
+            cell.outputs = [o for o in cell.outputs if o not in rest]
+            below = nbformat.v4.new_code_cell(id=f"{cell.id}-rest", outputs=rest,
+                                              metadata={"tags": ["remove-input"]})  # fmt: skip
+            cells += [below] if rest else []
+    parsed.cells = cells
+    return nbformat.writes(parsed)
 
 
 def lay_out(folder: Path, sources: dict[str, bytes]) -> None:

@@ -356,3 +356,19 @@ def test_readme_passes_parameters_that_exist():
         assert set(re.findall(r"-p (\S+)", flags)) <= declared
     given = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme(), flags=re.DOTALL)[1])
     assert given.keys() <= build.declared_parameters(ROOT / "book" / "on_policy.ipynb")
+
+
+def test_what_stands_below_a_figure_is_no_figure():
+    """MyST-NB would give every output of the cell the figure's name and caption."""
+    image = nbformat.v4.new_output("display_data", {"image/png": "AAAA"})
+    link = nbformat.v4.new_output("display_data", {"text/markdown": "[numbers](a.csv)"})
+    meta = {"mystnb": {"figure": {"name": "fig-a", "caption": "A"}}}
+    cell = nbformat.v4.new_code_cell("draw()", outputs=[image, link], metadata=meta)
+    other = nbformat.v4.new_code_cell("show()", outputs=[link])
+    text = nbformat.writes(nbformat.v4.new_notebook(cells=[cell, other]))
+    split = nbformat.reads(build.one_figure_each(text), as_version=4)
+    assert [[*(o.data for o in c.outputs)] for c in split.cells] == [
+        [image.data], [link.data], [link.data],
+    ]  # fmt: skip
+    assert ["mystnb" in c.metadata for c in split.cells] == [True, False, False]
+    assert build.one_figure_each(text) == build.one_figure_each(text)
