@@ -324,7 +324,7 @@ def one_figure_each(notebook: str) -> str:
         if cell.cell_type == "code" and "figure" in cell.metadata.get("mystnb", {}):
             rest = [o for o in cell.outputs if "image/png" not in o.get("data", {})]
             cell.outputs = [o for o in cell.outputs if o not in rest]
-            below = nbformat.v4.new_code_cell(id=f"{cell.id}-rest", outputs=rest,
+            below = nbformat.v4.new_code_cell("# below", id=f"{cell.id}-rest", outputs=rest,
                                               metadata={"tags": ["remove-input"]})  # fmt: skip
             cells += [below] if rest else []
     parsed.cells = cells
