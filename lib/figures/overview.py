@@ -23,12 +23,25 @@ def standing(table: pd.DataFrame) -> Figure:
         panel = axes[0, 0]
         for row in table.to_dict("records"):
             _point(panel, place[row["method"]], row)
-        panel.set_yticks([place[n] for n in names], [methods.get(n).title for n in names])
+        panel.set_yticks([place[n] for n in names], [_label(methods.get(n).title) for n in names])
         panel.set(xlabel="final reward", xlim=(-0.02, 1.04), ylim=(0.4, len(names) + 0.6))
-        panel.axhline(sum(methods.get(n).on_policy for n in names) + 0.5, color="black",
-                      linewidth=0.8)  # fmt: skip
+        _divide(panel, sum(methods.get(n).on_policy for n in names), len(names))
         figure.legend(handles=_key(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _label(title: str) -> str:
+    """A method's title on a narrow page: the line across the figure says which are on-policy."""
+    return title.split(" (")[0].replace(" + negative gradient", "\n+ neg. gradient")
+
+
+def _divide(panel: Axes, on_policy: int, total: int) -> None:
+    """A line between offline (above) and on-policy methods, and the two words at the right."""
+    panel.axhline(on_policy + 0.5, color="black", linewidth=0.8)
+    words = {"on-policy": (0.5, on_policy + 0.5), "offline": (on_policy + 0.5, total + 0.5)}
+    for word, (low, high) in words.items():
+        if high > low:
+            panel.text(1.06, (low + high) / 2, word, rotation=-90, ha="left", va="center")
 
 
 def _point(panel: Axes, height: float, row: dict) -> None:
