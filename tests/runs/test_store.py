@@ -39,6 +39,12 @@ def test_a_record_comes_back_as_it_was(store):
     assert store.status(RUN, CODE).kind == "stored"
 
 
+def test_the_sign_of_a_nan_damages_nothing(store):
+    negative = np.float32([0.25, np.copysign(np.nan, -1)])
+    store.write(RUN, table().assign(reward=negative), provenance())
+    assert store.status(RUN, CODE).kind == "stored"
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
 def test_a_truncated_record_is_damaged(store, kept):
     store.write(RUN, table(), provenance())
