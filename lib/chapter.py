@@ -200,13 +200,20 @@ class Chapter(Page):
         """Reported rows of `settings` (label -> name), without those not in this profile's grid."""
         return {label: self.reported(s) for label, s in settings.items() if self.has(s)}
 
-    def dial(self, base: str, option: str, first: int = 1) -> dict[float, pd.DataFrame]:
-        """Reported rows by value of `option`: the base setting's as `first`, then the rest."""
-        found = {first: self.reported(base)} if self.has(base) else {}
+    def dial(self, base: str, option: str, swept: bool = False) -> dict[float, pd.DataFrame]:
+        """Rows by value of `option`, the base setting's as 1: reported ones, or all that were run.
+
+        With `swept`, every learning rate and seed.
+        """
+        found = {1: base} if self.has(base) else {}
         for s in self.settings():
             if s.base.name == base and len(s.options) == 1 and s.options[0][0] == option:
-                found[s.options[0][1]] = self.reported(s.name)
-        return dict(sorted(found.items()))
+                found[s.options[0][1]] = s.name
+        rows = self._everything if swept else self.reported
+        return {value: rows(found[value]) for value in sorted(found)}
+
+    def _everything(self, setting: str) -> pd.DataFrame:
+        return experiments.matching(self.results, self._setting(setting), self.profile)
 
     def names(self) -> dict[str, str]:
         """Name -> title of the chapter's methods, in the order of the grid."""

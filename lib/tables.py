@@ -157,6 +157,23 @@ def near_best(swept: pd.DataFrame) -> str:
     return f"{int((means >= means.max() - NEAR).sum())} of {len(means)}"
 
 
+def by_rate(parts: Mapping[float, pd.DataFrame], statistic: str, dial: str) -> pd.DataFrame:
+    """Mean of a statistic over all seeds that ran, by learning rate (rows) and dial (columns).
+
+    Args: parts: value of the dial -> rows at several rates, one run per rate and seed.
+    """
+    cells = {
+        f"{dial} = {value:g}": {
+            rate: stats.per_run(part, statistic).mean()
+            for rate, part in rows.groupby("learning_rate", observed=True)
+        }
+        for value, rows in parts.items()
+    }
+    table = pd.DataFrame(cells).sort_index(ascending=False)
+    table.insert(0, "learning rate", [rate_text(rate) for rate in table.index])
+    return table.reset_index(drop=True)
+
+
 def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """How far two methods' runs are apart at the same rate and seed, by learning rate.
 

@@ -70,6 +70,14 @@ def test_collapse_counts_each_run_once():
     assert [row[name] for name in counts] == [6, 2, 2, 1, 1]
 
 
+def test_by_rate_is_a_mean_over_seeds():
+    parts = {1: pd.concat([runs([0.5, 0.7], 0.1), runs([0.9], 0.01)]), 10: runs([0.2], 0.1)}
+    found = tables.by_rate(parts, "final reward", "k")
+    assert found["learning rate"].tolist() == ["0.1", "0.01"]
+    assert found["k = 1"].tolist() == pytest.approx([0.6, 0.9])
+    assert found["k = 10"][0] == pytest.approx(0.2) and np.isnan(found["k = 10"][1])
+
+
 def test_agreement_is_the_largest_gap_at_the_same_seed_and_rate():
     a = pd.concat([runs([0.5, 0.7], 0.1), runs([0.9], 0.01)])
     b = pd.concat([runs([0.5, 0.6], 0.1), runs([0.9], 0.01)])
