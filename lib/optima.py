@@ -184,3 +184,31 @@ def peak_distance(reward_function: str, length: int = 9, kind: str = "squashed")
     """KL to pi_ref, in nats, of writing nothing but the reward's peak token."""
     peak = int(reward_table(reward_function).argmax())
     return float(-length * np.log(histogram(kind)[peak]))
+
+
+def best_of(n: int, reward_function: str, length: int = 9) -> float:
+    """Mean reward of the best of `n` draws from pi_ref."""
+    law = reward_law(reward_function, length)
+    return law.summary(law.best_of(n))[0]
+
+
+def uniform_reward(reward_function: str, first: int, last: int) -> float:
+    """Mean reward of completions whose tokens are uniform on first ... last (inclusive)."""
+    return float(reward_table(reward_function)[first : last + 1].mean())
+
+
+def ipo_moves(completions: int = 10, tau: float = 0.05) -> dict[str, float]:
+    """Log-ratios at IPO's optimum, in nats, for a reward without ties: the same for every reward.
+
+    There log pi - log pi_ref = p / tau - log Z with p uniform on (0, 1) under pi_ref, and the best
+    of N draws has p = N / (N + 1) in the mean. Returns: forward_kl = KL(pi_ref || pi); margin of
+    y_w over y_l, the best and the mean of the others; chosen, the log-ratio of y_w.
+    """
+    best = completions / (completions + 1)
+    others = (completions / 2 - best) / (completions - 1)
+    log_z = np.log(tau * np.expm1(1 / tau))
+    return {
+        "forward_kl": float(log_z - 0.5 / tau),
+        "margin": (best - others) / tau,
+        "chosen": float(best / tau - log_z),
+    }

@@ -120,3 +120,26 @@ def test_the_self_ranked_law_is_the_one_its_own_ranks_imply():
 def test_distance_of_writing_only_the_peak():
     peak = optima.histogram("squashed")[70]
     assert optima.peak_distance("R1") == pytest.approx(-9 * np.log(peak))
+
+
+@pytest.mark.parametrize("n", [2, 10])
+def test_ipo_moves_match_the_law_of_the_bandit(n):
+    law = optima.reward_law("R2", 9)
+    ratio = np.log(law.tilted(law.beaten / 0.05)[law.mass > 1e-12] / law.mass[law.mass > 1e-12])
+    mass, best = law.mass[law.mass > 1e-12], law.best_of(n)[law.mass > 1e-12]
+    moves = optima.ipo_moves(n)
+    assert -(mass @ ratio) == pytest.approx(moves["forward_kl"], rel=0.01)
+    assert best @ ratio == pytest.approx(moves["chosen"], abs=0.05)
+    others = (n * (mass @ ratio) - best @ ratio) / (n - 1)
+    assert best @ ratio - others == pytest.approx(moves["margin"], rel=0.01)
+
+
+def test_best_of_one_is_the_reference_and_more_is_better():
+    law = optima.reward_law("R1", 9)
+    assert optima.best_of(1, "R1") == pytest.approx(law.mass @ law.scores)
+    assert optima.best_of(1, "R1") < optima.best_of(10, "R1") < optima.best_of(100, "R1") < 1
+
+
+def test_uniform_reward_on_one_token_is_its_reward():
+    assert optima.uniform_reward("R1", 70, 70) == 1
+    assert optima.uniform_reward("R2", 20, 29) < 1

@@ -30,6 +30,8 @@ AXES = {
     "kl_ref": r"KL($\pi\,\|\,\pi_\mathrm{ref}$), nats",
     "kl_gen": r"KL($\pi\,\|\,\pi_\mathrm{gen}$), nats",
     "entropy": "entropy, nats",
+    "pushed_share": "share of the answers",
+    "support_share": "mass on tokens of the data",
 }
 DODGE = 0.03  # share of the axis over which a dial's lines are spread, to keep intervals apart
 LEGEND_ROW = 0.19  # inches

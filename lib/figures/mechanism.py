@@ -1,0 +1,133 @@
+"""Figures of how a negative gradient works: log-ratios of pairs, token marginals, break-even.
+
+Drawn from result tables, and from the exact results of `lib.optima`. Each function returns the
+figure and the table of what it drew. Chapter: negative_gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib import optima
+from lib.bandit.config import REWARD_FUNCTIONS, VOCABULARY
+from lib.bandit.problem import BINS
+from lib.bandit.reference import histogram, reward_table
+from lib.figures import style
+
+CHOSEN, REJECTED = "#0072B2", "#D55E00"
+RATIOS = {
+    "chosen_logratio": (r"$y_w$, trained on", CHOSEN, "-"),
+    "rejected_logratio": (r"$y_l$, trained on", REJECTED, "-"),
+    "held_out_chosen_logratio": (r"$y_w$, other prompts", CHOSEN, ":"),
+    "held_out_rejected_logratio": (r"$y_l$, other prompts", REJECTED, ":"),
+}
+WIDTH = VOCABULARY // BINS
+EDGES = np.arange(0, VOCABULARY + 1, WIDTH)
+MASSES = [f"mass_{start:02d}" for start in EDGES[:-1]]
+DASHES = ("-", "--", ":", "-.")
+
+
+def log_ratios(panels: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:
+    """Figure 18: mean log pi - log pi_ref of y_w and y_l during training, one panel per setting.
+
+    Args: panels: title -> rows of one setting, one run per seed.
+    """
+    columns = min(2, len(panels))
+    drawn = []
+    with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
+        flat = axes.flatten()
+        for axis, (title, rows) in zip(flat, panels.items(), strict=False):
+            drawn += [line.assign(panel=title) for line in _ratio_lines(axis, rows)]
+            axis.set(title=title, xlabel="updates", ylabel=r"$\log\pi-\log\pi_\mathrm{ref}$, nats")
+        for axis in flat[len(panels) :]:
+            axis.set_visible(False)
+        style.legend_below(figure, flat[0])
+    return figure, pd.concat(drawn, ignore_index=True)
+
+
+def _ratio_lines(axis: Axes, rows: pd.DataFrame) -> list[pd.DataFrame]:
+    axis.axhline(0, color="0.4", linewidth=1)
+    lines = []
+    for column, (label, colour, dash) in RATIOS.items():
+        if column not in rows or rows[column].isna().all():
+            continue
+        line = style.band(axis, rows, column, color=colour, linestyle=dash, label=label)
+        lines.append(line.assign(line=column))
+    return lines
+
+
+def marginals(
+    panels: Mapping[str, Mapping[str, pd.DataFrame]], colours: Mapping[str, str]
+) -> tuple[Figure, pd.DataFrame]:
+    """Where a policy's tokens lie before and after training, in bins of 5 tokens.
+
+    Args: panels: "R1" or "R2" -> label -> rows of one setting. colours: label -> colour.
+    """
+    drawn = []
+    with style.panels(1, len(panels)) as (figure, axes):
+        figure.set_size_inches(2 * style.PANEL[0], style.PANEL[1] * (0.25 + len(panels)))
+        for axis, (title, lines) in zip(axes.flatten(), panels.items(), strict=True):
+            _hill(axis, title)
+            drawn += [line.assign(panel=title) for line in _mass_lines(axis, lines, colours)]
+            axis.set(title=title, xlabel="token", ylabel="share of tokens", xlim=(0, VOCABULARY))
+        style.legend_below(figure, axes.flatten()[0])
+    return figure, pd.concat(drawn, ignore_index=True)
+
+
+def _hill(axis: Axes, reward: str) -> None:
+    """The reward of each token as a grey hill as high as the panel (not to scale)."""
+    axis.fill_between(np.arange(VOCABULARY) + 0.5, reward_table(reward).numpy(), color="0.88",
+                      linewidth=0, transform=axis.get_xaxis_transform(), zorder=0,
+                      label="reward (not to scale)")  # fmt: skip
+
+
+def _mass_lines(
+    axis: Axes, lines: Mapping[str, pd.DataFrame], colours: Mapping[str, str]
+) -> list[pd.DataFrame]:
+    first = next(iter(lines.values()))
+    before = _mass(first[first["update"] == 0])
+    axis.stairs(before["mean"], EDGES, color="0.35", linewidth=1.6, label=r"$\pi_\mathrm{ref}$")
+    drawn = [before.assign(line="before")]
+    for i, (label, rows) in enumerate(lines.items()):
+        after = _mass(rows[rows["update"] == rows["update"].max()])
+        axis.stairs(after["mean"], EDGES, color=colours[label], linewidth=1.8, label=label,
+                    linestyle=DASHES[i % len(DASHES)])  # fmt: skip
+        drawn.append(after.assign(line=label))
+    return drawn
+
+
+def _mass(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean mass of each bin over runs: token (the bin's first), mean, n."""
+    return pd.DataFrame({"token": EDGES[:-1], "mean": rows[MASSES].mean().to_numpy(),
+                         "n": len(rows)})  # fmt: skip
+
+
+def break_even(
+    betas: Sequence[float], length: int = 9, completions: int = 10
+) -> tuple[Figure, pd.DataFrame]:
+    """Which tokens best-of-N + negative gradient pushes up: `lib.optima.win_ratio` on R1 and R2.
+
+    Args: betas: weights of the push-down, each drawn as its break-even line.
+    """
+    tokens, drawn = np.arange(VOCABULARY), []
+    with style.panels(2, sharey=True) as (figure, axes):
+        for axis, reward in zip(axes[0], REWARD_FUNCTIONS, strict=True):
+            ratio = optima.win_ratio(reward, length, completions)
+            policy = histogram()
+            axis.fill_between(tokens, policy / policy.max(), color="0.85", linewidth=0,
+                              label=r"$\pi_\mathrm{ref}$ (not to scale)")  # fmt: skip
+            axis.plot(tokens, ratio, color="black", label="win ratio of a token")
+            for beta, colour in zip(betas, style.dial_colours(len(betas)), strict=True):
+                axis.axhline(optima.break_even(beta, completions), color=colour, linestyle="--",
+                             label=rf"break-even, $\beta$ = {beta:g}")  # fmt: skip
+            axis.set(title=reward, xlabel="token")
+            drawn.append(pd.DataFrame({"reward": reward, "token": tokens, "win_ratio": ratio,
+                                       "reference": policy}))  # fmt: skip
+        axes[0, 0].set_ylabel("win ratio")
+        style.legend_below(figure, axes[0, 0])
+    return figure, pd.concat(drawn, ignore_index=True)

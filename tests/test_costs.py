@@ -1,0 +1,78 @@
+"""What runs cost, on tables whose clock is known."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from lib import costs
+
+TITLES = {"ipo": "IPO (on-policy)", "ipo_offline": "IPO (offline)"}
+
+
+def rows(reach_at, seconds_per_update=0.1, per_update=100, seeds=(5, 6, 7), height=0.8):
+    """Reward steps to `height` at an update (one per seed) and stays; 20 evaluated updates."""
+    return pd.DataFrame([
+        {"seed": s, "run": f"r{s}-{seconds_per_update}", "update": u,
+         "seconds": u * seconds_per_update, "samples": 100 if per_update == 0 else u * per_update,
+         "seconds_sampling": u * seconds_per_update / 2, "seconds_scoring": 0.0,
+         "seconds_training": u * seconds_per_update / 2, "target": 0.7,
+         "reward": height if u >= at else 0.1}
+        for s, at in zip(seeds, reach_at, strict=True) for u in range(21)
+    ])  # fmt: skip
+
+
+def test_papers_convention_has_the_printed_ceiling():
+    assert costs.in_papers_convention(1.0) == pytest.approx(0.918, abs=5e-4)
+    assert costs.in_papers_convention(0.0) == pytest.approx(0.0177, abs=5e-4)
+
+
+def test_papers_rows_name_methods_of_the_book():
+    from lib import methods
+
+    names = "|".join(costs.paper()["ours"]).split("|")
+    assert names and all(methods.get(name) for name in names)
+
+
+def test_reaching_reads_all_three_clocks_and_censors():
+    took = costs.reaching(rows([4, 10, 99]), 0.7)
+    assert took["seconds"].tolist() == pytest.approx([0.4, 1.0, math.inf])
+    assert took["samples"].tolist() == [400, 1000, math.inf]
+
+
+def test_clock_counts_a_censored_run_as_slower_than_all():
+    table = costs.clock({"a": rows([4, 10, 99]), "b": rows([4, 99, 99])}, 0.7).set_index("method")
+    assert table.loc["a", "seconds"] == "1.00" and table.loc["a", "reached by"] == "2 of 3"
+    assert table.loc["b", "seconds"] == "not reached"
+    assert table.loc["a", "quartiles"] == "0.40 to not reached"
+
+
+def test_split_adds_up():
+    table = costs.split({"a": rows([4, 4, 4])}).iloc[0]
+    assert table["sampling"] + table["scoring"] + table["training"] == pytest.approx(table["total"])
+    assert table["total"] == pytest.approx(2.0)
+
+
+def test_price_is_paid_for_every_completion():
+    table = costs.priced({"a": rows([4, 4, 4])}, 0.7, [0.0, 0.01])
+    assert table["cost"].tolist() == pytest.approx([0.4, 0.4 + 4])
+
+
+def test_crossing_makes_both_cost_the_same():
+    few, many = rows([10] * 3, 0.5, per_update=0), rows([5] * 3, 0.1)
+    price = costs.crossing(few, many, 0.7)
+    assert 5.0 + price * 100 == pytest.approx(0.5 + price * 500)
+    never = rows([99] * 3, 0.5, per_update=0)
+    assert costs.crossing(never, many, 0.7) == math.inf
+    assert costs.crossing(few, rows([99] * 3), 0.7) == 0
+    with pytest.raises(ValueError, match="fewer"):
+        costs.crossing(many, few, 0.7)
+
+
+def test_tables_name_what_does_not_get_there():
+    lines = {"ipo": rows([5] * 3), "ipo_offline": rows([99] * 3, per_update=0)}
+    table = costs.crossings(lines, TITLES, [0.7])
+    assert table.iloc[0]["price to turn, reward 0.70"] == "offline does not get there"
+    printed = costs.table_3(lines, TITLES).set_index("method")
+    assert printed.loc["IPO (on-policy)", "paper: reward"] == "0.92 (0.01)"
+    assert printed.loc["IPO (offline)", "paper: hours"] == "1.7"
