@@ -114,7 +114,9 @@ def per_seed(rule: Rule, results: pd.DataFrame, profile: experiments.Profile) ->
         if name not in grid:
             return None
         try:
-            rows = experiments.reported(results, grid[name], profile, seeds=_all_reported(results))
+            rows = experiments.reported(
+                results, grid[name], profile, _all_reported(results, profile)
+            )
         except ValueError:  # its methods were left out
             return None
         values = weight * stats.per_run(rows, rule.statistic)
@@ -122,9 +124,9 @@ def per_seed(rule: Rule, results: pd.DataFrame, profile: experiments.Profile) ->
     return total
 
 
-def _all_reported(results: pd.DataFrame) -> list[int]:
+def _all_reported(results: pd.DataFrame, profile: experiments.Profile) -> list[int]:
     """Every seed beyond the sweep's: the published ones and those that a reader adds."""
-    first = min(experiments.FULL.report_seeds)
+    first = min(profile.report_seeds)
     return [seed for seed in results["seed"].unique() if seed >= first]
 
 

@@ -21,7 +21,6 @@ from lib.bandit.config import LEARNING_RATES, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 
 REWARDS = ("R1", "R2")
-SELECT_BY = "mean reward over updates"
 OFFLINE = tuple(name for name, m in methods.METHODS.items() if not m.on_policy)
 ON_POLICY = tuple(name for name, m in methods.METHODS.items() if m.on_policy)
 
@@ -37,6 +36,7 @@ class Profile:
         sets, inner_steps, prompts: values of the dials k, T and of the number of prompts.
         options: of every run (smoke makes them small).
         device: "cpu" or "cuda".
+        select_by: the statistic that the best learning rate has most of, on the sweep seeds.
     """
 
     rates: tuple[float, ...]
@@ -50,6 +50,7 @@ class Profile:
     updates: int = 100
     options: tuple[tuple[str, Any], ...] = ()
     device: str = "cpu"
+    select_by: str = "mean reward over updates"
 
 
 FULL = Profile(
@@ -85,7 +86,12 @@ PROFILES: dict[str, Profile] = {
     "full": FULL,
     # The same grid on one GPU; the paper's own: five seeds, every rate, the best of the sweep.
     "gpu": replace(FULL, device="cuda"),
-    "paper": replace(FULL, report_seeds=tuple(range(5)), dial_seeds=tuple(range(5))),
+    "paper": replace(
+        FULL,
+        report_seeds=tuple(range(5)),
+        dial_seeds=tuple(range(5)),
+        select_by="final reward",
+    ),
 }
 
 
@@ -286,11 +292,11 @@ def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> t
 
 
 def selected_rate(
-    results: pd.DataFrame, setting: Setting, profile: Profile, statistic: str = SELECT_BY
+    results: pd.DataFrame, setting: Setting, profile: Profile, statistic: str | None = None
 ) -> float:
     """The rate with the best `statistic` on the sweep seeds, in the mean.
 
-    `statistic` names one of `lib.stats`; the paper's rule is "final reward".
+    `statistic` names one of `lib.stats`; None is the rule of the profile.
     Raises: ValueError if the sweep has no runs in `results`.
     """
     if setting.sweep == "base" or (setting.sweep == "neighbours" and not profile.dial_sweep_seeds):
@@ -301,7 +307,7 @@ def selected_rate(
     rows = rows[rows["seed"].isin(seeds) & rows["learning_rate"].isin(rates)]
     if rows.empty:
         raise ValueError(f"no sweep results for {setting.name}")
-    means = {rate: stats.per_run(part, statistic).mean()
+    means = {rate: stats.per_run(part, statistic or profile.select_by).mean()
              for rate, part in rows.groupby("learning_rate")}  # fmt: skip
     return float(max(means, key=means.get))
 
