@@ -175,7 +175,7 @@ def paper_tables() -> str:
 def conventions() -> str:
     """Where the paper's text and its released bandit code part, and what the book does."""
     table = pd.read_csv(DATA / "conventions.csv", dtype=str)
-    table.columns = ["", "the paper's text", "its released code", "this book", "option"]
+    table.columns = ["", "the paper's text", "its released code", "here", "the other: option"]
     return markdown(table)
 
 

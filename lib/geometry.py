@@ -23,6 +23,7 @@ from lib.bandit.problem import BanditProblem
 from lib.bandit.reference import histogram, load, reward_table
 from lib.divergences import categorical_kl
 from lib.rollouts import sequence_logp
+from lib.tables import interval_text
 
 LENGTH = 9
 STACK = 10  # runs whose data are drawn side by side
@@ -184,3 +185,34 @@ def examples(seed: int) -> pd.DataFrame:
         "log pi_ref": sequence_logp(data.ref, data.mask)[0, 0].tolist(),
         **{name: rollout.rewards[0, 0].tolist() for name, rollout in first.items()},
     })  # fmt: skip
+
+
+def alignment_text(table: pd.DataFrame) -> str:
+    """The table of `alignment` in Markdown: a row per temperature, R1 and R2 side by side."""
+    lines = [
+        "| temperature | ref to target, R1 | R2 | target to ref, R1 | R2 | reward |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for temperature, rows in table.groupby("temperature", sort=False):
+        found = rows.set_index("reward_function")
+        cells = [found.loc[name, column] for column in ("from_reference", "to_target")
+                 for name in REWARD_FUNCTIONS]  # fmt: skip
+        numbers = " | ".join(f"{x:.2f}" for x in [*cells, found["reward"].mean()])
+        lines.append(f"| {temperature:g} | {numbers} |")
+    return "\n".join(lines)
+
+
+def coverage_text(table: pd.DataFrame) -> str:
+    """The table of `coverage` in Markdown: mean and 95% interval over seeds."""
+    words = {
+        "chosen_logp": "log pi_ref of y_w, nats", "rejected_logp": "log pi_ref of y_l, nats",
+        "chosen_reward": "reward of y_w", "rejected_reward": "reward of y_l",
+    }  # fmt: skip
+    lines = ["| | " + " | ".join(REWARD_FUNCTIONS) + " |", "| --- " * 3 + "|"]
+    groups = table.groupby("reward_function")
+    for column, text in words.items():
+        digits = 1 if column.endswith("logp") else 3
+        cells = [interval_text(groups.get_group(name)[column], digits=digits)
+                 for name in REWARD_FUNCTIONS]  # fmt: skip
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -20,7 +20,8 @@ def pushes(table: pd.DataFrame) -> Figure:
         for row, values in enumerate(table.to_numpy()):
             for column, value in enumerate(values):
                 text = "0" if abs(value) < 0.005 else f"{value:+.2f}"
-                panel.text(column, row, text, ha="center", va="center")
+                colour = "white" if abs(value) > 0.8 else "black"
+                panel.text(column, row, text, ha="center", va="center", color=colour)
         panel.set_xticks(range(table.shape[1]), table.columns)
         panel.set_yticks(range(len(table)), table.index)
         panel.xaxis.tick_top()
