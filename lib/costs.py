@@ -165,3 +165,26 @@ def _price(value: float) -> str:
     if not np.isfinite(value):
         return "offline does not get there"
     return f"{value:.2g} s" if value else "offline is cheaper at any"
+
+
+def numbers(lines: Lines, target: float) -> dict[str, str]:
+    """What the prose quotes, by name: milliseconds, counts of runs, ratios; "-" where not run.
+
+    Args: lines: method name -> rows.
+    """
+    run = lines.get("ipo")
+    ms = {"write_ms": _per_unit(run, "seconds_sampling", "samples"),
+          "train_ms": _per_unit(run, "seconds_training", "update")}  # fmt: skip
+    reached = {
+        f"{name}_reached": f"{np.isfinite(reaching(rows, target)['update']).sum()} of "
+        f"{rows['run'].nunique()}" for name, rows in lines.items()
+    }  # fmt: skip
+    pair = [lines.get(name) for name in ("dpo_offline", "dpo")]
+    known = all(rows is not None for rows in pair)
+    turn = {"turn_ms": f"{1000 * crossing(*pair, 0.5):.2g}" if known else "-"}
+    return ms | reached | turn
+
+
+def _per_unit(rows: pd.DataFrame | None, column: str, unit: str) -> str:
+    """Milliseconds of a phase for each completion or update, over whole runs."""
+    return "-" if rows is None else f"{1000 * (_ends(rows, column) / _ends(rows, unit)).mean():.2g}"

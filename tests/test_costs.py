@@ -76,3 +76,22 @@ def test_tables_name_what_does_not_get_there():
     printed = costs.table_3(lines, TITLES).set_index("method")
     assert printed.loc["IPO (on-policy)", "paper: reward"] == "0.92 (0.01)"
     assert printed.loc["IPO (offline)", "paper: hours"] == "1.7"
+
+
+def test_numbers_are_per_completion_and_per_update():
+    found = costs.numbers({"ipo": rows([5, 5, 99])}, 0.7)
+    assert (found["write_ms"], found["train_ms"], found["turn_ms"]) == ("0.5", "50", "-")
+    assert found["ipo_reached"] == "2 of 3"
+
+
+def test_figures_of_costs_draw_who_gets_there_and_name_who_does_not():
+    from lib.figures import costs as drawn
+
+    lines = {"a": rows([4] * 3), "b": rows([99] * 3), "c": rows([8] * 3)}
+    looks = {name: {"color": "red"} for name in lines}
+    figure, table = drawn.prices({"0.7": costs.priced(lines, 0.7, [0.0, 1.0])}, looks)
+    assert len(figure.axes[0].get_lines()) == 2
+    assert "b" in figure.axes[0].texts[0].get_text()
+    assert table.query("method == 'c'")["relative"].tolist() == pytest.approx([2.0, 2.0])
+    bars, _ = drawn.phases(costs.split(lines))
+    assert len(bars.axes[0].patches) == 9

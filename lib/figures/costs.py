@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.costs import PHASES
@@ -34,37 +35,37 @@ def phases(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 def prices(
     panels: Mapping[str, pd.DataFrame], looks: Mapping[str, dict]
 ) -> tuple[Figure, pd.DataFrame]:
-    """Cost of reaching a reward against the price of a labelled completion, both in seconds.
+    """Median cost of reaching a reward, in multiples of the cheapest method's at the same price.
 
     Args: panels: title -> `lib.costs.priced`. looks: method -> how it is drawn. A method whose
         median run never reaches the reward has no line, and is named in its panel.
+    Returns: the figure and the tables with a column `relative`.
     """
+    drawn = []
     with style.panels(min(2, len(panels)), -(-len(panels) // 2), sharey=True) as (figure, axes):
+        figure.set_figheight(figure.get_figheight() + 0.8)
         for axis, (title, table) in zip(axes.flatten(), panels.items(), strict=False):
-            absent = []
-            for label in looks:
-                line = table[table["method"] == label]
-                if len(line) and np.isfinite(line["cost"]).all():
-                    axis.plot(line["price"], line["cost"], label=label, markersize=4,
-                              markevery=3, **looks[label])  # fmt: skip
-                    _quartiles(axis, line, looks[label]["color"])
-                elif len(line):
-                    absent.append(label)
-            axis.set(title=title, xscale="log", yscale="log", xlabel="seconds a completion costs",
-                     ylabel="seconds to get there")  # fmt: skip
+            cheapest = table.groupby("price")["cost"].transform("min")
+            table = table.assign(panel=title, relative=table["cost"] / cheapest)
+            absent = [label for label in looks if not _price_line(axis, table, label, looks[label])]
+            axis.set(title=title, xscale="log", xlabel="seconds a judgement costs", ylim=(0.8, 6.2))
             if absent:
-                axis.text(0.03, 0.97, "never: " + "\n".join(absent), va="top", fontsize=8,
+                axis.text(0.03, 0.97, "not reached:\n" + "\n".join(absent), va="top", fontsize=8,
                           transform=axis.transAxes)  # fmt: skip
+            drawn.append(table)
+        axes[0, 0].set_ylabel("cost, times the cheapest")
         style.legend_below(figure, _fullest(axes.flatten()))
-    return figure, pd.concat([t.assign(panel=name) for name, t in panels.items()])
+    return figure, pd.concat(drawn)
 
 
-def _quartiles(axis, line: pd.DataFrame, colour: str) -> None:
-    """The middle half of the runs; left open above where the third quartile never gets there."""
-    if np.isfinite(line["high"]).all():
-        axis.fill_between(line["price"], line["low"], line["high"], color=colour, alpha=0.18,
-                          linewidth=0)  # fmt: skip
+def _price_line(axis: Axes, table: pd.DataFrame, label: str, look: Mapping) -> bool:
+    """Whether the method's median run gets there, so that there is a line; True if not run."""
+    line = table[table["method"] == label]
+    if len(line) and not np.isfinite(line["cost"]).all():
+        return False
+    axis.plot(line["price"], line["relative"], label=label, markersize=4, markevery=3, **look)
+    return True
 
 
-def _fullest(axes) -> object:
+def _fullest(axes: np.ndarray) -> Axes:
     return max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
