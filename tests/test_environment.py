@@ -132,7 +132,8 @@ def imported(folder: str) -> set[str]:
 def test_imports_are_declared(folder, declared):
     """What `lib` imports comes with a plain install; tests and benchmarks may need the extras."""
     found = imported(folder)
-    transitive = {"ipython", "sphinx-external-toc"}  # come with ipykernel and jupyter-book
+    # come with ipykernel, jupyter-book and transformers
+    transitive = {"ipython", "sphinx-external-toc", "tokenizers"}
     assert found
     assert found - names(declared) - transitive == set()
 
