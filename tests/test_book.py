@@ -16,7 +16,8 @@ import build
 import nbformat
 import pytest
 import yaml
-from conftest import FIGURE, write_chapter
+
+from tests.minibook import FIGURE, write_chapter
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = (
