@@ -131,8 +131,9 @@ def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figur
         axis, y = axes[0, 0], np.arange(len(table))[::-1]
         axis.axvspan(-margin, margin, color="0.88", linewidth=0)
         axis.axvline(0, color="0.4", linewidth=1)
-        spread = np.stack([table["effect"] - table["low"], table["high"] - table["effect"]])
-        axis.errorbar(table["effect"], y, xerr=np.where(np.isfinite(spread), spread, 0),
+        numbers = table[["effect", "low", "high"]].astype(float)
+        spread = np.stack([numbers["effect"] - numbers["low"], numbers["high"] - numbers["effect"]])
+        axis.errorbar(numbers["effect"], y, xerr=np.where(np.isfinite(spread), spread, 0),
                       fmt="o", color="black", markersize=4, linewidth=1.4)  # fmt: skip
         axis.set_yticks(y, table["label"])
         axis.set(xlabel=xlabel, ylim=(-0.6, len(table) - 0.4))
@@ -186,7 +187,7 @@ def _line_with_band(axis: Axes, line: pd.DataFrame, x: str, label: str, look: di
 
     A line whose x falls again (a KL) has no band.
     """
-    waits = bool(line[x].duplicated().any())
+    waits = x == "samples" and bool(line[x].duplicated().any())
     every = max(1, len(line) // 6)
     (path,) = axis.plot(line[x], line["mean"], label=label, markersize=4, markevery=every,
                         drawstyle="steps-post" if waits else "default", **look)  # fmt: skip
