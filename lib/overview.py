@@ -181,21 +181,27 @@ def answers(chapters: Chapters) -> str:
 def dashboard(chapters: Chapters) -> str:
     """Every claim with its verdict and a link to the chapter that judges it, by question."""
     home = {rule.claim: rule.chapter for rule in claims.rules()}
-    judged = {row["claim"]: row["verdict"] for chapter in chapters.values()
+    judged = {row["claim"]: _judged(row) for chapter in chapters.values()
               for row in claims.summary(chapter.verdicts).to_dict("records")}  # fmt: skip
     text = claims.claims()
     parts = []
     for question, title in QUESTIONS.items():
         parts.append(f"**{title}**\n")
         for claim, row in text[text["question"].astype(int) == question].iterrows():
-            verdict = judged.get(claim)
-            shown = badge(verdict) if verdict else f"[{NOT_YET}]{{.verdict-inconclusive}}"
+            shown = judged.get(claim, f"[{NOT_YET}]{{.verdict-inconclusive}}")
             where = row["figure"] if str(row["figure"])[0].isalpha() else f"Figure {row['figure']}"
             parts.append(
                 f"- {shown} {row['claim']} ([{where}, {row['setting']}]({home[claim]}.ipynb))"
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def _judged(row: Mapping[str, Any]) -> str:
+    """A claim's badge, with how many of its comparisons are reproduced if it has several."""
+    total = sum(row[v] for v in claims.VERDICTS if v in row)
+    share = f" ({row['reproduced']} of {total})" if total > 1 else ""
+    return badge(row["verdict"]) + share
 
 
 def counts(chapters: Chapters) -> str:
@@ -218,14 +224,13 @@ def sources(chapters: Chapters) -> str:
         if chapter is None:
             rows.append((link, NOT_YET, "", "", ""))
         elif chapter.published is None:
-            seeds = len(chapter.profile.report_seeds)
-            rows.append((link, f"{chapter.profile_name}, computed now", seeds, "", ""))
+            rows.append((link, f"{chapter.profile_name}, computed now", "", "", ""))
         else:
-            meta, seeds = chapter.published.meta, len(chapter.profile.report_seeds)
+            meta = chapter.published.meta
             stale = " (stale)" if chapter.published.stale() else ""
-            rows.append((link, chapter.profile_name, seeds, f"`{meta['commit'][:10]}`{stale}",
-                         meta["published"][:10]))  # fmt: skip
-    columns = ["chapter", "profile", "seeds", "commit", "date"]
+            rows.append((link, chapter.profile_name, f"{meta['totals']['runs']:,}",
+                         f"`{meta['commit'][:10]}`{stale}", meta["published"][:10]))  # fmt: skip
+    columns = ["chapter", "profile", "runs", "commit", "date"]
     return cards.markdown(pd.DataFrame(rows, columns=columns), "llrll")
 
 

@@ -94,12 +94,20 @@ def test_dashboard_shows_each_claim_once_with_its_verdict(chapters):
     chapters["negative_gradient"].verdicts = [claims.Verdict(rule, "reproduced", 0.5, 0.4, 0.6, 20)]
     text = overview.dashboard(chapters)
     line = next(line for line in text.splitlines() if "IPO and best-of-N + negative" in line)
-    assert line.startswith(f"- [reproduced]{{.verdict-{BADGES['reproduced']}}}")
+    assert line.startswith(f"- [reproduced]{{.verdict-{BADGES['reproduced']}}} IPO")
     assert line.endswith("(negative_gradient.ipynb))")
     for claim in claims.claims()["claim"]:
         assert text.count(claim) == 1
     for title in overview.QUESTIONS.values():
         assert title in text
+
+
+def test_a_claim_of_several_comparisons_counts_them(chapters):
+    first, second = [r for r in claims.rules() if r.claim == "Q2-bandit-r1"][:2]
+    chapters["negative_gradient"].verdicts = [
+        claims.Verdict(first, "reproduced"), claims.Verdict(second, "inconclusive")]  # fmt: skip
+    line = next(x for x in overview.dashboard(chapters).splitlines() if "IPO and best" in x)
+    assert line.startswith(f"- [partly]{{.verdict-{BADGES['partly']}}} (1 of 2) IPO")
 
 
 def test_sources_name_every_chapter(chapters):
