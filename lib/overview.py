@@ -245,13 +245,12 @@ def all_published() -> list[runs.Published]:
 
 
 def published_table() -> str:
-    """Every published result: runs, size, core-hours, commit, date, checks, staleness."""
+    """Every published result: runs, core-hours, commit, date, checks, staleness."""
     rows = [_published_row(result) for result in all_published()]
     if not rows:
         return "Nothing is published yet."
-    columns = ["chapter", "profile", "runs", "kB", "core-hours", "commit", "date", "verified",
-               "state"]  # fmt: skip
-    return cards.markdown(pd.DataFrame(rows, columns=columns), "llrrrllll")
+    columns = ["chapter", "profile", "runs", "core-hours", "commit", "date", "verified", "state"]
+    return cards.markdown(pd.DataFrame(rows, columns=columns), "llrrllll")
 
 
 def _published_row(result: runs.Published) -> tuple[Any, ...]:
@@ -260,7 +259,7 @@ def _published_row(result: runs.Published) -> tuple[Any, ...]:
     checks = meta["verified"]
     return (
         f"[{result.chapter.replace('_', ' ')}]({result.chapter}.ipynb)", result.profile,
-        f"{meta['totals']['runs']:,}", f"{result.path.stat().st_size / 1e3:,.0f}", f"{hours:.2f}",
+        f"{meta['totals']['runs']:,}", f"{hours:.2f}",
         f"`{meta['commit'][:10]}`", meta["published"][:10],
         f"{len(checks)} times" if checks else "not yet", result.notice() or "current",
     )  # fmt: skip
