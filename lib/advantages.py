@@ -75,3 +75,47 @@ def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: st
     if form == "clipped":
         weight = weight.clamp(max=MAX_WEIGHT)
     return weight.to(advantage.dtype)
+
+
+def token_rewards(score: Tensor, log_ratio: Tensor, mask: Tensor, coefficient: float) -> Tensor:
+    """-coefficient * log pi/pi_ref on every token, plus the completion's score on its last one.
+
+    The reward of KL-penalised RL, token by token (Ziegler et al. 2019, Eq. 2; appendix G.3).
+
+    Args: score (..., P, C); log_ratio (..., P, C, L) nats; mask (..., P, C, L) bool, a prefix.
+    Returns: (..., P, C, L), zero outside the mask.
+    """
+    last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
+    return (score[..., None] * last - coefficient * log_ratio) * mask
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """A_t = sum_k (gamma lam)^k d_{t+k}, d_t = r_t + gamma V_{t+1} - V_t: Schulman et al. 2016.
+
+    The value after the last token that counts is 0: a completion ends there, by EOS or at the cap.
+
+    Args: rewards, values (..., L), V_t before token t; mask (..., L) bool, a prefix.
+    Returns: (..., L), zero outside the mask.
+    """
+    values = values * mask
+    advantage, following = torch.zeros_like(values), torch.zeros_like(values[..., 0])
+    after = torch.nn.functional.pad(values[..., 1:], (0, 1))
+    deltas = (rewards + gamma * after - values) * mask
+    for t in reversed(range(values.shape[-1])):
+        following = deltas[..., t] + gamma * lam * following
+        advantage[..., t] = following
+    return advantage * mask
+
+
+def whiten(x: Tensor, mask: Tensor, lead: int = 0) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-8) over all that counts in the batch; zero elsewhere.
+
+    Args: x (..., P, C, L); mask the same shape, bool; lead: dimensions before P.
+    """
+    flat, keep = x.flatten(lead), mask.flatten(lead)
+    count = keep.sum(-1).clamp(min=1)
+    mean = (flat * keep).sum(-1) / count
+    shape = mean.shape + (1,) * (x.dim() - lead)
+    centred = (x - mean.view(shape)) * mask
+    variance = (centred.flatten(lead) ** 2).sum(-1) / (count - 1).clamp(min=1)
+    return centred / (variance.view(shape) + EPSILON).sqrt()

@@ -89,7 +89,7 @@ def card(*names: str) -> str:
     first = found[0]
     hyper = ", ".join(f"`{k}` = {value(v)}" for k, v in first.hyper.items())
     items = {"selected": "selected completion", "pair": "preferred pair",
-             "completion": "completion"}  # fmt: skip
+             "completion": "completion", "token": "token"}  # fmt: skip
     lines = [
         "- **names** " + ", ".join(f"`{m.name}` (paper {m.paper})" for m in found),
         f"- **needs** {'; '.join(_needs(found))}",
@@ -123,7 +123,8 @@ def few_completions(rewards: Iterable[float] = (0.9, 0.5, 0.4, 0.1)) -> Rollout:
         prompts=torch.zeros(1, dtype=torch.long),
         completions=torch.arange(rewards.shape[-1]).view(1, -1, 1),
         mask=torch.ones_like(logp, dtype=torch.bool),
-        logp=logp, ref=logp, rewards=rewards, scale=torch.tensor(2.3),
+        logp=logp, ref=logp, values=torch.zeros_like(logp), rewards=rewards,
+        scale=torch.tensor(2.3),
     )  # fmt: skip
 
 

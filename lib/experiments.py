@@ -21,8 +21,8 @@ from lib.bandit.config import LEARNING_RATES, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 
 REWARDS = ("R1", "R2")
-OFFLINE = tuple(name for name, m in methods.METHODS.items() if not m.on_policy)
-ON_POLICY = tuple(name for name, m in methods.METHODS.items() if m.on_policy)
+OFFLINE = ("best_of_n_offline", "best_of_n_negative", "rwr_offline", "dpo_offline", "ipo_offline")
+ON_POLICY = ("best_of_n", "rwr", "reinforce", "ppo_sequence", "dpo", "ipo")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lib.controllers import AdaptiveKL
 from lib.methods import Hyper, Method
-from lib.rollouts import Rollout
+from lib.rollouts import Rollout, sequence_logp
 
 
 def exact_div(value: int, by: int, what: str) -> int:
@@ -92,7 +93,7 @@ class Problem(Protocol):
 
 @dataclass
 class State:
-    """All that changes during a run; saved and restored between updates.
+    """All that changes during a run; may be saved and restored after any update.
 
     `behaviour` is the policy as it was when the data of the current iteration were drawn
     (pi_gen), `step` the updates already taken on them.
@@ -101,7 +102,7 @@ class State:
     policy: Any
     reference: Any
     behaviour: Any = None
-    controller: Any = None  # adaptive KL coefficient, for methods that have one
+    controller: AdaptiveKL | None = None  # of the KL coefficient, for methods that have one
     iteration: int = 0
     step: int = 0
     updates: int = 0
@@ -134,19 +135,33 @@ def fine_tune(
             state.behaviour = state.policy.frozen()
             state.samples += schedule.batch
         data = problem.collect(state, method)
-        data = data.labelled(method.prepare(data, hyper))
-        while state.step < schedule.steps:
-            batch = data.narrow(state.step % schedule.minibatches * per_update, per_update)
+        data = data.labelled(method.prepare(data, _present(hyper, state.controller)))
+        for step in range(state.step, schedule.steps):
+            batch = data.narrow(step % schedule.minibatches * per_update, per_update)
             logp, metrics = state.policy.update(batch, method, hyper, method.items(batch))
-            if state.step == 0:
+            if step == 0:
                 check_identities(state, method, hyper, batch, logp, metrics["loss"])
-            state.step += 1
             state.updates += 1
+            state.step = step + 1
+            if state.step == schedule.steps:
+                _close(state, data)
             yield metrics
         if not state.policy.alive.any():
             raise Diverged(f"every run is non-finite after {state.updates} updates")
-        state.iteration += 1
-        state.step = 0
+
+
+def _present(hyper: Hyper, controller: AdaptiveKL | None) -> Hyper:
+    """The hyperparameters, with the KL coefficient as it now is if something adapts it."""
+    return {**hyper, "kl_coefficient": controller.coefficient} if controller else hyper
+
+
+def _close(state: State, data: Rollout) -> None:
+    """The end of an iteration: the next one draws afresh."""
+    if state.controller is not None:
+        kl = sequence_logp(data.logp - data.ref, data.mask).mean().item()
+        state.controller.update(kl, data.rewards.numel())
+    state.iteration += 1
+    state.step = 0
 
 
 def check_identities(

@@ -69,6 +69,18 @@ def ppo(logp: Tensor, old: Tensor, advantage: Tensor, clip: Tensor | float) -> T
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
+def value(values: Tensor, old: Tensor, returns: Tensor, clip: Tensor | float) -> Tensor:
+    """max((v - R)^2, (v_clipped - R)^2) / 2, v_clipped within `clip` of the old value.
+
+    The value head's loss in PPO as TRL's trainer has it, on which the paper built (appendix G).
+    Items: tokens.
+
+    Args: values, old, returns (..., P, C, L), predicted now, when sampled, and observed.
+    """
+    near = old + (values - old).clamp(-clip, clip)
+    return torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+
+
 def pair_margin(logp: Tensor, ref: Tensor) -> Tensor:
     """h[i, j] = log pi/pi_ref(y_i) - log pi/pi_ref(y_j), for all C x C pairs from C log-ratios.
 

@@ -18,10 +18,14 @@ from lib.advantages import (
     STANDARDISE,
     WEIGHTS,
     exponential_weights,
+    gae,
     preferences,
     select_best,
     standardise,
+    token_rewards,
+    whiten,
 )
+from lib.controllers import AdaptiveKL
 from lib.rollouts import Rollout, sequence_logp
 
 Hyper = Mapping[str, Any]
@@ -47,6 +51,13 @@ INTERVALS: dict[str, tuple[float, float]] = {
     "top_k": (1, inf),
     "gap": (0.0, inf),
     "kl_penalty": (0.0, inf),
+    "value_clip": (SMALLEST, inf),
+    "value_weight": (0.0, inf),
+    "gamma": (0.0, 1.0),
+    "lam": (0.0, 1.0),
+    "kl_start": (0.0, inf),
+    "kl_target": (SMALLEST, inf),
+    "kl_horizon": (1.0, inf),
 }
 
 
@@ -61,11 +72,14 @@ class Method:
         sample_reuse: may take several updates on one sample; None where nothing is drawn.
         negative_gradient: can multiply a completion's log-likelihood by a negative coefficient.
         needs: what it reads, from NEEDS.
-        unit: what its loss is a mean over: "selected" completions, "pair" or "completion".
+        unit: what its loss is a mean over: "selected" completions, "pair", "completion", "token".
         hyper: its hyperparameters and their defaults.
-        prepare: (rollout, hyper) -> labels, once per sampling.
+        prepare: (rollout, hyper) -> labels, once per sampling; hyper then also holds the present
+            "kl_coefficient" if the method has a controller.
         loss: (batch, logp, hyper) -> (loss per item, metrics); logp (..., P, C, L) nats per token.
         first_loss: hyper -> what the mean loss must be while policy = reference, where it is known.
+        critic: (batch, values, hyper) -> the value head's loss per token, where one is needed.
+        controller: hyper -> what adapts the KL coefficient between samplings.
         paper: where the paper (or else the literature) defines it.
     """
 
@@ -82,6 +96,8 @@ class Method:
     paper: str
     hyper: Mapping[str, Any] = field(default_factory=dict)
     first_loss: Callable[[Hyper], Tensor | float] | None = None
+    critic: Callable[[Rollout, Tensor, Hyper], Tensor] | None = None
+    controller: Callable[[Hyper], AdaptiveKL] | None = None
 
     def items(self, batch: Rollout) -> Tensor:
         """(...) how many items the loss of `batch` averages over: the global denominator."""
@@ -89,8 +105,18 @@ class Method:
             "selected": lambda: batch.labels["selected"],
             "pair": lambda: batch.labels["prefer"],
             "completion": lambda: torch.ones_like(batch.rewards),
+            "token": lambda: batch.mask,
         }[self.unit]()
         return counted.flatten(batch.lead).sum(-1).clamp(min=1)
+
+    def active(self, batch: Rollout) -> Tensor:
+        """(..., P, C) bool: completions that can carry loss; a policy may skip the others."""
+        if self.unit == "pair":
+            prefer = batch.labels["prefer"]
+            return prefer.any(-1) | prefer.any(-2)
+        if self.unit == "selected" and not self.negative_gradient:
+            return batch.labels["selected"]
+        return torch.ones_like(batch.rewards, dtype=torch.bool)
 
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Its hyperparameters with `overrides` in place of the defaults.
@@ -123,6 +149,21 @@ def _prepare_selected(rollout: Rollout, hyper: Hyper) -> Labels:
 
 def _prepare_pairs(rollout: Rollout, hyper: Hyper) -> Labels:
     return {"prefer": preferences(rollout.rewards, hyper["gap"])}
+
+
+def _prepare_chosen(rollout: Rollout, hyper: Hyper) -> Labels:
+    return {"selected": preferences(rollout.rewards).any(-1)}
+
+
+def _prepare_gae(rollout: Rollout, hyper: Hyper) -> Labels:
+    """Token advantages, whitened over the batch, and returns; the score is standardised (F.1)."""
+    score = standardise(rollout.rewards, hyper["standardise"])
+    log_ratio = rollout.logp - rollout.ref
+    coefficient = hyper.get("kl_coefficient", hyper["kl_start"])
+    rewards = token_rewards(score, log_ratio, rollout.mask, coefficient)
+    advantage = gae(rewards, rollout.values, rollout.mask, hyper["gamma"], hyper["lam"])
+    return {"advantage": whiten(advantage, rollout.mask, rollout.lead),
+            "returns": advantage + rollout.values * rollout.mask}  # fmt: skip
 
 
 def _prepare_advantage(rollout: Rollout, hyper: Hyper) -> Labels:
@@ -175,6 +216,22 @@ def _ppo(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
     return item, {"clip_fraction": _mean(clipped, batch.lead)}
 
 
+def _ppo_token(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
+    item = losses.ppo(logp, batch.logp, batch.labels["advantage"], hyper["clip"]) * batch.mask
+    clipped = (((logp - batch.logp).exp() - 1).abs() > hyper["clip"]) & batch.mask
+    tokens = batch.mask.flatten(batch.lead).sum(-1).clamp(min=1)
+    return item, {"clip_fraction": clipped.flatten(batch.lead).sum(-1) / tokens}
+
+
+def _critic(batch: Rollout, values: Tensor, hyper: Hyper) -> Tensor:
+    loss = losses.value(values, batch.values, batch.labels["returns"], hyper["value_clip"])
+    return hyper["value_weight"] * loss * batch.mask
+
+
+def _adaptive_kl(hyper: Hyper) -> AdaptiveKL:
+    return AdaptiveKL(hyper["kl_start"], hyper["kl_target"], hyper["kl_horizon"])
+
+
 def _per_token(value: Tensor | float) -> Tensor | float:
     return value[..., None] if isinstance(value, Tensor) else value
 
@@ -217,6 +274,9 @@ def _entries() -> list[Method]:
     return [
         Method("best_of_n_offline", "Best-of-N (offline)", loss=_best_of_n, **_OFFLINE, **_BEST,
                **supervised, needs=frozenset({"chosen"}), hyper={"top_k": 1}, paper="I.2.1"),
+        Method("pref_ft", "Pref-FT (Binary FeedMe)", loss=_best_of_n, **_OFFLINE, **supervised,
+               unit="selected", prepare=_prepare_chosen, needs=frozenset({"pairs", "chosen"}),
+               paper="2.2"),
         Method("best_of_n_negative", "Best-of-N + negative gradient (offline)",
                loss=_best_of_n_negative, **_OFFLINE, **_BEST, family="supervised",
                negative_gradient=True, needs=frozenset({"rewards"}), paper="I.2.1",
@@ -236,6 +296,13 @@ def _entries() -> list[Method]:
                needs=frozenset({"rewards", "old"}), prepare=_prepare_advantage, loss=_ppo,
                hyper={"clip": 0.2, "standardise": "batch", "ratio_over": "completion",
                       "kl_penalty": 0.0}, paper="I.2.4"),
+        Method("ppo_token", "PPO (one ratio per token)", **_ON_POLICY, family="policy gradient",
+               negative_gradient=True, unit="token", prepare=_prepare_gae, loss=_ppo_token,
+               critic=_critic, controller=_adaptive_kl, paper="G.3",
+               needs=frozenset({"rewards", "old", "reference", "value_head"}),
+               hyper={"clip": 0.2, "value_clip": 0.2, "value_weight": 0.1, "gamma": 1.0,
+                      "lam": 0.95, "kl_start": 0.2, "kl_target": 6.0, "kl_horizon": 10_000.0,
+                      "standardise": "batch"}),
         Method("dpo", "DPO (on-policy)", **_ON_POLICY, **contrastive, **_PAIRS, **_DPO,
                hyper={"beta": 0.1, "gap": 0.0}, paper="4.3"),
         Method("ipo", "IPO (on-policy)", **_ON_POLICY, **contrastive, **_PAIRS, **_IPO,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
+
+# What a rollout holds for each prompt group.
+GROUPED = ("prompts", "prompt_mask", "completions", "mask", "logp", "ref", "values", "rewards")
 
 
 @dataclass(frozen=True)
@@ -12,7 +17,7 @@ class Rollout:
     """Completions for groups of prompts. `...` stands for `lead` leading dimensions (runs).
 
     Args:
-        prompts: (..., P, *) prompt token ids.
+        prompts: (..., P, *) prompt token ids, padded on the left where lengths differ.
         completions: (..., P, C, L) completion token ids, EOS included where there is one.
         mask: (..., P, C, L) bool, True on completion tokens that count.
         logp: (..., P, C, L) nats per token under the policy that sampled them ("old").
@@ -21,6 +26,8 @@ class Rollout:
         scale: (...) largest absolute logit seen while sampling: what float error scales with.
         lead: number of leading dimensions before P.
         labels: what a method's `prepare` adds; every tensor has P at dimension `lead`.
+        prompt_mask: like prompts, bool, False on padding; None where all prompts are as long.
+        values: (..., P, C, L) what the value head predicted before each token, or None.
     """
 
     prompts: Tensor
@@ -32,6 +39,8 @@ class Rollout:
     scale: Tensor
     lead: int = 0
     labels: dict[str, Tensor] = field(default_factory=dict)
+    prompt_mask: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -45,12 +54,14 @@ class Rollout:
         """Whole prompt groups `start` to `start + length`, as views."""
         if start == 0 and length == self.groups:
             return self
+        return self._each(lambda x: x.narrow(self.lead, start, length))
 
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.narrow(self.lead, start, length)
+    def pick(self, groups: Tensor) -> Rollout:
+        """The prompt groups at these indices (n,), as copies."""
+        return self._each(lambda x: x.index_select(self.lead, groups))
 
-        names = ("prompts", "completions", "mask", "logp", "ref", "rewards")
-        parts = {name: cut(getattr(self, name)) for name in names}
+    def _each(self, cut: Callable[[Tensor], Tensor]) -> Rollout:
+        parts = {name: None if (x := getattr(self, name)) is None else cut(x) for name in GROUPED}
         return replace(self, **parts, labels={k: cut(v) for k, v in self.labels.items()})
 
 
@@ -86,3 +97,17 @@ def token_logp(logits: Tensor, tokens: Tensor, *, shift: bool = True) -> Tensor:
         raise ValueError(f"{positions} logit positions do not fit {length + 1} tokens ({shift=})")
     logits = logits[..., :length, :] if shift else logits[..., 1:, :]
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds u. (..., V), (...) -> (...) ids.
+
+    A token is drawn by comparing one number to a sum, so that a sample does not depend on what
+    else is in the batch. Rounding can leave the last sum below u: the last token that has any
+    probability is then drawn.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[..., -1:]
+    below = torch.minimum(uniforms[..., None], torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, below, right=True)[..., 0]
+    return index.clamp(max=probabilities.shape[-1] - 1)  # a policy of NaN has no such token

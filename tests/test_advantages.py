@@ -12,9 +12,12 @@ from hypothesis.extra.numpy import arrays
 from lib.advantages import (
     MAX_WEIGHT,
     exponential_weights,
+    gae,
     preferences,
     select_best,
     standardise,
+    token_rewards,
+    whiten,
 )
 
 REWARDS = arrays(np.float32, (2, 3, 4), elements=st.floats(0, 1, width=32))
@@ -149,3 +152,51 @@ def test_a_temperature_per_run_equals_floats():
 def test_unknown_option_is_named_with_the_allowed(call):
     with pytest.raises(ValueError, match=r"\('.*', .*got 'run'"):
         call()
+
+
+def test_token_rewards_by_hand():
+    mask = torch.tensor([[[True, True, False], [True, True, True]]])
+    score, ratio = torch.tensor([[2.0, -1.0]]), torch.tensor([[[0.5, -0.5, 9.0], [0.0, 1.0, 2.0]]])
+    found = token_rewards(score, ratio, mask, 0.1)
+    expected = [[[-0.05, 2.05, 0.0], [0.0, -0.1, -1.2]]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def enumerated_advantage(rewards, values, gamma, lam, t):
+    """The exponential average of the k-step advantages, written out: Schulman 2016, Eq. 16."""
+    n = len(rewards)
+    steps = [
+        sum(gamma**i * rewards[t + i] for i in range(k))
+        + (gamma**k * values[t + k] if t + k < n else 0.0) - values[t]
+        for k in range(1, n - t + 1)
+    ]  # fmt: skip
+    weights = [(1 - lam) * lam ** (k - 1) for k in range(1, n - t)] + [lam ** (n - t - 1)]
+    return sum(w * s for w, s in zip(weights, steps, strict=True))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0)])
+def test_gae_is_the_average_of_all_k_step_advantages(gamma, lam):
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    lengths = (6, 4, 1)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    found = gae(rewards * mask, values, mask, gamma, lam)
+    for row, n in enumerate(lengths):
+        expected = [
+            enumerated_advantage(rewards[row, :n].tolist(), values[row, :n].tolist(), gamma, lam, t)
+            for t in range(n)
+        ]
+        assert found[row, :n].tolist() == pytest.approx(expected)
+        assert (found[row, n:] == 0).all()
+
+
+def test_whiten_reads_only_what_counts_and_keeps_runs_apart():
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5, 3, 1, 4]] * 3)[..., None]
+    mask = mask.expand_as(x)
+    found = whiten(x * 100 + 7, mask, lead=1)
+    for run in found.unbind():
+        kept = run[mask[0]]
+        assert kept.mean().abs() < 1e-9 and kept.std() == pytest.approx(1.0, rel=1e-6)
+    assert (found[~mask] == 0).all()
+    torch.testing.assert_close(found[:1], whiten((x * 100 + 7)[:1], mask[:1], lead=1))

@@ -278,3 +278,10 @@ def test_equals_dpo_trainer_in_value_and_gradient(loss_type, loss, weight, avera
     assert theirs
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_value_loss_by_hand():
+    old, returns = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([3.0, 1.0, -2.0])
+    values = torch.tensor([2.0, 1.0, 0.9])  # the first has left the interval of 0.2 round the old
+    found = losses.value(values, old, returns, 0.2)
+    assert found.tolist() == pytest.approx([1.8**2 / 2, 0.0, 2.9**2 / 2])

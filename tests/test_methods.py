@@ -19,6 +19,8 @@ CONTRASTIVE = (False, None, True)
 OFFLINE_SUPERVISED = (False, None, False)
 ON_POLICY_SUPERVISED = (True, True, False)
 TABLE_1 = {
+    "ppo_token": PPO,
+    "pref_ft": OFFLINE_SUPERVISED,
     "ppo_sequence": PPO,
     "reinforce": REINFORCE,
     "dpo_offline": CONTRASTIVE,
@@ -48,7 +50,7 @@ def rollout(runs=2, groups=3, count=4, length=5, seed=0):
     return Rollout(
         prompts=torch.zeros(runs, groups, dtype=torch.long),
         completions=torch.zeros(shape, dtype=torch.long),
-        mask=mask, logp=draw(), ref=draw(), lead=1, scale=torch.ones(runs),
+        mask=mask, logp=draw(), ref=draw(), values=draw(), lead=1, scale=torch.ones(runs),
         rewards=torch.rand(runs, groups, count, generator=generator),
     )  # fmt: skip
 
@@ -146,6 +148,8 @@ def test_items_are_the_selected_the_pairs_or_the_completions():
     assert items["best_of_n"] == items["best_of_n_negative"] == [3, 3]  # one for each prompt
     assert items["dpo"] == items["ipo"] == [5 + 0 + 3, 1]  # untied; never 0
     assert items["rwr"] == items["reinforce"] == items["ppo_sequence"] == [12, 12]
+    assert items["pref_ft"] == [3 + 0 + 3, 1]  # all that beat another one
+    assert items["ppo_token"] == batch.mask.flatten(1).sum(-1).tolist()
     two = METHODS["best_of_n"]
     two = batch.labelled(two.prepare(batch, two.resolve({"top_k": 2})))
     assert METHODS["best_of_n"].items(two).tolist() == [6, 6]
@@ -226,6 +230,50 @@ def test_ppo_kl_penalty_adds_the_log_ratio_to_the_reference():
     penalised = ppo_gradient(kl_penalty=0.05)[2]
     log_ratio = ((logp - batch.ref) * batch.mask).sum(-1)
     torch.testing.assert_close(penalised - plain, 0.05 * log_ratio, atol=1e-6, rtol=1e-4)
+
+
+def test_ppo_per_token_at_its_sampler_follows_the_whitened_advantage():
+    method = METHODS["ppo_token"]
+    batch = labelled(method, rollout())
+    logp = batch.logp.clone().requires_grad_()
+    item, metrics = method.loss(batch, logp, method.hyper)
+    (gradient,) = torch.autograd.grad(item.sum(), logp)
+    torch.testing.assert_close(gradient, -batch.labels["advantage"] * batch.mask)
+    assert metrics["clip_fraction"].tolist() == [0.0, 0.0]
+
+
+def test_a_larger_kl_coefficient_costs_tokens_that_left_the_reference():
+    method, batch = METHODS["ppo_token"], rollout()
+    low, high = (
+        method.prepare(batch, {**method.hyper, "kl_coefficient": c})["returns"] for c in (0.0, 1.0)
+    )
+    ratio = (batch.logp - batch.ref) * batch.mask
+    assert torch.corrcoef(torch.stack([(high - low).flatten(), ratio.flatten()]))[0, 1] < -0.3
+    default = method.prepare(batch, method.hyper)["returns"]
+    explicit = method.prepare(batch, {**method.hyper, "kl_coefficient": 0.2})["returns"]
+    torch.testing.assert_close(default, explicit)
+
+
+def test_critic_is_the_clipped_error_of_the_returns():
+    method = METHODS["ppo_token"]
+    batch = labelled(method, rollout())
+    item = method.critic(batch, batch.values, method.hyper)
+    error = (batch.values - batch.labels["returns"]) ** 2 / 2
+    torch.testing.assert_close(item, 0.1 * error * batch.mask)
+
+
+def test_completions_that_carry_no_loss_are_said_to_be_inactive():
+    """Where `active` is False the loss has no gradient: a policy may leave those out."""
+    rewards = torch.tensor([[[1.0, 2, 3, 3], [0, 0, 0, 0], [0, 1, 1, 1]]] * 2)
+    for method in METHODS.values():
+        batch = labelled(method, replace(rollout(), rewards=rewards))
+        logp = (batch.logp + 0.01).requires_grad_()
+        item, _ = method.loss(batch, logp, method.hyper)
+        (gradient,) = torch.autograd.grad(item.sum(), logp)
+        assert (gradient[~method.active(batch)] == 0).all(), method.name
+    assert METHODS["best_of_n"].active(labelled(METHODS["best_of_n"], rollout())).sum() == 6
+    tied = labelled(METHODS["dpo"], replace(rollout(), rewards=rewards))
+    assert not METHODS["dpo"].active(tied)[:, 1].any()
 
 
 def test_standardise_option_reaches_the_advantage():

@@ -15,6 +15,8 @@ LEARNING_RATES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)  #
 
 DATA = Path(__file__).parents[2] / "data" / "bandit"
 
+PROVIDES = frozenset(methods.NEEDS) - {"value_head"}
+
 # Where the paper's text and its released code part; the first of each is this book's choice.
 CONVENTIONS: dict[str, tuple[Any, ...]] = {
     "length": (9, 10, 1),
@@ -89,6 +91,8 @@ class BanditRun:
 
     def __post_init__(self) -> None:
         method = methods.get(self.method)
+        if lacking := method.needs - PROVIDES:
+            raise ValueError(f"the bandit has no {sorted(lacking)}, which {self.method} needs")
         if self.reward_function not in REWARD_FUNCTIONS:
             raise ValueError(
                 f"reward_function must be one of {tuple(REWARD_FUNCTIONS)}, "

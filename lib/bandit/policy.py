@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.bandit.network import GPT_NANO, Architecture, Decoder, Parameters, logits
 from lib.methods import Hyper, Method
-from lib.rollouts import Rollout, token_logp
+from lib.rollouts import Rollout, invert_cdf, token_logp
 
 # Log-probabilities recomputed by the full pass against those of the cached decoder, in float32,
 # as a share of the largest logit.
@@ -72,20 +72,6 @@ class Scorer:
 
     def _logits(self, inputs: Tensor) -> Tensor:
         return logits(self.parameters, inputs, self.arch)
-
-
-def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds u. (..., V), (...) -> (...) ids.
-
-    A token is drawn by comparing one number to a sum, so that a sample does not depend on what
-    else is in the batch. Rounding can leave the last sum below u: the last token that has any
-    probability is then drawn.
-    """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[..., -1:]
-    below = torch.minimum(uniforms[..., None], torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, below, right=True)[..., 0]
-    return index.clamp(max=probabilities.shape[-1] - 1)  # a policy of NaN has no such token
 
 
 class StackedAdam:

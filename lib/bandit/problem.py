@@ -15,7 +15,7 @@ from lib.bandit.reference import load, reward_table
 from lib.divergences import categorical_kl, entropy
 from lib.finetune import State
 from lib.methods import Method, get
-from lib.rollouts import Rollout, sequence_logp
+from lib.rollouts import GROUPED, Rollout, sequence_logp
 from lib.timing import Clock
 
 # Streams of random numbers; a run's numbers depend on its seed, the stream and a counter only.
@@ -115,7 +115,7 @@ class BanditProblem:
         grid = (runs, groups, self.config.completions, self.config.length)
         logp = torch.cat([p.logp for p in parts], 1)
         if not self.config.shift:  # the released code scores its samples without the shift
-            with torch.no_grad():
+            with torch.no_grad(), self.clock.measure("scoring"):
                 logp = scorer.score(repeated, completions)
         ref = None
         if scored:
@@ -161,8 +161,9 @@ class BanditProblem:
         samples = policy.sample(prompts, numbers.to(self.device), keep=True)
         logp = samples.distributions
         reference = state.reference.distributions(prompts, samples.completions)
-        behaviour = state.behaviour or state.reference
-        generating = behaviour.distributions(prompts, samples.completions)
+        generating = reference  # at the start, and for good where all data are drawn at the start
+        if self.method.on_policy and state.behaviour is not None:
+            generating = state.behaviour.distributions(prompts, samples.completions)
         probabilities = logp.exp()
         expected = torch.einsum("rslv,rv->rsl", probabilities, self.rewards)
         return {
@@ -208,6 +209,5 @@ def _joined(parts: list[Rollout]) -> Rollout:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values, 1)
 
-    names = ("prompts", "completions", "mask", "logp", "ref", "rewards")
     scale = torch.stack([part.scale for part in parts]).amax(0)
-    return Rollout(**{name: cat(name) for name in names}, scale=scale, lead=1)
+    return Rollout(**{name: cat(name) for name in GROUPED}, scale=scale, lead=1)

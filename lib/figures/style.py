@@ -23,6 +23,7 @@ from lib import methods, stats
 COLOURS = {
     "best_of_n": "#0072B2", "best_of_n_offline": "#0072B2", "best_of_n_negative": "#56B4E9",
     "rwr": "#009E73", "rwr_offline": "#009E73", "reinforce": "#E69F00", "ppo_sequence": "#000000",
+    "ppo_token": "#000000", "pref_ft": "#56B4E9",
     "dpo": "#CC79A7", "dpo_offline": "#CC79A7", "ipo": "#D55E00", "ipo_offline": "#D55E00",
 }  # fmt: skip
 SEQUENTIAL = "viridis"  # for a dial (k, T, prompts): dark is the most on-policy

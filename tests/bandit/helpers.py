@@ -15,13 +15,13 @@ from lib.bandit.engine import BanditEngine
 from lib.bandit.network import GPT_NANO, Architecture, Parameters
 from lib.bandit.problem import BanditProblem
 from lib.finetune import fine_tune
+from lib.methods import get
 
 
 def small(method="best_of_n", seed=0, rate=0.003, reward="R1", **options):
     """A run of few prompts and updates; the rest as the book's runs."""
     options = {"prompts": 3, "completions": 4, "evaluations": 2, **options}
-    offline = method.endswith("offline") or method == "best_of_n_negative"
-    options.setdefault("inner_steps" if offline else "iterations", 4)
+    options.setdefault("iterations" if get(method).on_policy else "inner_steps", 4)
     return bandit_run(method, reward, rate, seed, **options)
 
 

@@ -52,7 +52,12 @@ def test_an_unknown_field_is_refused():
         bandit_run("best_of_n", "R1", 0.003, 0, learning_rates=(0.1,))
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_needs_a_value_head_is_refused():
+    with pytest.raises(ValueError, match=r"bandit has no \['value_head'\], which ppo_token needs"):
+        bandit_run("ppo_token", "R1", 0.01, 0)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if "value_head" not in m.needs])
 def test_every_method_takes_100_updates_of_100_completions(name):
     run = bandit_run(name, "R2", 0.01, 3)
     schedule = run.schedule

@@ -39,7 +39,7 @@ def test_logits_and_gradients_equal_a_plain_transformer(parameters, tokens, leng
     for run in range(RUNS):
         plain = PlainGPT(parameters, run)
         other = plain(tokens[run])
-        torch.testing.assert_close(mine[run], other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine[run], other, rtol=1e-5, atol=5e-5)
         other.log_softmax(-1).mul(target[run]).mean().backward()
         for name, gradient in plain.gradients().items():
             torch.testing.assert_close(
