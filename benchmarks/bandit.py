@@ -31,8 +31,9 @@ from lib import methods
 from lib.bandit.config import LEARNING_RATES, VOCABULARY, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 from lib.bandit.network import GPT_NANO
-from lib.bandit.problem import EVALUATE, TRACKED, BanditProblem, uniforms
+from lib.bandit.problem import EVALUATE, TRACKED, BanditProblem
 from lib.finetune import State, fine_tune
+from lib.randomness import uniforms
 from lib.rollouts import Rollout, sequence_logp
 
 BLOCK = BanditEngine.block_size
@@ -73,7 +74,7 @@ class Ticks:
     def due(self) -> bool:
         return False
 
-    def progress(self, done: int, total: int) -> None:
+    def progress(self, done: int, total: int, **shown: str) -> None:
         self.times.append(perf_counter())
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lib import cards
 from lib.bandit.config import CONVENTIONS, BanditRun
-from lib.bandit.engine import Stack
+from lib.bandit.engine import stack
 from lib.finetune import fine_tune
 from lib.methods import METHODS, NEEDS
 
@@ -36,8 +36,8 @@ def test_the_glossary_names_no_metric_that_nothing_logs():
 
 def test_every_evaluated_column_is_in_the_glossary():
     run = BanditRun("ipo_offline", "R1", 0.01, 0, prompts=2, completions=2, iterations=1)
-    stack = Stack([run])
-    columns = set(stack.problem.evaluate(stack.state)) | {"diverged"}
+    training = stack([run])
+    columns = set(training.problem.evaluate(training.state)) | {"diverged"}
     named = set(cards.EVALUATION) - {"mass_00 ... mass_95"}
     assert {c for c in columns if not c.startswith("mass_")} == named
 

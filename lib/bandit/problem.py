@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from lib.bandit.reference import load, reward_table
 from lib.divergences import categorical_kl, entropy
 from lib.finetune import State
 from lib.methods import Method, get
+from lib.randomness import uniforms
 from lib.rollouts import GROUPED, Rollout, sequence_logp
 from lib.timing import Clock
 
@@ -25,19 +25,6 @@ BINS = 20  # of the token marginal
 # Completions decoded at once, in all runs together: bounds the memory of a sampling (the cache of
 # keys and values takes 12 kB a completion).
 DECODE_BUDGET = 20_000
-
-
-def uniforms(seeds: Sequence[int], stream: int, counter: int, shape: tuple[int, ...]) -> Tensor:
-    """(runs, *shape) numbers in [0, 1) from a counter-based generator (Philox).
-
-    No state: the numbers of a sampling can be drawn again after a kill, and do not depend on what
-    else is in the stack.
-    """
-    drawn = [
-        np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, counter]))
-        .random(shape, dtype=np.float32) for seed in seeds
-    ]  # fmt: skip
-    return torch.from_numpy(np.stack(drawn))
 
 
 def contexts(seeds: Sequence[int]) -> Tensor:
@@ -52,6 +39,8 @@ class BanditProblem:
         runs: configurations with one `stack_key`.
         device: where to train.
     """
+
+    shown = ("reward",)
 
     def __init__(self, runs: Sequence[BanditRun], device: str = "cpu"):
         if len({run.stack_key for run in runs}) != 1:
@@ -133,6 +122,24 @@ class BanditProblem:
             scale=torch.stack([p.scale for p in parts]).amax(0),
             lead=1,
         )
+
+    def resumable(self, state: State) -> bool:
+        """Always: the sampler is saved beside the policy."""
+        return True
+
+    def save(self, state: State) -> dict[str, Tensor]:
+        """Policy and sampler, for `load`."""
+        tensors = {f"policy.{k}": v for k, v in state.policy.state_dict().items()}
+        return tensors | {
+            f"behaviour.{k}": v.contiguous() for k, v in state.behaviour.parameters.items()
+        }
+
+    def load(self, state: State, tensors: Mapping[str, Tensor]) -> None:
+        part = {p: {k[len(p) + 1 :]: v for k, v in tensors.items() if k.startswith(p + ".")}
+                for p in ("policy", "behaviour")}  # fmt: skip
+        policy = state.policy
+        policy.load_state_dict(part["policy"])
+        state.behaviour = Scorer(part["behaviour"], len(policy.flat), policy.arch, policy.shift)
 
     def label(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """Mean token reward. prompts (R, P), completions (R, P, C, L) -> (R, P, C).

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib import training
 from lib.bandit import engine as module
 from lib.bandit.config import bandit_run
-from lib.bandit.engine import BLOCK, BanditEngine, Stack, evaluated_updates
+from lib.bandit.engine import BLOCK, BanditEngine, stack
+from lib.training import evaluated_updates
 from tests.bandit.helpers import Checkpoint, small, tables
 
 NEIGHBOURS = [
@@ -26,7 +28,7 @@ NEIGHBOURS = [
 def quick(monkeypatch):
     """Blocks of 3, for what does not depend on their size; no rows but the evenly spaced."""
     monkeypatch.setattr(module, "BLOCK", 3)
-    monkeypatch.setattr(module, "EARLY", ())
+    monkeypatch.setattr(training, "EARLY", ())
 
 
 def assert_same(a, b):
@@ -84,7 +86,7 @@ INTERRUPTED = [
 def uninterrupted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", 3)
-        patch.setattr(module, "EARLY", ())
+        patch.setattr(training, "EARLY", ())
         return tables(*INTERRUPTED)
 
 
@@ -123,7 +125,7 @@ class Breaks(Checkpoint):
 
 def broken(runs, after, rows):
     checkpoint = Breaks(after, rows)
-    checkpoint.stack = Stack(runs)
+    checkpoint.stack = stack(runs)
     checkpoint.stack.train(checkpoint)
     return [t.drop(columns=[c for c in t if c.startswith("seconds")])
             for t in checkpoint.stack.tables()]  # fmt: skip
@@ -142,22 +144,22 @@ def test_a_diverged_run_is_marked_and_its_neighbours_are_bit_equal_to_without_it
 def test_an_overflowing_weight_freezes_the_run_before_that_step(quick):
     """An infinite weight of one run: it stops as it was, with finite parameters."""
     runs = [small("rwr", seed=s, iterations=6, evaluations=6) for s in (0, 1)]
-    stack = Stack(runs)
-    prepare = stack.problem.method.prepare
+    block = stack(runs)
+    prepare = block.problem.method.prepare
 
     def overflowing(rollout, hyper):
         labels = prepare(rollout, hyper)
-        if stack.state.updates == 3:
+        if block.state.updates == 3:
             labels["weight"] = labels["weight"].clone()
             labels["weight"][0] = torch.inf
         return labels
 
-    stack.problem.method = replace(stack.problem.method, prepare=overflowing)
-    stack.train(Checkpoint())
-    first, second = stack.tables()
+    block.problem.method = replace(block.problem.method, prepare=overflowing)
+    block.train(Checkpoint())
+    first, second = block.tables()
     assert first["diverged"].tolist() == [False] * 4 + [True] * 3
     assert first["kl_ref"].notna().all()
-    frozen = stack.state.policy.flat[0]
+    frozen = block.state.policy.flat[0]
     assert frozen.isfinite().all()
     assert first["chosen_logratio"][3:].nunique() == 1
     assert second["chosen_logratio"].nunique() == 7

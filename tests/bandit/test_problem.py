@@ -11,9 +11,10 @@ import torch
 from lib.bandit import problem as module
 from lib.bandit.network import logits
 from lib.bandit.policy import Samples
-from lib.bandit.problem import BanditProblem, contexts, uniforms
+from lib.bandit.problem import BanditProblem, contexts
 from lib.bandit.reference import load, reward_table
 from lib.methods import METHODS
+from lib.randomness import uniforms
 from lib.rollouts import Rollout
 from tests.bandit.helpers import random_parameters, small, start
 

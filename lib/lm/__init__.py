@@ -1,0 +1,1 @@
+"""Causal language models as a problem for `lib.finetune`: any that transformers loads."""

@@ -1,0 +1,176 @@
+"""One fine-tuning run of a language model as a frozen configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib import methods
+from lib.finetune import Schedule, exact_div
+from lib.lm.length import check_task
+
+TINY = Path(__file__).parents[2] / "data" / "length"
+LABELS = ("learned", "rule")
+DTYPES = ("float32", "bfloat16")
+MINIBATCH = 64  # M, completions of one update (Table 4)
+
+# Fields that override a hyperparameter of the method; None keeps the method's default.
+HYPER = ("beta", "tau", "temperature", "clip", "top_k", "standardise", "weights", "kl_start",
+         "kl_target", "value_weight", "lam")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LengthRun:
+    """A run of one method on a length problem (section 3.2, appendices F, G, J).
+
+    Args:
+        method: a name of `lib.methods.METHODS`.
+        task: "min" (shorter is better), "mode" (nearer the reference policy's mean length is),
+            "skew" (as min, but the preference data are cut short).
+        learning_rate: of Adam.
+        seed: of prompts, samples, data order and evaluation.
+        label: "learned" (a reward model's score is the training reward) or "rule" (the gold one).
+        completions: C, completions of a prompt. batch: B, completions of one sampling. minibatch:
+            M, of one update. inner_steps: T, passes over one sampling. iterations: samplings.
+            Offline methods have one iteration, whose batch is all the data they see.
+        evaluations: rows of the result table after the one at update 0. prompts: validation
+            prompts of an evaluation.
+        prepared: "tiny", which is shipped, or a folder that `lib.lm.prepare` made of a policy and
+            prompts of your own: reference policy, prompts, pairs and reward models.
+        max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
+        dtype: of the matrix products; weights are float32 in either case.
+        beta ... lam: hyperparameters of the method, None for its default.
+    Raises: ValueError that names the value and the allowed ones.
+    """
+
+    method: str
+    task: str
+    learning_rate: float
+    seed: int
+    label: str = "learned"
+    completions: int = 1
+    batch: int = MINIBATCH
+    minibatch: int = MINIBATCH
+    inner_steps: int = 1
+    iterations: int = 100
+    evaluations: int = 20
+    prompts: int = 64
+    prepared: str = "tiny"
+    max_tokens: int = 96
+    sampling_temperature: float = 1.0
+    dtype: str = "float32"
+    clip_norm: float = 1.0
+    beta: float | None = None
+    tau: float | None = None
+    temperature: float | None = None
+    clip: float | None = None
+    top_k: int | None = None
+    standardise: str | None = None
+    weights: str | None = None
+    kl_start: float | None = None
+    kl_target: float | None = None
+    value_weight: float | None = None
+    lam: float | None = None
+
+    def __post_init__(self) -> None:
+        method = methods.get(self.method)
+        check_task(self.task)
+        for name, allowed in {"label": LABELS, "dtype": DTYPES}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        method.resolve(self.overrides)
+        self._check_ranges()
+        if "pairs" in method.needs and self.completions < 2:
+            raise ValueError(f"{self.method} learns from pairs: completions must be at least 2, "
+                             f"got {self.completions}")  # fmt: skip
+        if not method.on_policy and (self.iterations, self.inner_steps) != (1, 1):
+            raise ValueError(f"{self.method} is offline: iterations and inner_steps must be 1, "
+                             f"got {self.iterations} and {self.inner_steps}")  # fmt: skip
+        if not method.on_policy and self.completions != 2:
+            raise ValueError(f"{self.method} is offline and the data are pairs: completions must "
+                             f"be 2, got {self.completions}")  # fmt: skip
+        self.schedule  # noqa: B018 (its own checks)
+
+    def _check_ranges(self) -> None:
+        limits = {
+            "learning_rate": (0.0, 10.0),
+            "seed": (0, 2**31 - 1),
+            "completions": (1, 1000),
+            "evaluations": (1, 10_000),
+            "prompts": (1, 100_000),
+            "max_tokens": (1, 100_000),
+            "sampling_temperature": (1e-3, 100.0),
+            "clip_norm": (1e-6, float("inf")),
+        }
+        if self.top_k is not None:
+            limits["top_k"] = (1, self.completions)
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The method hyperparameters that this run sets itself."""
+        return {name: v for name in HYPER if (v := getattr(self, name)) is not None}
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        return methods.get(self.method).resolve(self.overrides)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(
+            iterations=self.iterations, batch=self.batch, minibatch=self.minibatch,
+            completions=self.completions, inner_steps=self.inner_steps,
+        )  # fmt: skip
+
+    @property
+    def updates(self) -> int:
+        return self.schedule.updates
+
+    @property
+    def folder(self) -> Path:
+        """Where policy, prompts, pairs and reward models lie."""
+        return TINY if self.prepared == "tiny" else Path(self.prepared)
+
+    def data_files(self) -> tuple[Path, ...]:
+        """The files that the run reads: part of its identity."""
+        files = [*weights(self.folder / "policy"), self.folder / "prompts.parquet",
+                 self.folder / "pairs.parquet"]  # fmt: skip
+        if self.label == "learned":
+            files += weights(self.folder / f"reward-{self.task}")
+        return tuple(files)
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files of a model. Raises: FileNotFoundError if there is none."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"no .safetensors in {folder}: prepare it with lib.lm.prepare")
+    return [*found, folder / "config.json"]
+
+
+def length_run(
+    method: str, task: str, learning_rate: float, seed: int, *, updates: int = 100,
+    batch: int = MINIBATCH, inner_steps: int = 1, **options: Any,
+) -> LengthRun:  # fmt: skip
+    """A `LengthRun` of `updates` updates, with the completions that the method needs by default.
+
+    A larger B or T means fewer samplings, not more updates. C is 4 for best-of-N, 2 for pairs, and
+    1 for the others (Tables 8 to 10).
+    Raises: ValueError if `updates` is not a multiple of the updates on one sampling.
+    """
+    entry = methods.get(method)
+    minibatch = options.get("minibatch", MINIBATCH)
+    if not entry.on_policy:
+        options |= {"completions": 2, "iterations": 1, "batch": updates * minibatch}
+        return LengthRun(method, task, learning_rate, seed, **options)
+    default = {"selected": 4, "pair": 2}.get(entry.unit, 1)
+    options.setdefault("completions", default)
+    steps = exact_div(batch, minibatch, "batch in minibatches") * inner_steps
+    options.setdefault("iterations", exact_div(updates, steps, f"{updates} updates in samplings"))
+    return LengthRun(
+        method, task, learning_rate, seed, batch=batch, inner_steps=inner_steps, **options
+    )

@@ -1,0 +1,44 @@
+"""Trains one language-model run and returns its result table: the `Engine` of `lib.runs`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from lib.lm.config import LengthRun
+from lib.lm.problem import LengthProblem
+from lib.training import Training, run
+
+
+def evaluated(updates: int, evaluations: int) -> list[int]:
+    """0 and `evaluations` updates, evenly to the last."""
+    points = np.linspace(0, updates, min(updates, evaluations) + 1)
+    return sorted({int(round(p)) for p in points})
+
+
+class LengthEngine:
+    """How `lib.runs` computes length runs: one at a time, each in a process of its own."""
+
+    block_size = 1
+    modules = ("lib.lm.engine",)
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+
+    def block_key(self, config: LengthRun) -> LengthRun:
+        return config
+
+    def cost(self, config: LengthRun) -> float:
+        """Seconds of one run of the tiny policy on one core."""
+        schedule = config.schedule
+        drawn = schedule.iterations * schedule.batch / 64
+        return 0.3 * drawn + 0.4 * schedule.updates + 1.0 * config.evaluations
+
+    def run(self, configs: Sequence[LengthRun], checkpoint) -> list[pd.DataFrame]:
+        """Trains `configs` (one run) and returns its table. Raises: ValueError for several."""
+        (config,) = configs
+        points = evaluated(config.updates, config.evaluations)
+        problem = LengthProblem(config, self.device)
+        return run(Training(problem, config.schedule, config.hyper, points), checkpoint)

@@ -1,0 +1,122 @@
+"""A causal language model in two halves, so that the head runs on response tokens only.
+
+The logits of a batch are the largest tensor of a training step (tokens x vocabulary). Taking
+hidden states and head apart keeps them to the tokens that count, and in chunks to a fixed budget.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+
+from lib.divergences import categorical_kl, entropy
+
+# Logits held at once (numbers, not bytes): 256 MB in float32.
+LOGIT_BUDGET = 2**26
+
+
+class Network(nn.Module):
+    """Hidden states, head and, if asked for, a value head of a transformers model.
+
+    Args:
+        model: any causal LM of transformers whose logits are its output embedding of the last
+            hidden state.
+        temperature: logits are divided by it, in sampling and in scoring alike.
+        value_head: add a linear head for values, zero at the start.
+        dtype: "bfloat16" computes in it (weights stay float32), "float32" does not.
+    Raises: ValueError if the head is not where it should be.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        value_head: bool = False,
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
+        self.value: nn.Linear | None = None
+        if value_head:
+            self.value = nn.Linear(model.config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(self.value.weight)
+            nn.init.zeros_(self.value.bias)
+            self.value.to(model.device)
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.dtype))
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some architectures scale or cap their logits after the head: not ours to guess."""
+        tokens = torch.tensor([[1, 2, 3]], device=self.device) % self.vocabulary
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        with self._autocast():
+            whole = self.model(input_ids=tokens).logits.float()
+        halves = self.logits(self.hidden(tokens, mask)) * self.temperature
+        if not torch.allclose(whole, halves, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
+            name = type(self.model).__name__
+            raise ValueError(f"{name} does more to its logits than its output embedding does: "
+                             "the book's loop cannot take it apart")  # fmt: skip
+
+    def hidden(self, tokens: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """Last hidden states. tokens (S, n); mask (S, m) bool of all m >= n tokens so far, those
+        in the cache included; positions count the tokens that are not padding. -> (S, n, d)."""
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        with self._autocast():
+            out = self.model.base_model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions,
+                past_key_values=cache, use_cache=cache is not None,
+            )  # fmt: skip
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V) float32, at the temperature."""
+        with self._autocast():
+            raw = self.model.get_output_embeddings()(hidden)
+        return raw.float() / self.temperature
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        """(..., d) -> (...) what the value head predicts, or None if there is none."""
+        return None if self.value is None else self.value(hidden.float())[..., 0]
+
+    def logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of tokens from the states before them. (N, d), (N,) -> (N,) nats."""
+
+        def part(h: Tensor, t: Tensor) -> Tensor:
+            return self.logits(h).log_softmax(-1).gather(-1, t[:, None])[:, 0]
+
+        pieces = list(zip(*(x.split(self._chunk) for x in (hidden, targets)), strict=True))
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            return torch.cat([part(*piece) for piece in pieces])
+        # a chunk's logits are computed again in the backward pass, and never held together
+        return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
+
+    @torch.no_grad()
+    def divergences(self, hidden: Tensor, other: Network, others: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(self || other) of the next token, and own entropy. Both (N, d) -> (N,), (N,) nats."""
+        kl, spread = [], []
+        for mine, theirs in zip(hidden.split(self._chunk), others.split(self._chunk), strict=True):
+            logp = self.logits(mine).log_softmax(-1)
+            kl.append(categorical_kl(logp, other.logits(theirs).log_softmax(-1)))
+            spread.append(entropy(logp))
+        return torch.cat(kl), torch.cat(spread)
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, LOGIT_BUDGET // self.vocabulary)

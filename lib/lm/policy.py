@@ -1,0 +1,248 @@
+"""A language model as the `Policy` of `lib.finetune`: optimiser, micro-batches and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lib.lm.decode import Samples, sample
+from lib.lm.network import Network
+from lib.methods import Hyper, Method
+from lib.rollouts import Rollout
+
+# Log-probabilities recomputed by the full pass against those of the cached decoder, as a share of
+# the largest logit: float32 rounding, and bfloat16's (8 bits of mantissa).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+TOKEN_BUDGET = 8192  # tokens, padding included, that pass through the network at once
+
+
+class Scorer:
+    """A frozen language model that samples and scores.
+
+    Args:
+        network: the model in two halves.
+        eos: ids that end a completion. pad: id that stands where nothing counts (masks are never
+            derived from it, so it may be an EOS).
+        budget: tokens that pass through the network at once.
+    """
+
+    def __init__(
+        self, network: Network, eos: tuple[int, ...], pad: int, budget: int = TOKEN_BUDGET
+    ):
+        self.network, self.pad, self.budget = network, pad, budget
+        self.eos = torch.tensor(eos, device=network.device)
+
+    def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
+        """One completion for every row. prompts (S, P) padded on the left; uniforms (S, L)."""
+        return sample(self.network, prompts, prompt_mask, uniforms, self.eos, self.pad)
+
+    @torch.no_grad()
+    def score(self, batch: Rollout) -> Tensor:
+        """log pi(y_t | x, y_<t) of a rollout's completions: (P, C, L) nats, 0 off the mask."""
+        rows, out = Rows.of(batch), torch.zeros_like(batch.mask, dtype=torch.float32).flatten(0, 1)
+        for index in rows.buckets(self.budget):
+            part = rows.pick(index)
+            hidden, targets, at = part.states(self.network)
+            out[index[at[0]], at[1]] = self.network.logp(hidden, targets)
+        return out.view(batch.mask.shape)
+
+    @torch.no_grad()
+    def divergences(self, batch: Rollout, other: Scorer) -> tuple[Tensor, Tensor]:
+        """KL(self || other) and own entropy per token along completions: two of (P, C, L) nats."""
+        rows = Rows.of(batch)
+        out = torch.zeros(2, *rows.completions.shape, device=self.network.device)
+        for index in rows.buckets(self.budget):
+            part = rows.pick(index)
+            hidden, _, at = part.states(self.network)
+            others, _, _ = part.states(other.network)
+            found = self.network.divergences(hidden, other.network, others)
+            out[:, index[at[0]], at[1]] = torch.stack(found)
+        kl, spread = out.view(2, *batch.mask.shape)
+        return kl, spread
+
+
+class Rows:
+    """The completions of a rollout as rows: prompt padded on the left, completion on the right."""
+
+    def __init__(self, prompts: Tensor, prompt_mask: Tensor, completions: Tensor, mask: Tensor):
+        self.prompts, self.prompt_mask = prompts, prompt_mask
+        self.completions, self.mask = completions, mask
+
+    @classmethod
+    def of(cls, batch: Rollout) -> Rows:
+        count = batch.mask.shape[1]
+        prompt_mask = batch.prompt_mask
+        if prompt_mask is None:
+            prompt_mask = torch.ones_like(batch.prompts, dtype=torch.bool)
+        return cls(
+            batch.prompts.repeat_interleave(count, 0), prompt_mask.repeat_interleave(count, 0),
+            batch.completions.flatten(0, 1), batch.mask.flatten(0, 1),
+        )  # fmt: skip
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) tokens of prompt and completion that count."""
+        return self.prompt_mask.sum(-1) + self.mask.sum(-1)
+
+    def buckets(self, budget: int) -> list[Tensor]:
+        """Row indices by falling length, cut so that no bucket exceeds `budget` with padding."""
+        order = self.lengths.argsort(descending=True, stable=True)
+        return _cut(order, self.lengths[order].tolist(), budget)
+
+    def pick(self, index: Tensor) -> Rows:
+        """Some rows, without the columns that are padding in all of them."""
+        prompt_mask, mask = self.prompt_mask[index], self.mask[index]
+        first = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
+        last = max(1, int(mask.sum(-1).max()))
+        return Rows(self.prompts[index, first:], prompt_mask[:, first:],
+                     self.completions[index, :last], mask[:, :last])  # fmt: skip
+
+    def states(self, network: Network) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states before every token that counts (N, d), those tokens (N,), and where they
+        stand: (row, position), each (N,)."""
+        tokens = torch.cat([self.prompts, self.completions], 1)
+        mask = torch.cat([self.prompt_mask, self.mask], 1)
+        start = self.prompts.shape[1]
+        hidden = network.hidden(tokens[:, :-1], mask[:, :-1])[:, start - 1 :]
+        at = self.mask.nonzero(as_tuple=True)
+        return hidden[at], self.completions[at], at
+
+
+def _cut(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:
+    """`order` in pieces of n rows, each with n * its first (longest) length <= budget, or n = 1."""
+    pieces, start = [], 0
+    while start < len(lengths):
+        step = max(1, budget // max(1, lengths[start]))
+        pieces.append(order[start : start + step])
+        start += step
+    return pieces
+
+
+class CausalPolicy(Scorer):
+    """A language model that trains: the `Policy` of `lib.finetune`.
+
+    Args:
+        rate: learning rate of Adam (no weight decay, constant).
+        clip_norm: the gradient is scaled down to this Euclidean norm, as TRL's trainers do.
+    """
+
+    breaks: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        network: Network,
+        eos: tuple[int, ...],
+        pad: int,
+        rate: float,
+        clip_norm: float = 1.0,
+        budget: int = TOKEN_BUDGET,
+    ):
+        super().__init__(network, eos, pad, budget)
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=rate, fused=True)
+        self.clip_norm = clip_norm
+        self.alive = torch.tensor(True, device=network.device)
+        self.tolerance = TOLERANCE[network.dtype]
+
+    def frozen(self) -> CausalPolicy:
+        """Itself: an iteration's completions are drawn before its first update, and not again."""
+        return self
+
+    def update(
+        self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One Adam step (see `lib.finetune.Policy`), in micro-batches of whole prompt groups.
+
+        Completions that carry no loss (`method.active`) do not pass through the network; their
+        log-probabilities are returned as those of the sampling. A step whose gradient is not
+        finite is not taken, and no later one.
+        """
+        self.optimiser.zero_grad()
+        logp, values = batch.logp.clone(), _copy(batch.values)
+        for groups in self._micro_batches(batch, method):
+            part = batch.pick(groups)
+            new, predicted = self._forward(part, method.active(part))
+            self._loss(method, part, new, predicted, hyper, items).backward()
+            logp[groups] = new.detach()
+            if values is not None:
+                values[groups] = predicted.detach()
+        norm = self._step()
+        item, metrics = method.loss(batch, logp, hyper)
+        metrics = {"loss": item.sum() / items, "grad_norm": norm, **metrics}
+        if method.critic is not None:
+            metrics["value_loss"] = method.critic(batch, values, hyper).sum() / items
+        return logp, metrics
+
+    def _micro_batches(self, batch: Rollout, method: Method) -> list[Tensor]:
+        """Prompt groups by falling length of their longest active completion, cut to the budget."""
+        active = method.active(batch)
+        prompt = batch.prompts.shape[1] if batch.prompt_mask is None else batch.prompt_mask.sum(-1)
+        longest = (batch.mask.sum(-1) * active).amax(-1) + prompt
+        longest = longest * active.any(-1)
+        order = longest.argsort(descending=True, stable=True)
+        order = order[longest[order] > 0]
+        sizes = (longest * active.sum(-1).amax()).tolist()
+        return _cut(order, [sizes[i] for i in order.tolist()], self.budget)
+
+    def _forward(self, batch: Rollout, active: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and values (P, C, L) of active completions; the rest as sampled."""
+        rows = Rows.of(batch)
+        index = active.flatten().nonzero()[:, 0]
+        hidden, targets, at = rows.pick(index).states(self.network)
+        at = (index[at[0]], at[1])
+        logp = batch.logp.flatten(0, 1).index_put(at, self.network.logp(hidden, targets))
+        if batch.values is None:
+            return logp.view_as(batch.logp), None
+        values = batch.values.flatten(0, 1).index_put(at, self.network.values(hidden))
+        return logp.view_as(batch.logp), values.view_as(batch.logp)
+
+    def _loss(
+        self, method: Method, part: Rollout, logp: Tensor, values: Tensor | None, hyper: Hyper,
+        items: Tensor,
+    ) -> Tensor:  # fmt: skip
+        item, _ = method.loss(part, logp, hyper)
+        total = item.sum()
+        if method.critic is not None:
+            total = total + method.critic(part, values, hyper).sum()
+        return total / items
+
+    def _step(self) -> Tensor:
+        """Clips and applies the gradient; returns its norm before clipping. No host waits here."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.alive = self.alive & norm.isfinite()
+        self.optimiser.found_inf = (~self.alive).float()  # a fused step is then left out
+        self.optimiser.step()
+        return norm.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training changes, by name: parameters, moments, whether it is alive."""
+        tensors = {f"network.{k}": v.detach() for k, v in self.network.named_parameters()}
+        for i, p in enumerate(self.parameters):
+            moments = self.optimiser.state.get(p, {})
+            tensors |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
+        return tensors | {"alive": self.alive}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        own = dict(self.network.named_parameters())
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "network":
+                own[rest].copy_(value)
+            elif kind == "optimiser":
+                number, _, moment = rest.partition(".")
+                parameter = self.parameters[int(number)]
+                self.optimiser.state[parameter][moment] = value.to(parameter.device).clone()
+        self.alive = tensors["alive"].to(self.network.device)
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
+
+
+
+
+def gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Trade a second forward pass for the memory of the activations."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})

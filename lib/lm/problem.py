@@ -1,0 +1,277 @@
+"""A length problem for `lib.training`: prompts, preference data, rewards and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lib.finetune import State
+from lib.lm import length
+from lib.lm.batches import padded
+from lib.lm.config import LengthRun
+from lib.lm.network import Network
+from lib.lm.pairs import SEED, SPLITS, Pairs, as_tensors, load, skew_mean
+from lib.lm.policy import CausalPolicy, Scorer
+from lib.lm.reward import RewardModel
+from lib.lm.text import encode_prompts
+from lib.methods import Method, get
+from lib.randomness import uniforms
+from lib.rollouts import Rollout, sequence_logp
+from lib.timing import Clock
+
+# Streams of random numbers; a run's numbers depend on its seed, the stream and a counter only.
+PROMPTS, TRAIN, EVALUATE = range(3)
+HELD_OUT = 64  # validation pairs whose log-probabilities are followed
+
+
+@dataclass(frozen=True)
+class Data:
+    """What all runs of one policy and task share: loaded once in a process."""
+
+    eos: tuple[int, ...]
+    pad: int
+    prompts: dict[str, list[list[int]]]  # by split
+    pairs: dict[str, Pairs]  # by split; of the task's own distribution
+    target: float  # mean length of the SFT policy's responses, tokens
+
+
+@lru_cache(maxsize=4)
+def task_data(folder: Path, task: str) -> Data:
+    """Prompts and pairs of a task in a prepared folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    table = pd.read_parquet(folder / "prompts.parquet")
+    prompts = {
+        split: encode_prompts(tokenizer, rows["prompt"].tolist())
+        for split, rows in table.groupby("split")
+    }
+    eos = (tokenizer.eos_token_id,)
+    pairs = {s: load(folder / "pairs.parquet", s, eos) for s in SPLITS}
+    target = float(pairs["train"].lengths.mean())
+    if task == "skew":
+        mean = skew_mean(pairs["train"])
+        pairs = {s: p.skewed(mean, SEED + i) for i, (s, p) in enumerate(pairs.items())}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    return Data(eos, pad, prompts, pairs, target)
+
+
+class LengthProblem:
+    """One run of a method on a length problem."""
+
+    shown = ("reward", "proxy")
+
+    def __init__(self, config: LengthRun, device: str = "cpu"):
+        self.config, self.device, self.clock = config, device, Clock()
+        self.method: Method = get(config.method)
+        self.data = task_data(config.folder, config.task)
+        self.reference = self._scorer()
+        self.reward = None
+        if config.label == "learned":
+            model = AutoModelForSequenceClassification.from_pretrained(
+                config.folder / f"reward-{config.task}", use_safetensors=True
+            )
+            self.reward = RewardModel(model.to(device))
+        self.held_out = self._held_out()
+
+    def _network(self, value_head: bool = False) -> Network:
+        model = AutoModelForCausalLM.from_pretrained(
+            self.config.folder / "policy", use_safetensors=True
+        )
+        return Network(model.to(self.device), self.config.sampling_temperature, value_head,
+                       self.config.dtype)  # fmt: skip
+
+    def _scorer(self) -> Scorer:
+        network = self._network().requires_grad_(False)
+        return Scorer(network, self.data.eos, self.data.pad)
+
+    def initial_state(self) -> State:
+        """Policy = reference = the SFT policy."""
+        config, method = self.config, self.method
+        network = self._network("value_head" in method.needs)
+        policy = CausalPolicy(network, self.data.eos, self.data.pad, config.learning_rate,
+                              config.clip_norm)  # fmt: skip
+        controller = method.controller(config.hyper) if method.controller else None
+        return State(policy, self.reference, controller=controller)
+
+    # --- data -------------------------------------------------------------------------------------
+
+    def collect(self, state: State, method: Method) -> Rollout:
+        """Completions of `state.behaviour` with rewards, or the run's share of the fixed pairs."""
+        if not method.on_policy:
+            return self._offline(method)
+        config = self.config
+        minibatches = config.schedule.minibatches
+        first = state.iteration * minibatches
+        parts = [self._draw(state.behaviour, i) for i in range(first, first + minibatches)]
+        batch = _joined(parts, self.data.pad)
+        if "reference" in method.needs:
+            with self.clock.measure("scoring"):
+                batch = replace(batch, ref=self.reference.score(batch))
+        with self.clock.measure("scoring"):
+            return replace(batch, rewards=self.proxy(batch))
+
+    def _draw(self, policy: CausalPolicy, number: int) -> Rollout:
+        """The run's minibatch `number`: its prompts and random numbers do not depend on B."""
+        config = self.config
+        groups = config.minibatch // config.completions
+        chosen = self._order("train", number * groups, groups)
+        prompts, prompt_mask = padded([self.data.prompts["train"][i] for i in chosen],
+                                      self.data.pad, "left", self.device)  # fmt: skip
+        shape = (config.minibatch, config.max_tokens)
+        numbers = uniforms([config.seed], TRAIN, number, shape)[0].to(self.device)
+        with self.clock.measure("sampling"):
+            return self._sampled(policy, prompts, prompt_mask, numbers, config.completions)
+
+    def _sampled(
+        self, policy: Scorer, prompts: Tensor, prompt_mask: Tensor, numbers: Tensor, count: int
+    ) -> Rollout:
+        """`count` completions for each prompt as a rollout without rewards."""
+        samples = policy.sample(prompts.repeat_interleave(count, 0),
+                                prompt_mask.repeat_interleave(count, 0), numbers)  # fmt: skip
+        shape = (len(prompts), count, numbers.shape[1])
+        return Rollout(
+            prompts=prompts, prompt_mask=prompt_mask,
+            completions=samples.completions.view(shape), mask=samples.mask.view(shape),
+            logp=samples.logp.view(shape), ref=None,
+            values=None if samples.values is None else samples.values.view(shape),
+            rewards=torch.zeros(shape[:2], device=self.device), scale=samples.scale,
+        )  # fmt: skip
+
+    def _order(self, split: str, start: int, count: int) -> list[int]:
+        """Prompts `start` to `start + count` of an endless, reshuffled walk through a split."""
+        size = len(self.data.prompts[split])
+        seed = self.config.seed
+        epochs = range(start // size, (start + count - 1) // size + 1)
+        walk = [uniforms([seed], PROMPTS, e, (size,))[0].argsort() for e in epochs]
+        offset = start - epochs[0] * size
+        return torch.cat(walk)[offset : offset + count].tolist()
+
+    def _offline(self, method: Method) -> Rollout:
+        """The pairs of the run in its own order, repeated where it has more updates than pairs."""
+        pairs, groups = self.data.pairs["train"], self.config.batch // 2
+        walk = [uniforms([self.config.seed], PROMPTS, e, (len(pairs),))[0].argsort()
+                for e in range(-(-groups // len(pairs)))]  # fmt: skip
+        index = torch.cat(walk)[:groups]
+        batch = self._pairs_rollout(pairs, index)
+        if "rewards" in method.needs:
+            with self.clock.measure("scoring"):
+                batch = replace(batch, rewards=self.proxy(batch))
+        return batch
+
+    def _pairs_rollout(self, pairs: Pairs, index: Tensor) -> Rollout:
+        """Pairs as a rollout: reward 1 for the preferred response and 0 for the other; a tie, 0."""
+        prompts, prompt_mask, ids, mask = as_tensors(pairs, index, self.data.pad, self.device)
+        preferred = pairs.preferred(self.config.task, self.data.target)[index.numpy()]
+        batch = Rollout(
+            prompts=prompts, prompt_mask=prompt_mask, completions=ids, mask=mask,
+            logp=torch.zeros(ids.shape, device=self.device), ref=None,
+            rewards=torch.tensor(preferred, dtype=torch.float32, device=self.device),
+            scale=torch.tensor(20.0, device=self.device),
+        )  # fmt: skip
+        with self.clock.measure("scoring"):
+            logp = self.reference.score(batch)
+        return replace(batch, logp=logp, ref=logp)
+
+    # --- rewards ----------------------------------------------------------------------------------
+
+    def lengths(self, batch: Rollout) -> Tensor:
+        """(P, C) response tokens without EOS."""
+        return length.lengths(batch.completions, batch.mask, self.reference.eos)
+
+    def gold(self, batch: Rollout) -> Tensor:
+        """(P, C) gold reward, tokens."""
+        return length.gold(self.config.task, self.lengths(batch), self.data.target)
+
+    def proxy(self, batch: Rollout) -> Tensor:
+        """(P, C) what the methods are trained on: the reward model's score, or the rule's."""
+        return self.gold(batch) if self.reward is None else self.reward.score(batch)
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def _held_out(self) -> Rollout:
+        pairs = self.data.pairs["validation"]
+        preferred = pairs.preferred(self.config.task, self.data.target)
+        untied = torch.tensor(preferred.any(-1)).nonzero()[:, 0]
+        return self._pairs_rollout(pairs, untied[:HELD_OUT])
+
+    @torch.no_grad()
+    def evaluate(self, state: State) -> dict[str, Tensor]:
+        """Metrics of the present policy on one completion of each validation prompt.
+
+        `reward` is the gold reward whatever the training reward is.
+        """
+        config = self.config
+        chosen = self.data.prompts["validation"][: config.prompts]
+        prompts, prompt_mask = padded(chosen, self.data.pad, "left", self.device)
+        numbers = uniforms([config.seed], EVALUATE, state.updates,
+                           (len(chosen), config.max_tokens))[0].to(self.device)  # fmt: skip
+        batch = self._sampled(state.policy, prompts, prompt_mask, numbers, 1)
+        kl, spread = state.policy.divergences(batch, self.reference)
+        long = self.lengths(batch).float()
+        ended = torch.isin(batch.completions, self.reference.eos) & batch.mask
+        return {
+            "reward": self.gold(batch).mean(),
+            "proxy": self.proxy(batch).mean(),
+            "length": long.mean(),
+            "length_sd": long.std(),
+            "ended": ended.any(-1).float().mean(),
+            "kl_ref": kl.sum(-1).mean(),
+            "entropy": spread.sum(-1).mean(),
+            **self._pair_metrics(state.policy),
+        }
+
+    def _pair_metrics(self, policy: Scorer) -> dict[str, Tensor]:
+        """Held-out pairs: log pi - log pi_ref (nats) of y_w and y_l, and how often y_w's is larger.
+
+        The share is the accuracy of the policy's implicit reward (Rafailov et al. 2023).
+        """
+        pairs = self.held_out
+        ratio = sequence_logp(policy.score(pairs) - pairs.ref, pairs.mask)
+        chosen = (ratio * pairs.rewards).sum(-1)
+        rejected = (ratio * (1 - pairs.rewards)).sum(-1)
+        right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+        return {
+            "chosen_logratio": chosen.mean(),
+            "rejected_logratio": rejected.mean(),
+            "held_out_accuracy": right.mean(),
+        }
+
+    # --- resuming ---------------------------------------------------------------------------------
+
+    def resumable(self, state: State) -> bool:
+        """Between samplings, or at any time where the data are fixed: the sampler is not kept."""
+        return state.step == 0 or not self.method.on_policy
+
+    def save(self, state: State) -> dict[str, Tensor]:
+        return state.policy.state()
+
+    def load(self, state: State, tensors: Mapping[str, Tensor]) -> None:
+        state.policy.load_state(tensors)
+
+
+def _joined(parts: list[Rollout], pad: int) -> Rollout:
+    """Minibatches as one rollout; their prompts are padded on the left to one width."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.prompts.shape[1] for part in parts)
+
+    def widened(x: Tensor, fill: int | bool) -> Tensor:
+        return torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill)
+
+    def cat(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    names = ("completions", "mask", "logp", "values", "rewards")
+    return Rollout(
+        prompts=torch.cat([widened(p.prompts, pad) for p in parts]),
+        prompt_mask=torch.cat([widened(p.prompt_mask, False) for p in parts]),
+        ref=None, scale=torch.stack([p.scale for p in parts]).amax(),
+        **{name: cat(name) for name in names},
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""Log-probabilities against transformers, micro-batches against the whole, state against itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lib.lm import network as network_module
+from lib.lm.batches import padded
+from lib.lm.network import Network
+from lib.lm.policy import CausalPolicy, Scorer
+from lib.lm.reward import RewardModel
+from lib.methods import METHODS
+from lib.rollouts import Rollout
+from tests.tiny_lm import save_tiny_policy, save_tiny_reward_model
+
+EOS, PAD = 256, 257
+PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90], [5, 256, 7, 8], [1, 2], [9, 9, 9]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("policy"), initializer_range=0.3)
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def rollout(pad=PAD, count=3, side="left", seed=0):
+    """Completions of 1 to 12 tokens; some end in EOS, others were capped."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(len(PROMPTS) * count):
+        n = int(torch.randint(1, 12, (1,), generator=generator))
+        rows.append(torch.randint(0, 250, (n,), generator=generator).tolist() + [EOS] * (i % 2))
+    ids, mask = padded(rows, pad, "right")
+    prompts, prompt_mask = padded(PROMPTS, pad, side)
+    shape = (len(PROMPTS), count, ids.shape[1])
+    return Rollout(
+        prompts=prompts, prompt_mask=prompt_mask, completions=ids.view(shape),
+        mask=mask.view(shape), logp=torch.zeros(shape), ref=None,
+        rewards=torch.rand(shape[:2], generator=generator), scale=torch.tensor(20.0),
+    )  # fmt: skip
+
+
+def rows_of(batch):
+    """(prompt, completion) token lists of every completion."""
+    for i in range(batch.groups):
+        prompt = batch.prompts[i][batch.prompt_mask[i]].tolist()
+        for j in range(batch.mask.shape[1]):
+            yield prompt, batch.completions[i, j][batch.mask[i, j]].tolist()
+
+
+def test_sequence_scores_are_transformers_own_loss(model):
+    """Its loss is the mean negative log-probability of the labelled tokens."""
+    batch = rollout()
+    scores = Scorer(Network(model), (EOS,), PAD).score(batch)
+    assert (scores[~batch.mask] == 0).all()
+    for (prompt, completion), score in zip(rows_of(batch), scores.flatten(0, 1), strict=True):
+        tokens = torch.tensor([prompt + completion])
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        loss = model(input_ids=tokens, labels=labels).loss
+        assert -score.sum().item() / len(completion) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_scores_at_a_temperature_are_those_of_the_scaled_logits(model, temperature):
+    batch = rollout()
+    scores = Scorer(Network(model, temperature), (EOS,), PAD).score(batch).flatten(0, 1)
+    for (prompt, completion), score in zip(rows_of(batch), scores, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+        logp = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logp.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(score[: len(completion)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_do_not_move_with_buckets_padding_or_neighbours(model):
+    batch, network = rollout(), Network(model)
+    scores = Scorer(network, (EOS,), PAD).score(batch)
+    torch.testing.assert_close(Scorer(network, (EOS,), PAD, budget=1).score(batch), scores)
+    same = rollout(pad=EOS)
+    torch.testing.assert_close(Scorer(network, (EOS,), EOS).score(same), scores)
+    alone = Scorer(network, (EOS,), PAD).score(batch.narrow(2, 1))
+    torch.testing.assert_close(alone, scores[2:3], atol=1e-5, rtol=1e-5)
+
+
+def test_reward_scores_do_not_move_with_buckets_padding_or_neighbours(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(save_tiny_reward_model(tmp_path))
+    batch, reward = rollout(), RewardModel(model)
+    scores = reward.score(batch)
+    torch.testing.assert_close(RewardModel(model, budget=1).score(batch), scores)
+    torch.testing.assert_close(reward.score(rollout(pad=EOS)), scores)
+    torch.testing.assert_close(reward.score(batch.narrow(1, 1)), scores[1:2])
+    # without padding transformers finds the last token itself
+    prompt, completion = next(rows_of(batch))
+    plain = model(input_ids=torch.tensor([prompt + completion])).logits[0, 0]
+    torch.testing.assert_close(scores[0, 0], plain)
+
+
+def test_a_language_model_is_no_reward_model(model):
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM is no reward model"):
+        RewardModel(model)
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(model, monkeypatch):
+    forward = type(model).forward
+
+    def capped(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = torch.tanh(out.logits) * 2
+        return out
+
+    monkeypatch.setattr(type(model), "forward", capped)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM does more to its logits"):
+        Network(model)
+
+
+def test_chunks_give_the_same_log_probabilities_and_gradients(model, monkeypatch):
+    network = Network(model)
+    hidden = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    targets, results = torch.arange(20), []
+    for budget in (2**26, 264 * 6):
+        monkeypatch.setattr(network_module, "LOGIT_BUDGET", budget)
+        leaf = hidden.clone().requires_grad_()
+        logp = network.logp(leaf, targets)
+        (logp * torch.arange(20)).sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+
+
+def prepared(policy, method, batch):
+    batch = replace(batch, logp=policy.score(batch), ref=policy.score(batch))
+    if "value_head" in method.needs:
+        batch = replace(batch, values=torch.zeros_like(batch.logp))
+    return batch.labelled(method.prepare(batch, method.hyper))
+
+
+def updated(folder, method, budget=8192, steps=2, batch=None, **options):
+    torch.manual_seed(0)
+    network = Network(AutoModelForCausalLM.from_pretrained(folder),
+                      value_head="value_head" in method.needs, **options)  # fmt: skip
+    policy = CausalPolicy(network, (EOS,), PAD, 1e-2, budget=budget)
+    data = prepared(policy, method, rollout() if batch is None else batch)
+    results = [policy.update(data, method, method.hyper, method.items(data)) for _ in range(steps)]
+    return policy, data, results
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_change_nothing(folder, name):
+    whole, _, seen = updated(folder, METHODS[name], steps=1)
+    parts, _, same = updated(folder, METHODS[name], steps=1, budget=1)
+    (logp, metrics), (logp1, metrics1) = seen[0], same[0]
+    torch.testing.assert_close(logp, logp1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(metrics, metrics1, atol=1e-5, rtol=1e-4)
+    for a, b in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_step_is_torch_adam_on_the_mean_loss_of_all_completions(folder, name):
+    """Skipping completions without loss, and the split of head and states, change no gradient."""
+    method = METHODS[name]
+    policy, data, results = updated(folder, method, steps=1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    logp = torch.zeros_like(data.logp)
+    for k, (prompt, completion) in enumerate(rows_of(data)):
+        scored = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        own = scored[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        i, j = divmod(k, data.mask.shape[1])
+        logp = logp.index_put((torch.tensor(i), torch.tensor(j), torch.arange(len(own))), own)
+    loss = method.loss(data, logp, method.hyper)[0].sum() / method.items(data)
+    assert results[0][1]["loss"].item() == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+    loss.backward()
+    if method.critic is None:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.testing.assert_close(results[0][1]["grad_norm"], norm, atol=1e-5, rtol=1e-3)
+    torch.optim.Adam(model.parameters(), lr=1e-2).step()
+    expected = torch.cat([p.flatten() for p in model.parameters()])
+    got = torch.cat([p.detach().flatten() for p in policy.network.model.parameters()])
+    if method.critic is None:  # the critic's gradient reaches the shared layers as well
+        # Adam's first step is the gradient's sign where it is not tiny
+        assert ((got - expected).abs() < 1e-4).float().mean() > 0.98
+
+
+def test_tokens_that_carry_no_loss_do_not_pass_through_the_network(folder, monkeypatch):
+    method, seen = METHODS["best_of_n"], []
+    hidden = Network.hidden
+    policy, data, _ = updated(folder, method, steps=0)
+
+    def counted(self, tokens, mask, cache=None):
+        seen.append(len(tokens))
+        return hidden(self, tokens, mask, cache)
+
+    monkeypatch.setattr(Network, "hidden", counted)
+    policy.update(data, method, method.hyper, method.items(data))
+    assert sum(seen) == len(PROMPTS)  # one of three completions each
+
+
+def test_pairs_that_are_all_tied_leave_the_policy_as_it_is(folder):
+    method = METHODS["dpo"]
+    batch = replace(rollout(), rewards=torch.ones(len(PROMPTS), 3))
+    policy, _, results = updated(folder, method, batch=batch, steps=1)
+    for (_, p), q in zip(AutoModelForCausalLM.from_pretrained(folder).named_parameters(),
+                         policy.parameters, strict=True):  # fmt: skip
+        assert torch.equal(p, q)
+    assert results[0][1]["loss"] == 0 and policy.alive
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_none_after_it(folder):
+    method = METHODS["reinforce"]
+    policy, data, _ = updated(folder, method, steps=1)
+    before = [p.clone() for p in policy.parameters]
+    bad = data.labelled({"advantage": torch.full_like(data.rewards, torch.inf)})
+    policy.update(bad, method, method.hyper, method.items(bad))
+    assert not policy.alive
+    policy.update(data, method, method.hyper, method.items(data))
+    assert all(map(torch.equal, before, policy.parameters))
+    assert not policy.alive
+
+
+def test_state_is_saved_and_put_back(folder):
+    method = METHODS["ppo_token"]
+    policy, data, _ = updated(folder, method, steps=2)
+    saved = {k: v.clone() for k, v in policy.state().items()}
+    (after, _) = policy.update(data, method, method.hyper, method.items(data))
+    final = [p.clone() for p in policy.parameters]
+    other, _, _ = updated(folder, method, steps=0)
+    other.load_state(saved)
+    (again, _) = other.update(data, method, method.hyper, method.items(data))
+    assert torch.equal(after, again)
+    assert all(map(torch.equal, final, other.parameters))
+
+
+def test_bfloat16_keeps_float32_weights_and_is_near(folder):
+    policy, data, results = updated(folder, METHODS["dpo"], dtype="bfloat16")
+    exact, _, expected = updated(folder, METHODS["dpo"])
+    assert {p.dtype for p in policy.parameters} == {torch.float32}
+    difference = (results[0][0] - expected[0][0]).abs().max()
+    assert 0 < difference < policy.tolerance * 20

@@ -1,0 +1,208 @@
+"""A length run: configuration, what it draws, what it reports, how it resumes."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from lib.finetune import Schedule
+from lib.lm.config import LengthRun, length_run
+from lib.lm.engine import LengthEngine, evaluated
+from lib.lm.problem import LengthProblem, task_data
+from lib.methods import METHODS
+from lib.runs import identity
+from tests.bandit.helpers import Checkpoint
+from tests.lm_folder import prepared_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepared_folder(tmp_path_factory.mktemp("prepared"))
+
+
+def small(folder, method="reinforce", task="min", seed=0, **options):
+    options = {"updates": 4, "minibatch": 8, "batch": 8, "max_tokens": 12, "prompts": 6,
+               "evaluations": 2, **options}  # fmt: skip
+    return length_run(method, task, 1e-2, seed, prepared=str(folder), **options)
+
+
+# Configuration
+
+
+def test_a_run_by_default_takes_100_updates_of_64_completions():
+    for name, method in METHODS.items():
+        run = length_run(name, "min", 1e-3, 0)
+        schedule = run.schedule
+        assert (run.updates, schedule.minibatch) == (100, 64), name
+        drawn = schedule.iterations * schedule.batch
+        assert drawn == 6400 and (schedule.iterations == 1) is not method.on_policy
+
+
+@pytest.mark.parametrize(("batch", "inner", "iterations"), [(64, 1, 96), (128, 1, 48), (64, 4, 24)])
+def test_dials_b_and_t_keep_the_updates(batch, inner, iterations):
+    run = length_run("ppo_token", "min", 1e-3, 0, updates=96, batch=batch, inner_steps=inner)
+    assert (run.updates, run.iterations) == (96, iterations)
+    assert run.schedule == Schedule(iterations, batch, 64, 1, inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "max"}, "task must be one of .*'max'"),
+        ({"method": "dpo_online"}, "unknown method 'dpo_online'"),
+        ({"label": "human"}, r"label must be one of \('learned', 'rule'\), got 'human'"),
+        ({"dtype": "float16"}, "dtype must be one of .*'float16'"),
+        ({"learning_rate": -1.0}, "learning_rate must be between"),
+        ({"max_tokens": 0}, "max_tokens must be between 1"),
+        ({"method": "dpo", "completions": 1}, "dpo learns from pairs: completions must be at leas"),
+        ({"method": "dpo_offline", "completions": 2, "iterations": 3}, "dpo_offline is offline"),
+        ({"method": "pref_ft", "completions": 4, "iterations": 1}, "completions must be 2, got 4"),
+        ({"tau": 0.1}, r"reinforce has no hyperparameter \['tau'\]"),
+        ({"batch": 100}, "batch in minibatches: 100 is not a multiple of 64"),
+    ],
+)
+def test_what_a_run_refuses(options, message):
+    fields = {"method": "reinforce", "task": "min", "learning_rate": 1e-3, "seed": 0, **options}
+    with pytest.raises(ValueError, match=message):
+        LengthRun(**fields)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no .safetensors in .*prepare it with"):
+        LengthRun("dpo", "min", 1e-3, 0, completions=2, prepared=str(tmp_path)).data_files()
+
+
+def test_identity_follows_the_content_of_policy_pairs_and_reward_model(folder, tmp_path):
+    other = prepared_folder(tmp_path)
+    (other / "pairs.parquet").write_bytes((other / "prompts.parquet").read_bytes())
+    assert identity(small(other)) != identity(small(folder))
+
+
+# Data
+
+
+def test_a_minibatch_draws_the_same_whatever_b_is(folder):
+    one = LengthProblem(small(folder, batch=8))
+    two = LengthProblem(small(folder, batch=16))
+    first, state = one.initial_state(), two.initial_state()
+    first.behaviour, state.behaviour = first.policy, state.policy
+    drawn = []
+    for i in range(2):
+        first.iteration = i
+        drawn.append(one.collect(first, one.method))
+    both = two.collect(state, two.method)
+    for i, part in enumerate(drawn):
+        same = both.narrow(8 * i, 8)
+        assert torch.equal(same.completions, part.completions)
+        torch.testing.assert_close(same.rewards, part.rewards, atol=1e-5, rtol=1e-5)
+        for a, b in zip(range(8), range(8), strict=True):
+            assert (same.prompts[a][same.prompt_mask[a]].tolist()
+                    == part.prompts[b][part.prompt_mask[b]].tolist())  # fmt: skip
+
+
+def test_seed_changes_the_first_batch(folder):
+    drawn = []
+    for seed in (0, 0, 1):
+        problem = LengthProblem(small(folder, seed=seed))
+        state = problem.initial_state()
+        state.behaviour = state.policy
+        drawn.append(problem.collect(state, problem.method))
+    assert torch.equal(drawn[0].completions, drawn[1].completions)
+    assert drawn[0].prompts.shape != drawn[2].prompts.shape or not torch.equal(
+        drawn[0].completions, drawn[2].completions
+    )
+
+
+def test_every_prompt_is_used_once_before_any_is_used_again(folder):
+    problem = LengthProblem(small(folder))
+    size = len(problem.data.prompts["train"])
+    walk = problem._order("train", 0, 2 * size)
+    assert sorted(walk[:size]) == sorted(walk[size:]) == list(range(size))
+    assert walk[:size] != walk[size:]
+    assert problem._order("train", size - 3, 6) == walk[size - 3 : size + 3]
+
+
+def test_offline_methods_of_one_seed_see_the_same_pairs(folder):
+    seen = {}
+    for name in ("dpo_offline", "ipo_offline", "pref_ft", "rwr_offline"):
+        problem = LengthProblem(small(folder, name))
+        seen[name] = problem.collect(problem.initial_state(), problem.method)
+    first = seen["dpo_offline"]
+    for name, batch in seen.items():
+        assert torch.equal(batch.completions, first.completions), name
+    assert set(first.rewards.flatten().tolist()) <= {0.0, 1.0}
+    assert not torch.equal(seen["rwr_offline"].rewards, first.rewards)  # the model's scores
+
+
+def test_skew_data_are_shorter_and_min_data_are_not(folder):
+    plain, short = task_data(folder, "min"), task_data(folder, "skew")
+    assert short.pairs["train"].lengths.mean() < 0.6 * plain.pairs["train"].lengths.mean()
+    assert short.target == plain.target
+
+
+def test_the_rule_label_trains_on_the_gold_reward(folder):
+    problem = LengthProblem(small(folder, label="rule"))
+    state = problem.initial_state()
+    state.behaviour = state.policy
+    batch = problem.collect(state, problem.method)
+    assert torch.equal(batch.rewards, -problem.lengths(batch).float())
+
+
+# Training
+
+
+class Silent(Checkpoint):
+    def due(self):
+        return False
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("task", ["min", "skew"])
+def test_every_method_trains_and_reports(folder, name, task):
+    (table,) = LengthEngine().run([small(folder, name, task)], Silent())
+    assert table["update"].tolist() == [0, 2, 4]
+    first, last = table.iloc[0], table.iloc[-1]
+    assert first["kl_ref"] < 1e-5 and first["chosen_logratio"] == pytest.approx(0, abs=1e-4)
+    assert last["kl_ref"] > 1e-5
+    assert not table["diverged"].any() and last["samples"] == 32
+    assert (table[["length", "entropy"]] >= 0).all(axis=None)
+    assert first["held_out_accuracy"] == pytest.approx(0.5, abs=0.5)
+
+
+def test_long_enough_training_against_the_rule_shortens_the_completions(folder):
+    run = small(folder, "reinforce", label="rule", updates=40, minibatch=16, batch=16)
+    (table,) = LengthEngine().run([run], Silent())
+    assert table["length"].iloc[-1] < table["length"].iloc[0] - 2
+
+
+def without_seconds(table):
+    return table[[c for c in table if not c.startswith("seconds_")]]
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("ppo_token", {}), ("dpo", {"batch": 16}), ("rwr", {"inner_steps": 2}), ("dpo_offline", {}),
+])  # fmt: skip
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+def test_a_killed_run_ends_with_the_same_numbers(folder, name, options, kill_at):
+    run = small(folder, name, **options)
+    (expected,) = LengthEngine().run([run], Silent())
+    checkpoint = _KillWhenSaved(kill_at)
+    with pytest.raises(Checkpoint.Killed):
+        LengthEngine().run([run], checkpoint)
+    checkpoint.kill_at = None
+    (table,) = LengthEngine().run([run], checkpoint)
+    pd.testing.assert_frame_equal(without_seconds(table), without_seconds(expected))
+
+
+class _KillWhenSaved(Checkpoint):
+    """Due from the n-th update on, until the problem is at a place where it can be resumed."""
+
+    def due(self):
+        self.seen += 1
+        return self.kill_at is not None and self.seen >= self.kill_at
+
+
+def test_evaluated_updates_are_even():
+    assert evaluated(100, 4) == [0, 25, 50, 75, 100]
+    assert evaluated(3, 20) == [0, 1, 2, 3]

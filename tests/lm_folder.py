@@ -1,0 +1,36 @@
+"""A prepared folder of a tiny policy, tiny reward models and a few prompts, for tests of lib.lm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib.lm import pairs
+from lib.lm.length import TASKS
+from lib.lm.network import Network
+from lib.lm.policy import Scorer
+from tests.tiny_lm import save_tiny_policy, save_tiny_reward_model
+
+WORDS = ("tea", "rain", "a long walk", "stars", "bread and salt", "ink")
+
+
+def prepared_folder(root: Path, prompts: int = 24, max_tokens: int = 12) -> Path:
+    """Policy, prompts, pairs and reward models of random weights, as `lib.lm.prepare` lays out."""
+    folder = save_tiny_policy(root / "policy", initializer_range=0.3)
+    texts = [f"{WORDS[i % len(WORDS)]} {i}" for i in range(prompts)]
+    splits = ["train" if i < 2 * prompts // 3 else "validation" for i in range(prompts)]
+    table = pd.DataFrame({"prompt": texts, "split": splits})
+    table.to_parquet(root / "prompts.parquet", index=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scorer = Scorer(Network(AutoModelForCausalLM.from_pretrained(folder)), (256,), 257)
+    sampled = {
+        split: pairs.sample_pairs(scorer, tokenizer(rows["prompt"].tolist())["input_ids"],
+                                  max_tokens, seed=i)
+        for i, (split, rows) in enumerate(table.groupby("split"))
+    }  # fmt: skip
+    pairs.save(root / "pairs.parquet", sampled)
+    for i, task in enumerate(TASKS):
+        save_tiny_reward_model(root / f"reward-{task}", seed=i)
+    return root
