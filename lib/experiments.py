@@ -70,7 +70,7 @@ PROFILES: dict[str, Profile] = {
         sets=(2,),
         inner_steps=(2,),
         prompts=(8,),
-        updates=4,
+        updates=2,
         options=(("prompts", 4), ("completions", 4), ("evaluations", 2), ("held_out", False)),
     ),
     "cpu": Profile(
