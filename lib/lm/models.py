@@ -125,9 +125,10 @@ def hub_folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pa
     except errors.RepositoryNotFoundError:
         raise HubError(f"there is no folder {name!r} here, and the hub has no such name (or it is"
                        " private: `hf auth login`)") from None  # fmt: skip
-    except OSError as error:  # offline, unreachable, or half of it in the cache
+    except Exception as error:  # offline or unreachable, by whichever network library is there
         raise HubError(f"there is no folder {name!r} here, and the hub's {name!r}{at} can neither "
-                       f"be fetched nor is it in the cache: {brief(error)} {HUB_HELP}") from error  # fmt: skip
+                       f"be fetched nor found in the cache. {HUB_HELP}. ({brief(error)})"
+                       ) from error  # fmt: skip
 
 
 def resolve(
@@ -138,12 +139,12 @@ def resolve(
     Raises: SourceError for a missing folder, a file, or a revision of a folder; HubError.
     """
     name, folder = str(source), Path(source).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if revision is not None:
             raise SourceError(f"revision {revision!r} was given for the folder {name!r}: only names"
                               " of the hub have revisions")  # fmt: skip
         return folder, Source(name, None, folder_digest(folder, FILES))
-    if folder.exists():
+    if name and folder.exists():
         raise SourceError(f"{name!r} is a file: give the folder that holds it")
     if not name or looks_like_path(name):
         raise SourceError(f"there is no folder {name!r}: give a folder in the hub's format, "
@@ -310,19 +311,20 @@ def _check_config(folder: Path, name: str, auto: Any, kind: str, new_head: bool)
         raise SourceError(f"{name!r} has no config.json: {hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kept, types = config.get("architectures") or [], config.get("model_type")
+        kept, kind_of = config.get("architectures") or [], config.get("model_type")
     except (ValueError, AttributeError) as error:
         raise SourceError(f"config.json of {name!r} cannot be read: {brief(error)}") from None
-    if types not in CONFIG_MAPPING:
+    if kind_of not in CONFIG_MAPPING:
         raise ModelTypeError(
-            f"{name!r} is of model type {types!r}, which this version of transformers does not "
+            f"{name!r} is of model type {kind_of!r}, which this version of transformers does not "
             "know; code that comes with a model is never run: give a model of a type it knows"
         )
     causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     scoring = set(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-    allowed = causal if auto is AutoModelForCausalLM else scoring | (causal if new_head else set())
+    policy = auto is AutoModelForCausalLM
+    allowed = causal if policy else scoring | (causal if new_head else set())
     if kept and not allowed & set(kept):
-        hint = "; new_head=True starts one from a language model" if allowed is scoring else ""
+        hint = "" if policy else "; new_head=True starts one from a language model"
         raise ModelTypeError(f"{name!r} is a {', '.join(kept)}, not a {kind}{hint}")
 
 
