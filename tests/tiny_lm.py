@@ -22,7 +22,11 @@ SIZE = 264  # embedding rows: 256 bytes, the special tokens, and room to spare
 
 
 def tiny_tokenizer(
-    *, eos: str | None = EOS, pad: str | None = PAD, template: str | None = None, side="right"
+    *,
+    eos: str | None = EOS,
+    pad: str | None = PAD,
+    template: str | None = None,
+    side: str = "right",
 ) -> PreTrainedTokenizerFast:
     """One token a byte (ids 0 to 255), then EOS 256, PAD 257, TURN 258, whichever are named."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
