@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,11 @@ class Chapter(Page):
         if profile == "auto":
             profile = published.profile if published else "cpu"
         self.profile_name = profile
-        self.profile = _with_rates(experiments.profile_named(profile), learning_rates)
+        self.profile = _with_rates(experiments.profile_named(name, profile), learning_rates)
         self.methods = None if methods is None else list(methods)
         experiments.settings(name, self.profile, self.methods)
-        self.extra_seeds = _checked_seeds(seeds, self.profile)
+        full = experiments.CHAPTERS[name].profiles["full"]
+        self.extra_seeds = _checked_seeds(seeds, max(full.report_seeds) + 1)
         self.recompute = _flag("recompute", recompute)
         self.store = runs.Store(store or STORE)
         self.engine = experiments.engine(name, self.profile.device)
@@ -313,9 +315,8 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _checked_seeds(seeds: Sequence[int], profile: experiments.Profile) -> tuple[int, ...]:
+def _checked_seeds(seeds: Sequence[int], first: int) -> tuple[int, ...]:
     """Extra seeds, refused where they would be reported and have chosen the rate as well."""
-    first = max(experiments.FULL.report_seeds) + 1
     bad = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < first]
     if bad or len(set(seeds)) != len(list(seeds)):
         raise ValueError(
@@ -332,7 +333,7 @@ def _with_rates(profile: experiments.Profile, rates: Sequence[float] | None) -> 
     if bad or not rates:
         raise ValueError(f"learning_rates must be numbers in (0, 10], got {list(rates)}")
     ordered = tuple(sorted({float(r) for r in rates}, reverse=True))
-    return experiments.replace(profile, rates=ordered)
+    return replace(profile, rates=ordered)
 
 
 def _published(name: str, profile: str) -> runs.Published | None:

@@ -77,7 +77,7 @@ def check_chapter(experiments: ModuleType, chapter: str) -> str:
 
 def chapter_engine(experiments: ModuleType, chapter: str, profile: str) -> runs.Engine:
     """The engine of a chapter on the device of a profile; RuntimeError if that is missing."""
-    return experiments.engine(chapter, experiments.profile_named(profile).device)
+    return experiments.engine(chapter, experiments.profile_named(chapter, profile).device)
 
 
 def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:

@@ -85,12 +85,16 @@ STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
     "final chosen log-ratio": lambda c: final(c, "chosen_logratio"),
     "final rejected log-ratio": lambda c: final(c, "rejected_logratio"),
     "change of mass on tokens of the data": lambda c: change(c, "support_share"),
+    "final proxy": lambda c: final(c, "proxy"),
+    "mean proxy over updates": lambda c: area(c, "proxy"),
+    "final length": lambda c: final(c, "length"),
+    "final margin": lambda c: final(c, "chosen_logratio") - final(c, "rejected_logratio"),
     "speed to target": lambda c: 1 / reaching(c, c["target"].iloc[0], "seconds"),
 }
 
 
 # The columns that a statistic may read; a curve holds no others, which makes it cheap to cut out.
-CURVE = ("update", "samples", "seconds", "target", "reward", "kl_ref", "kl_gen",
+CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "length", "kl_ref", "kl_gen",
          "chosen_logratio", "rejected_logratio", "support_share")  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from lib import experiments, tables
 
-SMOKE = experiments.PROFILES["smoke"]
+SMOKE = experiments.profile_named("on_policy", "smoke")
+FULL = experiments.profile_named("on_policy", "full")
 
 
 def runs(values, rate=0.01, method="rwr", entropy=1.0, diverged=False, first_seed=0):
@@ -92,9 +93,9 @@ def test_rates_near_the_best():
 
 
 def test_grid_names_every_value_of_a_dial_once():
-    found = tables.grid(experiments.settings("on_policy", experiments.FULL), experiments.FULL)
+    found = tables.grid(experiments.settings("on_policy", FULL), FULL)
     (row,) = found[found["methods"].eq("Best-of-N (on-policy)") & found["varied"].eq("`sets`")
                    ].to_dict("records")  # fmt: skip
     assert row["values"] == "2; 5; 10; 50" and row["reward"] == "R1, R2"
-    assert row["seeds"] == len(experiments.FULL.report_seeds)
+    assert row["seeds"] == len(FULL.report_seeds)
     assert found["seeds"].min() > 0 and found.duplicated().sum() == 0

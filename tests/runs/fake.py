@@ -100,7 +100,7 @@ def experiments(engine: WalkEngine, stages: Sequence[Callable]) -> types.SimpleN
     return types.SimpleNamespace(
         CHAPTERS=dict.fromkeys(("walks", "other"), types.SimpleNamespace(jobs=1)),
         check_chapter=check_chapter,
-        profile_named=lambda name: types.SimpleNamespace(device="cpu"),
+        profile_named=lambda chapter, name: types.SimpleNamespace(device="cpu"),
         stages=lambda chapter, profile: list(stages),
         engine=lambda chapter, device: engine,
     )

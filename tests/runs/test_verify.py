@@ -150,7 +150,7 @@ def test_nothing_published_is_told(repository, monkeypatch, capsys, tmp_path):
 def test_a_table_of_a_missing_device_is_passed_over_and_told(published, monkeypatch, capsys):
     engine = experiments(published, monkeypatch)
 
-    def missing(name):
+    def missing(chapter, name):
         raise RuntimeError("needs a CUDA device")
 
     monkeypatch.setattr(sys.modules["lib.experiments"], "profile_named", missing)

@@ -1,0 +1,51 @@
+"""The grids of each chapter, by profile: which runs answer its question, and in which order.
+
+A chapter is a list of settings (a method on a reward function, with options).
+"""
+
+from lib.experiments.bandit import OFFLINE, ON_POLICY, REWARDS, with_target
+from lib.experiments.chapters import (
+    CHAPTERS,
+    assumed,
+    check_chapter,
+    engine,
+    profile_named,
+    settings,
+    stages,
+)
+from lib.experiments.settings import (
+    Grid,
+    Profile,
+    Setting,
+    candidates,
+    final,
+    matching,
+    report_seeds,
+    reported,
+    selected_rate,
+)
+from lib.runs import PROFILES
+
+__all__ = [
+    "CHAPTERS",
+    "OFFLINE",
+    "ON_POLICY",
+    "PROFILES",
+    "REWARDS",
+    "Grid",
+    "Profile",
+    "Setting",
+    "assumed",
+    "candidates",
+    "check_chapter",
+    "engine",
+    "final",
+    "matching",
+    "profile_named",
+    "report_seeds",
+    "reported",
+    "selected_rate",
+    "settings",
+    "stages",
+    "with_target",
+]

@@ -1,0 +1,125 @@
+"""The chapters that have runs of their own: what to run, in which order, by which engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lib.experiments import bandit, length
+from lib.experiments.settings import (
+    Grid,
+    Profile,
+    Setting,
+    candidates,
+    report_seeds,
+    selected_rate,
+)
+from lib.runs import PROFILES, Engine
+
+CHAPTERS: dict[str, Grid] = {**bandit.CHAPTERS, **length.CHAPTERS}
+
+
+def check_chapter(chapter: str) -> str:
+    """Raises: ValueError that names the chapters with runs of their own."""
+    if chapter not in CHAPTERS:
+        raise ValueError(f"chapter must be one of {tuple(CHAPTERS)}, got {chapter!r}")
+    return chapter
+
+
+def profile_named(chapter: str, name: str) -> Profile:
+    """A chapter's profile. Raises: ValueError for an unknown one, RuntimeError if its device is
+    missing."""
+    if name not in PROFILES:
+        raise ValueError(f"profile must be one of {PROFILES}, got {name!r}")
+    profiles = CHAPTERS[check_chapter(chapter)].profiles
+    profile = profiles[name]
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"profile {name!r} needs a CUDA device and none is available; "
+            f"profiles for the CPU: {[n for n, p in profiles.items() if p.device == 'cpu']}"
+        )
+    return profile
+
+
+def settings(chapter: str, profile: Profile, only: Sequence[str] | None = None) -> list[Setting]:
+    """A chapter's settings, or those of the methods in `only`.
+
+    Raises: ValueError for a method that is not in the chapter.
+    """
+    found = CHAPTERS[check_chapter(chapter)].settings(profile)
+    if only is None:
+        return found
+    present = list(dict.fromkeys(s.method for s in found))
+    unknown = [name for name in only if name not in present]
+    if unknown or not only:
+        raise ValueError(f"methods must be among {present}, got {list(only)}")
+    return [s for s in found if s.method in only]
+
+
+def stages(
+    chapter: str,
+    profile: str | Profile,
+    only: Sequence[str] | None = None,
+    extra_seeds: Sequence[int] = (),
+) -> list[Callable[[pd.DataFrame | None], list[Any]]]:
+    """What to run, in order: sweeps of base settings; reports and sweeps of dials; their reports.
+
+    Args:
+        only: these methods.
+        extra_seeds: reported seeds beyond the profile's.
+    """
+    profile = profile_named(chapter, profile) if isinstance(profile, str) else profile
+    grid = settings(chapter, profile, only)
+    swept = list(dict.fromkeys(s if s.sweep == "all" else s.base for s in grid))
+    dials = [s for s in grid if s.sweep != "all"]
+
+    def sweep(_: pd.DataFrame | None) -> list[Any]:
+        return [
+            s.run(profile, rate, seed)
+            for s in swept for rate in profile.rates for seed in profile.sweep_seeds
+        ]  # fmt: skip
+
+    def dial_sweep(results: pd.DataFrame) -> list[Any]:
+        base = {s: selected_rate(results, s, profile) for s in swept if not s.options}
+        return report([s for s in grid if s.sweep == "all"], results) + [
+            s.run(profile, rate, seed)
+            for s in dials if s.sweep == "neighbours"
+            for rate in candidates(s, profile, base[s.base])
+            for seed in profile.dial_sweep_seeds
+        ]  # fmt: skip
+
+    def report(some: list[Setting], results: pd.DataFrame) -> list[Any]:
+        rates = {s: selected_rate(results, s, profile) for s in some}
+        return [
+            s.run(profile, rate, seed)
+            for s, rate in rates.items() for seed in (*report_seeds(s, profile), *extra_seeds)
+        ]  # fmt: skip
+
+    return [sweep, dial_sweep, lambda results: report(dials, results)]
+
+
+def assumed(
+    chapter: str,
+    profile: Profile,
+    only: Sequence[str] | None = None,
+    extra_seeds: Sequence[int] = (),
+) -> list[Any]:
+    """All runs of a chapter as if every sweep selected its middle rate: for planning its cost."""
+    middle = profile.rates[len(profile.rates) // 2]
+    configs: list[Any] = []
+    for s in settings(chapter, profile, only):
+        swept = s if s.sweep == "all" else s.base
+        configs += [swept.run(profile, r, n) for r in profile.rates for n in profile.sweep_seeds]
+        if s.sweep == "neighbours":
+            rates = candidates(s, profile, middle)
+            configs += [s.run(profile, r, n) for r in rates for n in profile.dial_sweep_seeds]
+        seeds = (*report_seeds(s, profile), *extra_seeds)
+        configs += [s.run(profile, middle, n) for n in seeds]
+    return list(dict.fromkeys(configs))
+
+
+def engine(chapter: str, device: str = "cpu") -> Engine:
+    return CHAPTERS[check_chapter(chapter)].engine(device)

@@ -1,0 +1,170 @@
+"""The length problems' profiles and the grids of their chapters.
+
+Every method's learning rate is chosen by a pilot: the final proxy reward, which is what somebody
+without a gold reward could see, on two seeds that are not reported. Dials keep that rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from lib.experiments.settings import Grid, Profile, Setting, final, reported
+from lib.lm.config import MINIBATCH, LengthRun, length_run
+from lib.lm.engine import LengthEngine
+from lib.lm.length import TASKS
+
+OFFLINE = ("pref_ft", "rwr_offline", "dpo_offline", "ipo_offline")
+ON_POLICY = ("best_of_n", "rwr", "reinforce", "ppo_token", "dpo", "ipo")
+
+
+@dataclass(frozen=True)
+class LengthProfile(Profile):
+    """The length problems' dials beside what every profile has.
+
+    Args:
+        batches: values of B as multiples of M. inner_steps: values of T. betas: DPO's.
+    """
+
+    batches: tuple[int, ...] = (2, 3, 4)
+    inner_steps: tuple[int, ...] = (2, 4, 8)
+    betas: tuple[float, ...] = (0.02, 0.5)
+
+    def configuration(self, setting: Setting, rate: float, seed: int) -> LengthRun:
+        options = {**dict(self.options), **dict(setting.options)}
+        if (share := options.pop("sets", None)) is not None:
+            options["batch"] = share * options.get("minibatch", MINIBATCH)
+        options.setdefault("batch", options.get("minibatch", MINIBATCH))
+        return length_run(
+            setting.method, setting.reward_function, rate, seed, updates=self.updates, **options
+        )
+
+
+FULL = LengthProfile(
+    rates=(3e-3, 1e-3, 3e-4),
+    sweep_seeds=(0, 1),
+    report_seeds=tuple(range(5, 10)),
+    dial_sweep_seeds=(),
+    dial_seeds=tuple(range(5, 10)),
+    updates=96,
+    options=(("evaluations", 12),),
+    select_by="final proxy",
+)
+GPU_RATES = (1e-5, 5e-6, 1e-6)
+PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
+PROFILES: dict[str, LengthProfile] = {
+    "smoke": LengthProfile(
+        rates=(1e-3,),
+        sweep_seeds=(0,),
+        report_seeds=(5,),
+        dial_sweep_seeds=(),
+        dial_seeds=(5,),
+        batches=(2,),
+        inner_steps=(2,),
+        betas=(0.5,),
+        updates=2,
+        options=(("evaluations", 1), ("prompts", 4), ("minibatch", 8), ("max_tokens", 24)),
+        select_by="final proxy",
+    ),
+    "cpu": replace(
+        FULL,
+        rates=(1e-3,),
+        sweep_seeds=(0,),
+        report_seeds=(5, 6),
+        dial_seeds=(5, 6),
+        batches=(4,),
+        inner_steps=(8,),
+        betas=(0.5,),
+        updates=48,
+        options=(("evaluations", 6),),
+    ),
+    "full": FULL,
+    # SmolLM2-135M-Instruct on one GPU; then the paper's policy, reward model and grid.
+    "gpu": replace(
+        FULL,
+        rates=GPU_RATES,
+        device="cuda",
+        options=(("prepared", "smollm2"), ("dtype", "bfloat16"), ("max_tokens", 128)),
+    ),
+    "paper": replace(
+        FULL,
+        rates=PAPER_RATES,
+        device="cuda",
+        options=(("prepared", "pythia"), ("dtype", "bfloat16"), ("max_tokens", 256)),
+    ),
+}
+
+
+def _base(names: Iterable[str], tasks: Sequence[str] = TASKS) -> list[Setting]:
+    return [Setting(name, task) for task in tasks for name in names]
+
+
+def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Sequence[str]):
+    return [
+        Setting(name, task, ((option, value),), "base", "dial")
+        for task in tasks for name in names for value in values
+    ]  # fmt: skip
+
+
+def _on_policy(p: LengthProfile) -> list[Setting]:
+    """Dial B for RWR, REINFORCE (its two ends) and PPO; dial T on Min and Skew."""
+    staleness = _dial(("ppo_token",), "sets", p.batches, TASKS)
+    staleness += _dial(("rwr", "reinforce"), "sets", (max(p.batches),), TASKS)
+    short = ("min", "skew")
+    reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, short)
+    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (max(p.inner_steps),), short)
+    learned = ("rwr", "reinforce", "ppo_token")
+    return _base(learned) + _base(("best_of_n",), short) + staleness + reuse
+
+
+def _negative_gradient(p: LengthProfile) -> list[Setting]:
+    """Offline methods on all tasks, IPO on Min; DPO's beta on Min."""
+    names = ("pref_ft", "rwr_offline", "dpo_offline")
+    beta = _dial(("dpo_offline",), "beta", p.betas, ("min",))
+    return _base(names) + _base(("ipo_offline",), ("min",)) + beta
+
+
+def _complementary(p: LengthProfile) -> list[Setting]:
+    """On-policy contrastive methods against the best of either side; Min with the rule's label."""
+    names = ("dpo_offline", "rwr", "ppo_token", "dpo")
+    rule = _dial(("dpo", "reinforce", "ppo_token"), "label", ("rule",), ("min",))
+    beta = _dial(("dpo",), "beta", p.betas, ("min",))
+    extra = _base(("ipo",), ("min", "skew")) + _base(("reinforce",), ("min",))
+    return _base(names) + extra + beta + rule
+
+
+TARGET_SHARE = 0.95  # of the way from the reference's mean length to the best method's final one
+
+
+def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+    """Adds `seconds` (all but evaluation) and `target`: the gold reward that the clock runs to.
+
+    The target of a task lies 95% of the way from the reward before the first update to the best
+    method's mean final reward: lengths have no natural zero that a share could be taken of.
+    """
+    phases = ["seconds_sampling", "seconds_scoring", "seconds_training"]
+    results = results.assign(seconds=results[phases].sum(axis=1), target=float("nan"))
+    for task in results["task"].unique():
+        own = results["task"] == task
+        start = results.loc[own & (results["update"] == 0), "reward"].mean()
+        ends = [
+            final(reported(results, s, profile))["reward"].mean()
+            for s in _complementary(profile)
+            if s.reward_function == task and not s.options and s.method in set(results["method"])
+        ]
+        if ends:
+            results.loc[own, "target"] = start + TARGET_SHARE * (max(ends) - start)
+    return results
+
+
+_grid = partial(Grid, PROFILES, engine=LengthEngine)
+
+CHAPTERS: dict[str, Grid] = {
+    "on_policy_length": _grid(_on_policy),
+    "negative_gradient_length": _grid(_negative_gradient),
+    "complementary_length": _grid(_complementary, derive=with_target),
+}

@@ -1,0 +1,164 @@
+"""What a grid is made of: profiles, settings, a chapter's grid; and which results are whose.
+
+Every setting's learning rate is chosen on sweep seeds and reported on other seeds, so that choosing
+does not flatter the result. Hence stages: a later one needs the results of those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from lib import stats
+from lib.runs import Engine
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of a grid to compute; a run's identity does not contain it.
+
+    Args:
+        rates: learning rates of the sweep.
+        sweep_seeds, report_seeds: seeds that choose the rate, and seeds that are reported.
+        dial_sweep_seeds, dial_seeds: the same for settings other than the base ones.
+        updates: of every run.
+        options: of every run (smoke makes them small).
+        device: "cpu" or "cuda".
+        select_by: the statistic that the best learning rate has most of, on the sweep seeds.
+    """
+
+    rates: tuple[float, ...]
+    sweep_seeds: tuple[int, ...]
+    report_seeds: tuple[int, ...]
+    dial_sweep_seeds: tuple[int, ...]
+    dial_seeds: tuple[int, ...]
+    updates: int = 100
+    options: tuple[tuple[str, Any], ...] = ()
+    device: str = "cpu"
+    select_by: str = "mean reward over updates"
+
+    def configuration(self, setting: Setting, rate: float, seed: int) -> Any:
+        """The run of a setting at a learning rate and seed: each kind of problem has its own."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of a grid: a method on a reward function, with options.
+
+    Args:
+        reward_function: "R1" or "R2" of the bandit, or a length task: "min", "mode", "skew".
+        sweep: which learning rates compete: "all", "neighbours" (the base setting's and the next
+            on either side) or "base" (the base setting's, without a sweep of its own).
+        seeds: how many are reported: "report" (20 at full), "dial" (10) or "few" (5).
+    """
+
+    method: str
+    reward_function: str
+    options: tuple[tuple[str, Any], ...] = ()
+    sweep: str = "all"
+    seeds: str = "report"
+
+    @property
+    def base(self) -> Setting:
+        return Setting(self.method, self.reward_function)
+
+    @property
+    def name(self) -> str:
+        """As claims and figures write it: "ipo@R1" or "best_of_n@R1[sets=10]"."""
+        options = ",".join(f"{k}={v}" for k, v in self.options)
+        return f"{self.method}@{self.reward_function}" + (f"[{options}]" if options else "")
+
+    def run(self, profile: Profile, rate: float, seed: int) -> Any:
+        """The configuration at a learning rate and seed."""
+        return profile.configuration(self, rate, seed)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A chapter's runs.
+
+    Args:
+        profiles: by name.
+        settings: profile -> settings.
+        engine: device -> what computes the runs.
+        jobs: processes that may share the machine, None for one per core.
+        derive: (results, profile) -> results with the columns that its statistics need.
+    """
+
+    profiles: Mapping[str, Profile]
+    settings: Callable[[Any], list[Setting]]
+    engine: Callable[[str], Engine]
+    jobs: int | None = None
+    derive: Callable[[pd.DataFrame, Profile], pd.DataFrame] = lambda results, profile: results
+
+
+def final(results: pd.DataFrame) -> pd.DataFrame:
+    """The last row of every run."""
+    return results.loc[results.groupby("run", sort=False, observed=True)["update"].idxmax()]
+
+
+def matching(results: pd.DataFrame, setting: Setting, profile: Profile) -> pd.DataFrame:
+    """The rows of a setting, at every learning rate and seed."""
+    runs = results.drop_duplicates("run")  # a thirtieth of the rows: compared field by field
+    keep = pd.Series(True, runs.index)
+    for name, value in vars(setting.run(profile, 0.1, 0)).items():
+        if name not in ("learning_rate", "seed"):
+            keep &= runs[name].isna() if value is None else runs[name] == value
+    return results[results["run"].isin(runs.loc[keep, "run"])]
+
+
+def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> tuple[float, ...]:
+    """The learning rates that compete in a setting."""
+    if setting.sweep == "all":
+        return profile.rates
+    if setting.sweep == "base" or not profile.dial_sweep_seeds:
+        return (base_rate,)
+    i = profile.rates.index(base_rate)
+    return profile.rates[max(0, i - 1) : i + 2]
+
+
+def selected_rate(
+    results: pd.DataFrame, setting: Setting, profile: Profile, statistic: str | None = None
+) -> float:
+    """The rate with the best `statistic` on the sweep seeds, in the mean.
+
+    `statistic` names one of `lib.stats`; None is the rule of the profile.
+    Raises: ValueError if the sweep has no runs in `results`.
+    """
+    if setting.sweep == "base" or (setting.sweep == "neighbours" and not profile.dial_sweep_seeds):
+        return selected_rate(results, setting.base, profile, statistic)
+    if setting.sweep == "all" and len(profile.rates) == 1:
+        return profile.rates[0]
+    base = None if setting.sweep == "all" else selected_rate(results, setting.base, profile)
+    rates, seeds = candidates(setting, profile, base), _sweep_seeds(setting, profile)
+    rows = matching(results, setting, profile)
+    rows = rows[rows["seed"].isin(seeds) & rows["learning_rate"].isin(rates)]
+    if rows.empty:
+        raise ValueError(f"no sweep results for {setting.name}")
+    means = {rate: stats.per_run(part, statistic or profile.select_by).mean()
+             for rate, part in rows.groupby("learning_rate")}  # fmt: skip
+    return float(max(means, key=means.get))
+
+
+def _sweep_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
+    return profile.sweep_seeds if setting.sweep == "all" else profile.dial_sweep_seeds
+
+
+def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
+    """The seeds whose results are reported."""
+    few = profile.dial_seeds[:5]
+    return {"report": profile.report_seeds, "dial": profile.dial_seeds, "few": few}[setting.seeds]
+
+
+def reported(
+    results: pd.DataFrame, setting: Setting, profile: Profile, seeds: Sequence[int] | None = None
+) -> pd.DataFrame:
+    """The rows of figures and verdicts: the selected rate, on seeds that did not select it."""
+    rate = selected_rate(results, setting, profile)
+    seeds = report_seeds(setting, profile) if seeds is None else seeds
+    rows = matching(results, setting, profile)
+    return rows[(rows["learning_rate"] == rate) & rows["seed"].isin(seeds)]
