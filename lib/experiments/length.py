@@ -111,14 +111,17 @@ def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Seque
 
 
 def _on_policy(p: LengthProfile) -> list[Setting]:
-    """Dial B for RWR, REINFORCE (its two ends) and PPO; dial T on Min and Skew."""
-    staleness = _dial(("ppo_token",), "sets", p.batches, TASKS)
-    staleness += _dial(("rwr", "reinforce"), "sets", (max(p.batches),), TASKS)
-    short = ("min", "skew")
-    reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, short)
-    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (max(p.inner_steps),), short)
+    """Dial B: all values for PPO on Min, its ends elsewhere; dial T on Min and Skew."""
+    ends, last = (min(p.batches), max(p.batches)), max(p.inner_steps)
+    staleness = _dial(("ppo_token",), "sets", p.batches, ("min",))
+    staleness += _dial(("ppo_token",), "sets", sorted(set(ends)), ("skew",))
+    staleness += _dial(("ppo_token",), "sets", ends[1:], ("mode",))
+    staleness += _dial(("rwr", "reinforce"), "sets", ends[1:], TASKS)
+    reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, ("skew",))
+    reuse += _dial(("best_of_n",), "inner_steps", sorted({min(p.inner_steps), last}), ("min",))
+    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew"))
     learned = ("rwr", "reinforce", "ppo_token")
-    return _base(learned) + _base(("best_of_n",), short) + staleness + reuse
+    return _base(learned) + _base(("best_of_n",), ("min", "skew")) + staleness + reuse
 
 
 def _negative_gradient(p: LengthProfile) -> list[Setting]:
@@ -132,9 +135,8 @@ def _complementary(p: LengthProfile) -> list[Setting]:
     """On-policy contrastive methods against the best of either side; Min with the rule's label."""
     names = ("dpo_offline", "rwr", "ppo_token", "dpo")
     rule = _dial(("dpo", "reinforce", "ppo_token"), "label", ("rule",), ("min",))
-    beta = _dial(("dpo",), "beta", p.betas, ("min",))
-    extra = _base(("ipo",), ("min", "skew")) + _base(("reinforce",), ("min",))
-    return _base(names) + extra + beta + rule
+    extra = _base(("pref_ft",), ("skew", "mode")) + _base(("ipo", "reinforce"), ("min",))
+    return _base(names) + extra + rule
 
 
 TARGET_SHARE = 0.95  # of the way from the reference's mean length to the best method's final one
