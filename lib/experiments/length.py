@@ -134,7 +134,7 @@ def _negative_gradient(p: LengthProfile) -> list[Setting]:
 def _complementary(p: LengthProfile) -> list[Setting]:
     """On-policy contrastive methods against the best of either side; Min with the rule's label."""
     names = ("dpo_offline", "rwr", "ppo_token", "dpo")
-    rule = _dial(("dpo", "reinforce", "ppo_token"), "label", ("rule",), ("min",))
+    rule = _dial(("dpo", "reinforce"), "label", ("rule",), ("min",))
     extra = _base(("pref_ft",), ("skew", "mode")) + _base(("ipo", "reinforce"), ("min",))
     return _base(names) + extra + rule
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors",
                "model*.safetensors.index.json")  # fmt: skip
 FILES = MODEL_FILES + TOKENIZER_FILES
 HUB_HELP = (
-    "Give a local folder in the hub's format, or fill the cache while online "
-    "(load it once, or `hf download NAME`) and name the same revision again"
+    "Give a local file or folder, or fill the cache while online (load it once, or "
+    "`hf download NAME`) and name the same revision again"
 )
 
 
@@ -106,16 +108,13 @@ def looks_like_path(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
-def hub_folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """The hub's files of `name` that match, as a folder of the cache named by their commit.
-
-    Raises: HubError, SourceError.
-    """
-    at = "" if revision is None else f" at revision {revision!r}"
+@contextmanager
+def hub_answers(name: str, revision: str | None) -> Iterator[None]:
+    """What the hub answers about `name`, in words. Raises: HubError, SourceError."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        yield
     except errors.HFValidationError as error:
-        raise SourceError(f"{name!r} is neither a folder nor a name of the hub: {error}") from None
+        raise SourceError(f"{name!r} is neither here nor a name of the hub: {error}") from None
     except errors.GatedRepoError:
         raise HubError(f"{name!r} is gated: accept its terms on the hub, then log in "
                        "(`hf auth login`)") from None  # fmt: skip
@@ -123,12 +122,30 @@ def hub_folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pa
         raise HubError(f"{name!r} has no revision {revision!r}: give a branch, tag or commit of it,"
                        " or None for the newest") from None  # fmt: skip
     except errors.RepositoryNotFoundError:
-        raise HubError(f"there is no folder {name!r} here, and the hub has no such name (or it is"
-                       " private: `hf auth login`)") from None  # fmt: skip
-    except Exception as error:  # offline or unreachable, by whichever network library is there
-        raise HubError(f"there is no folder {name!r} here, and the hub's {name!r}{at} can neither "
-                       f"be fetched nor found in the cache. {HUB_HELP}. ({brief(error)})"
-                       ) from error  # fmt: skip
+        raise HubError(f"{name!r} is not here, and the hub has no such name (or it is private: "
+                       "`hf auth login`)") from None  # fmt: skip
+
+
+def unreachable(name: str, revision: str | None, error: BaseException) -> HubError:
+    """The error for something that the hub may have but that cannot be fetched."""
+    at = "" if revision is None else f" at revision {revision!r}"
+    return HubError(f"{name!r} is not here, and the hub's {name!r}{at} can neither be fetched nor "
+                    f"found in the cache. {HUB_HELP}. ({brief(error)})")  # fmt: skip
+
+
+def hub_folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The hub's files of `name` that match, as a folder of the cache named by their commit.
+
+    Raises: HubError, SourceError.
+    """
+    with hub_answers(name, revision):
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        except (errors.HFValidationError, errors.RepositoryNotFoundError,
+                errors.RevisionNotFoundError):  # fmt: skip
+            raise
+        except Exception as error:  # offline, by whichever network library there is
+            raise unreachable(name, revision, error) from error
 
 
 def resolve(
