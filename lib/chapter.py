@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,17 @@ class Chapter(Page):
 
         Raises: ValueError that lists the settings there are.
         """
-        found = self._setting(setting)
-        seeds = (*experiments.report_seeds(found, self.profile), *self.extra_seeds)
-        return experiments.reported(self.results, found, self.profile, seeds)
+        return self._rows(self._setting(setting))
+
+    @cached_property
+    def _rows(self) -> Callable[[Setting], pd.DataFrame]:
+        """`reported` of a setting; figures, tables and prose ask for the same ones many times."""
+
+        def rows(setting: Setting) -> pd.DataFrame:
+            seeds = (*experiments.report_seeds(setting, self.profile), *self.extra_seeds)
+            return experiments.reported(self.results, setting, self.profile, seeds)
+
+        return cache(rows)
 
     def _setting(self, name: str) -> Setting:
         grid = {s.name: s for s in self.settings()}

@@ -20,7 +20,7 @@ def phases(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Seconds of a run by phase (`lib.costs.split`), one bar per method, the slowest on top."""
     table = table.sort_values("total")
     with style.panels(1) as (figure, axes):
-        figure.set_size_inches(2 * style.PANEL[0], 0.3 * len(table) + 1.2)
+        figure.set_size_inches(style.WIDTH, 0.3 * len(table) + 1.2)
         axis, left = axes[0, 0], np.zeros(len(table))
         for phase in PHASES.values():
             axis.barh(table["method"], table[phase], left=left, color=SHADES[phase],
@@ -50,7 +50,7 @@ def prices(
             absent = [label for label in looks if not _price_line(axis, table, label, looks[label])]
             axis.set(title=title, xscale="log", xlabel="seconds a judgement costs", ylim=(0.8, 6.2))
             if absent:
-                axis.text(0.03, 0.97, "not reached:\n" + "\n".join(absent), va="top", fontsize=8,
+                axis.text(0.03, 0.97, "not reached:\n" + "\n".join(absent), va="top",
                           transform=axis.transAxes)  # fmt: skip
             drawn.append(table)
         axes[0, 0].set_ylabel("cost, times the cheapest")

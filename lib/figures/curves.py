@@ -125,9 +125,8 @@ def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figur
 
     Args: table: label, effect, low, high, n, in the order from top to bottom.
     """
-    height = max(1.2, 0.28 * len(table) + 0.7) / style.PANEL[1]
     with style.panels(1) as (figure, axes):
-        figure.set_size_inches(2 * style.PANEL[0], height * style.PANEL[1])
+        figure.set_size_inches(style.WIDTH, max(1.2, 0.28 * len(table) + 0.7))
         axis, y = axes[0, 0], np.arange(len(table))[::-1]
         axis.axvspan(-margin, margin, color="0.88", linewidth=0)
         axis.axvline(0, color="0.4", linewidth=1)
@@ -219,7 +218,7 @@ def _levels(axis: Axes, marked: Mapping[str, float]) -> None:
     left = axis.get_xlim()[0]
     for words, height in marked.items():
         axis.axhline(height, color="0.35", linestyle=":", linewidth=1.2)
-        axis.annotate(words, (left, height), (3, 2), textcoords="offset points", fontsize=8)
+        axis.annotate(words, (left, height), (3, 2), textcoords="offset points")
 
 
 def summarised(parts: Mapping[float, pd.DataFrame], statistic: str) -> pd.DataFrame:

@@ -70,7 +70,7 @@ def marginals(
     """
     drawn = []
     with style.panels(1, len(panels)) as (figure, axes):
-        figure.set_size_inches(2 * style.PANEL[0], style.PANEL[1] * (0.25 + len(panels)))
+        figure.set_size_inches(style.WIDTH, style.PANEL[1] * (0.25 + len(panels)))
         for axis, (title, lines) in zip(axes.flatten(), panels.items(), strict=True):
             _hill(axis, title)
             drawn += [line.assign(panel=title) for line in _mass_lines(axis, lines, colours)]

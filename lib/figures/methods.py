@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import panels
+from lib.figures.style import WIDTH, panels
 
 
 def pushes(table: pd.DataFrame) -> Figure:
@@ -14,7 +14,7 @@ def pushes(table: pd.DataFrame) -> Figure:
     Args: table: of `cards.pushes`: a row per loss, a column per completion, in [-1, 1].
     """
     with panels(1) as (figure, axes):
-        figure.set_size_inches(5.2, 0.36 * len(table) + 0.7)
+        figure.set_size_inches(WIDTH, 0.36 * len(table) + 0.7)
         panel = axes[0, 0]
         panel.imshow(table, cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
         for row, values in enumerate(table.to_numpy()):
