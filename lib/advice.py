@@ -40,7 +40,8 @@ def sampling(chapters: Chapters) -> str:
     never_worse = all(stats.interval(gap)[2] > -NEAR for gap in gaps.values())
     pays = any(_beyond(gap) for gap in gaps.values()) and never_worse
     head = "Sample while you train, if you can." if pays else "Sampling while you train:"
-    return f"**{head}** The best method that does ends {adds} above the best offline one, and {loss}."
+    return (f"**{head}** The best method that does ends {adds} above the best offline one, "
+            f"and {loss}.")  # fmt: skip
 
 
 def old_samples(chapters: Chapters) -> str:

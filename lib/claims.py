@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np

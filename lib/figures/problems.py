@@ -50,9 +50,9 @@ def sampled_rewards(completions: int = 10) -> tuple[Figure, pd.DataFrame]:
                 label = label or f"best of {completions}"
                 panel.stairs(rows[column], [*rows["reward"], 1.0], fill=alpha < 1, alpha=alpha,
                              color=LOOKS[name]["color"], label=label, linewidth=1.8)  # fmt: skip
-            panel.set(title=name, xlabel="reward of a completion", xlim=(0, 1))
+            panel.set(title=name, xlabel="reward", xlim=(0, 1))
             panel.legend(loc="upper right")
-        axes[0, 0].set_ylabel(f"share of completions per {BIN}")
+        axes[0, 0].set_ylabel(f"share of completions\nper {BIN}")
     return figure, table
 
 
@@ -75,7 +75,7 @@ def alignment(table: pd.DataFrame) -> Figure:
     with panels(2, sharey=True) as (figure, axes):
         for panel, (column, title) in zip(axes[0], titles.items(), strict=True):
             _lines(panel, table, "temperature", column)
-            panel.set(xscale="log", yscale="log", xlabel="temperature of the target", title=title)
+            panel.set(xscale="log", yscale="log", xlabel="temperature", title=title)
             panel.invert_xaxis()
             panel.set_xticks([1, 0.1, 0.01], ["1", "0.1", "0.01"])
         axes[0, 0].set_yticks([3, 10, 30, 100, 300], ["3", "10", "30", "100", "300"])
