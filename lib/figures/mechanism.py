@@ -23,8 +23,8 @@ CHOSEN, REJECTED = "#0072B2", "#D55E00"
 RATIOS = {
     "chosen_logratio": (r"$y_w$, trained on", CHOSEN, "-"),
     "rejected_logratio": (r"$y_l$, trained on", REJECTED, "-"),
-    "held_out_chosen_logratio": (r"$y_w$, other prompts", CHOSEN, ":"),
-    "held_out_rejected_logratio": (r"$y_l$, other prompts", REJECTED, ":"),
+    "held_out_chosen_logratio": (r"$y_w$, not trained on", CHOSEN, ":"),
+    "held_out_rejected_logratio": (r"$y_l$, not trained on", REJECTED, ":"),
 }
 WIDTH = VOCABULARY // BINS
 EDGES = np.arange(0, VOCABULARY + 1, WIDTH)
@@ -35,6 +35,8 @@ DASHES = ("-", "--", ":", "-.")
 def log_ratios(panels: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:
     """Figure 18: mean log pi - log pi_ref of y_w and y_l during training, one panel per setting.
 
+    Not trained on: fresh completions of ten prompts that are not trained on either, as long as
+    there are such (with 100 prompts trained on, there are none).
     Args: panels: title -> rows of one setting, one run per seed.
     """
     columns = min(2, len(panels))
