@@ -52,8 +52,9 @@ EVALUATION = {
     "chosen_logratio": "log pi(y_w) - log pi_ref(y_w), the best of each followed prompt's "
     "completions, which were drawn from pi_ref",
     "rejected_logratio": "the same, mean of the other completions",
-    "held_out_chosen_logratio": "as chosen_logratio, on prompts that are not trained on",
-    "held_out_rejected_logratio": "as rejected_logratio, on prompts that are not trained on",
+    "held_out_chosen_logratio": "as chosen_logratio, on fresh completions of ten prompts that are "
+    "not trained on (at 100 trained prompts: of ten that are)",
+    "held_out_rejected_logratio": "as rejected_logratio, on the same fresh completions",
     "mass_00 ... mass_95": "policy's mass on each bin of 5 tokens",
     "diverged": "the run went non-finite and is frozen since",
 }

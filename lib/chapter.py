@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lib.experiments import Setting
 from lib.publish import STORE
 
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
+INTERPRETED = "full"  # the profile whose published results the chapters' prose interprets
 BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
           "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
 
@@ -140,7 +141,7 @@ class Chapter(Page):
             print(text)
 
     def source(self) -> Markdown:
-        """Where the numbers come from, for the reader: commit, date, profile, what is stale."""
+        """Where the numbers come from, and whether the prose fits them: commit, date, profile."""
         results, n = self.results, self.results["run"].nunique()
         if self.published is None:
             text = f"Computed now at profile `{self.profile_name}`: {n:,} runs."
@@ -157,7 +158,27 @@ class Chapter(Page):
         if results["diverged"].any():
             gone = results.groupby("run", observed=True)["diverged"].any().sum()
             text += f" {gone} runs went non-finite; they are kept, frozen at that update."
-        return Markdown(f"```{{note}}\n{text}\n```")
+        kind = "note" if self.is_interpreted else "warning"
+        return Markdown(f"```{{{kind}}}\n{text} {self.reading()}\n```")
+
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether these are the published results that the chapter's prose was written for."""
+        own = self.methods is not None or self.extra_seeds
+        standard = self.profile_name == INTERPRETED and self.profile == experiments.FULL
+        return self.published is not None and standard and not own
+
+    def reading(self) -> str:
+        """How to read the sentences that interpret figures and tables, given what is shown."""
+        sentences = "The sentences that interpret figures and tables were written for"
+        if self.is_interpreted:
+            return f"{sentences} these results."
+        written = _published(self.name, INTERPRETED)
+        about = f"`{INTERPRETED}` results"
+        if written is not None:
+            commit, date = written.meta["commit"][:10], written.meta["published"][:10]
+            about = f"the published {about} (commit `{commit}`, {date})"
+        return f"**{sentences} {about}, not for those shown here, and may not hold for them.**"
 
     def settings(self) -> list[Setting]:
         """The grid: every setting of this chapter at this profile."""
@@ -168,9 +189,17 @@ class Chapter(Page):
 
         Raises: ValueError that lists the settings there are.
         """
-        found = self._setting(setting)
-        seeds = (*experiments.report_seeds(found, self.profile), *self.extra_seeds)
-        return experiments.reported(self.results, found, self.profile, seeds)
+        return self._rows(self._setting(setting))
+
+    @cached_property
+    def _rows(self) -> Callable[[Setting], pd.DataFrame]:
+        """`reported` of a setting; figures, tables and prose ask for the same ones many times."""
+
+        def rows(setting: Setting) -> pd.DataFrame:
+            seeds = (*experiments.report_seeds(setting, self.profile), *self.extra_seeds)
+            return experiments.reported(self.results, setting, self.profile, seeds)
+
+        return cache(rows)
 
     def _setting(self, name: str) -> Setting:
         grid = {s.name: s for s in self.settings()}
@@ -202,12 +231,14 @@ class Chapter(Page):
         """Reported rows of `settings` (label -> name), without those not in this profile's grid."""
         return {label: self.reported(s) for label, s in settings.items() if self.has(s)}
 
-    def dial(self, base: str, option: str, swept: bool = False) -> dict[float, pd.DataFrame]:
-        """Rows by value of `option`, the base setting's as 1: reported ones, or all that were run.
+    def dial(self, base: str, option: str, *, swept: bool = False) -> dict[float, pd.DataFrame]:
+        """Rows by value of `option`, the base setting's own included: those that are reported.
 
-        With `swept`, every learning rate and seed.
+        With `swept`, those at every learning rate and seed.
         """
-        found = {1: base} if self.has(base) else {}
+        found = {}
+        if self.has(base):
+            found[getattr(self._setting(base).run(self.profile, 0.1, 0), option)] = base
         for s in self.settings():
             if s.base.name == base and len(s.options) == 1 and s.options[0][0] == option:
                 found[s.options[0][1]] = s.name

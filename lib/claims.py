@@ -8,8 +8,9 @@ it, and margins. A comparison is made within seeds and judged by the 95% interva
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lib import experiments, stats
 DATA = Path(__file__).parents[1] / "data"
 CLAIMS, RULES = DATA / "claims.csv", DATA / "claim_rules.csv"
 DIRECTIONS = (">", "<", "=")
+Rate = Callable[[experiments.Setting], float]  # the learning rate selected for a setting
 VERDICTS = ("reproduced", "partly", "not reproduced", "inconclusive", "not judged")
 _TERM = re.compile(r"\s*([+-]?)\s*(?:([\d.]+)\s*\*\s*)?(\w+@\w+(?:\[[^\]]*\])?)")
 
@@ -103,20 +105,21 @@ def claims(path: Path = CLAIMS) -> pd.DataFrame:
     return pd.read_csv(path).set_index("id")
 
 
-def per_seed(rule: Rule, results: pd.DataFrame, profile: experiments.Profile) -> pd.Series | None:
+def per_seed(
+    rule: Rule, results: pd.DataFrame, profile: experiments.Profile, rate: Rate
+) -> pd.Series | None:
     """The contrast within each seed that every one of its settings has.
 
     Returns: None where a setting is not in the profile's grid or has no results.
     """
     grid = {s.name: s for s in experiments.settings(rule.chapter, profile)}
+    seeds = _all_reported(results, profile)
     total: pd.Series | None = None
     for weight, name in terms(rule.contrast):
         if name not in grid:
             return None
         try:
-            rows = experiments.reported(
-                results, grid[name], profile, _all_reported(results, profile)
-            )
+            rows = experiments.reported(results, grid[name], profile, seeds, rate(grid[name]))
         except ValueError:  # its methods were left out
             return None
         values = weight * stats.per_run(rows, rule.statistic)
@@ -130,9 +133,9 @@ def _all_reported(results: pd.DataFrame, profile: experiments.Profile) -> list[i
     return [seed for seed in results["seed"].unique() if seed >= first]
 
 
-def judge(rule: Rule, results: pd.DataFrame, profile: experiments.Profile) -> Verdict:
+def judge(rule: Rule, results: pd.DataFrame, profile: experiments.Profile, rate: Rate) -> Verdict:
     """The verdict of one comparison."""
-    values = per_seed(rule, results, profile)
+    values = per_seed(rule, results, profile, rate)
     if values is None or values.empty:
         return Verdict(rule, "not judged")
     effect, low, high = stats.interval(values)
@@ -166,7 +169,8 @@ def parent(verdicts: Iterable[str]) -> str:
 def judge_all(chapter: str, results: pd.DataFrame, profile: experiments.Profile) -> list[Verdict]:
     """The verdicts of a chapter's comparisons, in the order of the rules."""
     results = experiments.CHAPTERS[chapter].derive(results, profile)
-    return [judge(rule, results, profile) for rule in rules() if rule.chapter == chapter]
+    rate = cache(lambda setting: experiments.selected_rate(results, setting, profile))
+    return [judge(rule, results, profile, rate) for rule in rules() if rule.chapter == chapter]
 
 
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:

@@ -78,7 +78,8 @@ def not_told_apart(found: Values) -> list[str]:
     return [name for name, gap in others.items() if not stats.interval(gap)[1] > NEAR]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A method's title without what its place on the page says."""
     title = methods.get(name).title
     for ending in (" (offline)", " (on-policy)", " (one ratio per completion)"):
         title = title.removesuffix(ending)
@@ -90,11 +91,11 @@ def _winner(found: Values) -> str:
     if not found:
         return NOT_YET
     top = best(found)
-    text = f"**{_short(top)}** {interval_text(found[top])}, worst run {found[top].min():.2f}"
+    text = f"**{short(top)}** {interval_text(found[top])}, worst run {found[top].min():.2f}"
     level = not_told_apart(found)
     if len(level) == len(found) - 1 and len(level) > 1:
         return f"{text}; level with it: all the others"
-    return text + (f"; level with it: {', '.join(map(_short, level))}" if level else "")
+    return text + (f"; level with it: {', '.join(map(short, level))}" if level else "")
 
 
 def _gap(first: Values, second: Values) -> str:
@@ -105,21 +106,35 @@ def _gap(first: Values, second: Values) -> str:
     return interval_text(gap, signed=True)
 
 
-def _stale(chapters: Chapters, reward: str) -> str:
-    """What drawing rarely (the largest k) does to the mean reward: least and most harmed method."""
+def rare_sampling(chapters: Chapters, reward: str) -> Values:
+    """What drawing rarely (the largest k) changes in the mean reward, by on-policy method."""
     chapter = chapters.get("on_policy")
     if chapter is None:
-        return NOT_YET
+        return {}
     k = max(chapter.profile.sets)
     found = {
         name: chapter.contrast(f"{name}@{reward}[sets={k}] - {name}@{reward}", SPEED)
         for name in ON_POLICY
     }
-    found = {name: by_seed for name, by_seed in found.items() if by_seed is not None}
+    return {name: by_seed for name, by_seed in found.items() if by_seed is not None}
+
+
+def by_gradient(chapters: Chapters, reward: str) -> tuple[Values, Values]:
+    """Final reward of the offline methods with and without a negative gradient."""
+    found = values(chapters, OFFLINE, reward, "final reward")
+    return tuple(
+        {name: v for name, v in found.items() if methods.get(name).negative_gradient is sign}
+        for sign in (True, False)
+    )
+
+
+def _stale(chapters: Chapters, reward: str) -> str:
+    """The methods that drawing rarely harms least and most."""
+    found = rare_sampling(chapters, reward)
     if not found:
         return NOT_YET
     order = sorted(found, key=lambda name: found[name].mean())
-    shown = [f"{_short(name)} {interval_text(found[name], signed=True)}"
+    shown = [f"{short(name)} {interval_text(found[name], signed=True)}"
              for name in (order[-1], order[0])]  # fmt: skip
     return f"from {shown[0]} to {shown[1]}"
 
@@ -142,9 +157,9 @@ def _clock(chapters: Chapters, reward: str) -> str:
     if not finite:
         return "no method on every seed"
     first = min(finite, key=lambda name: finite[name].mean())
-    text = f"**{_short(first)}** {interval_text(finite[first])} s"
+    text = f"**{short(first)}** {interval_text(finite[first])} s"
     later = {n: (times - finite[first]).dropna() for n, times in finite.items() if n != first}
-    level = [_short(n) for n, gap in later.items() if not stats.interval(gap)[1] > 0]
+    level = [short(n) for n, gap in later.items() if not stats.interval(gap)[1] > 0]
     return text + (f"; level with it: {', '.join(level)}" if level else "")
 
 
@@ -164,10 +179,7 @@ def answers(chapters: Chapters) -> str:
     for reward in REWARDS:
         off, on = (values(chapters, names, reward, "final reward")
                    for names in (OFFLINE, ON_POLICY))  # fmt: skip
-        pushed, pulled = (
-            {name: v for name, v in off.items() if methods.get(name).negative_gradient is sign}
-            for sign in (True, False)
-        )
+        pushed, pulled = by_gradient(chapters, reward)
         speed = values(chapters, ON_POLICY, reward, SPEED)
         cells = (_winner(off), _gap(pushed, pulled), _winner(on), _gap(on, off), _winner(speed),
                  _stale(chapters, reward), _clock(chapters, reward))  # fmt: skip

@@ -98,7 +98,8 @@ def moves(rows: pd.DataFrame) -> pd.DataFrame:
     """What the held-out log-ratios say at the end of each run, in nats.
 
     For answers drawn from pi_ref, the mean of log pi - log pi_ref is -KL(pi_ref || pi); a run's
-    held-out pairs are such draws. Hence chosen = margin (N - 1) / N - KL(pi_ref || pi).
+    held-out pairs are such draws (of prompts not trained on, unless all 100 are). Hence
+    chosen = margin (N - 1) / N - KL(pi_ref || pi).
     Returns: one row per run: seed, forward_kl, margin, chosen; empty where held-out pairs were not
         followed.
     """

@@ -155,10 +155,17 @@ def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
 
 
 def reported(
-    results: pd.DataFrame, setting: Setting, profile: Profile, seeds: Sequence[int] | None = None
+    results: pd.DataFrame,
+    setting: Setting,
+    profile: Profile,
+    seeds: Sequence[int] | None = None,
+    rate: float | None = None,
 ) -> pd.DataFrame:
-    """The rows of figures and verdicts: the selected rate, on seeds that did not select it."""
-    rate = selected_rate(results, setting, profile)
+    """The rows of figures and verdicts: the selected rate, on seeds that did not select it.
+
+    Args: rate: the selected one where the caller knows it already.
+    """
+    rate = selected_rate(results, setting, profile) if rate is None else rate
     seeds = report_seeds(setting, profile) if seeds is None else seeds
     rows = matching(results, setting, profile)
     return rows[(rows["learning_rate"] == rate) & rows["seed"].isin(seeds)]

@@ -20,15 +20,15 @@ def phases(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Seconds of a run by phase (`lib.costs.split`), one bar per method, the slowest on top."""
     table = table.sort_values("total")
     with style.panels(1) as (figure, axes):
-        figure.set_size_inches(2 * style.PANEL[0], 0.3 * len(table) + 1.2)
+        figure.set_size_inches(style.WIDTH, 0.3 * len(table) + 0.7)
         axis, left = axes[0, 0], np.zeros(len(table))
         for phase in PHASES.values():
-            axis.barh(table["method"], table[phase], left=left, color=SHADES[phase],
-                      hatch=HATCHES[phase], edgecolor="white", label=phase)  # fmt: skip
+            axis.barh(table["method"].map(style.short), table[phase], left=left, label=phase,
+                      color=SHADES[phase], hatch=HATCHES[phase], edgecolor="white")  # fmt: skip
             left += table[phase].to_numpy()
         axis.set(xlabel="seconds of 100 updates, one run alone")
         axis.grid(False, axis="y")
-        style.legend_below(figure, axis, columns=3)
+        style.legend_below(figure, [axis])
     return figure, table
 
 
@@ -43,18 +43,18 @@ def prices(
     """
     drawn = []
     with style.panels(min(2, len(panels)), -(-len(panels) // 2), sharey=True) as (figure, axes):
-        figure.set_figheight(figure.get_figheight() + 0.8)
         for axis, (title, table) in zip(axes.flatten(), panels.items(), strict=False):
             cheapest = table.groupby("price")["cost"].transform("min")
             table = table.assign(panel=title, relative=table["cost"] / cheapest)
             absent = [label for label in looks if not _price_line(axis, table, label, looks[label])]
-            axis.set(title=title, xscale="log", xlabel="seconds a judgement costs", ylim=(0.8, 6.2))
+            axis.set(xscale="log", ylim=(0.8, 6.2))
+            style.label(axis, "seconds per judgement", "cost, times the cheapest", title)
             if absent:
-                axis.text(0.03, 0.97, "not reached:\n" + "\n".join(absent), va="top", fontsize=8,
-                          transform=axis.transAxes)  # fmt: skip
+                words = "\n".join(["not reached:", *map(style.short, absent)])
+                axis.text(0.03, 0.97, words, va="top", transform=axis.transAxes)
             drawn.append(table)
-        axes[0, 0].set_ylabel("cost, times the cheapest")
-        style.legend_below(figure, _fullest(axes.flatten()))
+        style.outer_labels(axes)
+        style.legend_below(figure, axes.flat, looks)
     return figure, pd.concat(drawn)
 
 
@@ -65,7 +65,3 @@ def _price_line(axis: Axes, table: pd.DataFrame, label: str, look: Mapping) -> b
         return False
     axis.plot(line["price"], line["relative"], label=label, markersize=4, markevery=3, **look)
     return True
-
-
-def _fullest(axes: np.ndarray) -> Axes:
-    return max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))

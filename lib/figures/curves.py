@@ -33,8 +33,8 @@ AXES = {
     "pushed_share": "share of the answers",
     "support_share": "mass on tokens of the data",
 }
+LEVELS = (":", "-.", (0, (6, 2)))  # of the grey lines that a dial is compared with
 DODGE = 0.03  # share of the axis over which a dial's lines are spread, to keep intervals apart
-LEGEND_ROW = 0.19  # inches
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def curves(
         drawn = [
             _curve_panel(axis, panel, looks) for axis, panel in zip(flat, panels, strict=False)
         ]
-        _finish(figure, flat, len(panels), looks)
+        _finish(figure, axes, len(panels), looks)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -113,10 +113,10 @@ def dial(
         drawn = []
         for axis, (title, points), name in zip(flat, panels.items(), statistics, strict=False):
             drawn.append(_dial_panel(axis, points, looks, name).assign(panel=title))
-            axis.set(title=title, xlabel=x, ylabel=name)
+            style.label(axis, x, name, title)
         for axis, marked in zip(flat, levels, strict=False):
             _levels(axis, marked)
-        _finish(figure, flat, len(panels), looks)
+        _finish(figure, axes, len(panels), looks)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -125,9 +125,8 @@ def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figur
 
     Args: table: label, effect, low, high, n, in the order from top to bottom.
     """
-    height = max(1.2, 0.28 * len(table) + 0.7) / style.PANEL[1]
     with style.panels(1) as (figure, axes):
-        figure.set_size_inches(2 * style.PANEL[0], height * style.PANEL[1])
+        figure.set_size_inches(style.WIDTH, 0.42 * len(table) + 0.7)
         axis, y = axes[0, 0], np.arange(len(table))[::-1]
         axis.axvspan(-margin, margin, color="0.88", linewidth=0)
         axis.axvline(0, color="0.4", linewidth=1)
@@ -135,8 +134,9 @@ def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figur
         spread = np.stack([numbers["effect"] - numbers["low"], numbers["high"] - numbers["effect"]])
         axis.errorbar(numbers["effect"], y, xerr=np.where(np.isfinite(spread), spread, 0),
                       fmt="o", color="black", markersize=4, linewidth=1.4)  # fmt: skip
-        axis.set_yticks(y, table["label"])
-        axis.set(xlabel=xlabel, ylim=(-0.6, len(table) - 0.4))
+        for words, at in zip(table["label"], y + 0.42, strict=True):  # the page is narrow: above
+            axis.annotate(words, (0, at), xycoords=("axes fraction", "data"), va="center")
+        axis.set(xlabel=xlabel, ylim=(-0.4, len(table) - 0.3), yticks=[])
         axis.grid(False, axis="y")
     return figure, table
 
@@ -177,8 +177,7 @@ def _curve_panel(axis: Axes, panel: Panel, looks: Mapping[str, dict]) -> pd.Data
             line = line[line[panel.x] <= panel.limit]
         _line_with_band(axis, line, panel.x, label, looks[label])
         drawn.append(line.assign(panel=panel.title, line=label, y=panel.y))
-    axis.set(title=panel.title, xlabel=AXES.get(panel.x, panel.x),
-             ylabel=AXES.get(panel.y, panel.y))  # fmt: skip
+    style.label(axis, AXES.get(panel.x, panel.x), AXES.get(panel.y, panel.y), panel.title)
     return _drawn(axis, drawn)
 
 
@@ -216,10 +215,8 @@ def _dial_panel(
 
 
 def _levels(axis: Axes, marked: Mapping[str, float]) -> None:
-    left = axis.get_xlim()[0]
-    for words, height in marked.items():
-        axis.axhline(height, color="0.35", linestyle=":", linewidth=1.2)
-        axis.annotate(words, (left, height), (3, 2), textcoords="offset points", fontsize=8)
+    for dash, (words, height) in zip(LEVELS, marked.items(), strict=False):
+        axis.axhline(height, color="0.45", linestyle=dash, linewidth=1.2, label=words)
 
 
 def summarised(parts: Mapping[float, pd.DataFrame], statistic: str) -> pd.DataFrame:
@@ -234,7 +231,10 @@ def summarised(parts: Mapping[float, pd.DataFrame], statistic: str) -> pd.DataFr
 def _ticks(axis: Axes, values: Sequence[float]) -> None:
     """The dial's own values as ticks where they fit, else the powers of ten."""
     if 0 < len(values) <= 7:
-        axis.set_xticks(values, [f"{v:g}" for v in values])
+        apart: list[float] = []
+        for value in values:
+            apart += [value] if not apart or value >= 1.5 * apart[-1] else []
+        axis.set_xticks(apart, [f"{v:g}" for v in apart])
         axis.minorticks_off()
 
 
@@ -246,17 +246,9 @@ def _drawn(axis: Axes, parts: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], used: int, looks: Mapping[str, dict]) -> None:
+def _finish(figure: Figure, axes: np.ndarray, used: int, looks: Mapping[str, dict]) -> None:
     """One legend for all panels, in the order of `looks`; panels left over are hidden."""
-    for axis in axes[used:]:
+    for axis in axes.flatten()[used:]:
         axis.set_visible(False)
-    found: dict[str, object] = {}
-    for axis in axes[:used]:
-        handles, labels = axis.get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True)) | found
-    shown = [label for label in looks if label in found]
-    if shown:
-        columns = 2 if len(shown) > 1 and max(map(len, shown)) > 12 else min(4, len(shown))
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(width, height + LEGEND_ROW * -(-len(shown) // columns))
-        figure.legend([found[s] for s in shown], shown, loc="outside lower center", ncols=columns)
+    style.outer_labels(axes)
+    style.legend_below(figure, axes.flatten()[:used], looks)

@@ -23,8 +23,8 @@ CHOSEN, REJECTED = "#0072B2", "#D55E00"
 RATIOS = {
     "chosen_logratio": (r"$y_w$, trained on", CHOSEN, "-"),
     "rejected_logratio": (r"$y_l$, trained on", REJECTED, "-"),
-    "held_out_chosen_logratio": (r"$y_w$, other prompts", CHOSEN, ":"),
-    "held_out_rejected_logratio": (r"$y_l$, other prompts", REJECTED, ":"),
+    "held_out_chosen_logratio": (r"$y_w$, not trained on", CHOSEN, ":"),
+    "held_out_rejected_logratio": (r"$y_l$, not trained on", REJECTED, ":"),
 }
 WIDTH = VOCABULARY // BINS
 EDGES = np.arange(0, VOCABULARY + 1, WIDTH)
@@ -35,6 +35,8 @@ DASHES = ("-", "--", ":", "-.")
 def log_ratios(panels: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:
     """Figure 18: mean log pi - log pi_ref of y_w and y_l during training, one panel per setting.
 
+    Not trained on: fresh completions of ten prompts that are not trained on either, as long as
+    there are such (with 100 prompts trained on, there are none).
     Args: panels: title -> rows of one setting, one run per seed.
     """
     columns = min(2, len(panels))
@@ -43,10 +45,11 @@ def log_ratios(panels: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame
         flat = axes.flatten()
         for axis, (title, rows) in zip(flat, panels.items(), strict=False):
             drawn += [line.assign(panel=title) for line in _ratio_lines(axis, rows)]
-            axis.set(title=title, xlabel="updates", ylabel=r"$\log\pi-\log\pi_\mathrm{ref}$, nats")
+            style.label(axis, "updates", r"$\log\pi-\log\pi_\mathrm{ref}$, nats", title)
         for axis in flat[len(panels) :]:
             axis.set_visible(False)
-        style.legend_below(figure, flat[0])
+        style.outer_labels(axes)
+        style.legend_below(figure, flat)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -70,12 +73,13 @@ def marginals(
     """
     drawn = []
     with style.panels(1, len(panels)) as (figure, axes):
-        figure.set_size_inches(2 * style.PANEL[0], style.PANEL[1] * (0.25 + len(panels)))
+        figure.set_size_inches(style.WIDTH, style.PANEL[1] * len(panels))
         for axis, (title, lines) in zip(axes.flatten(), panels.items(), strict=True):
             _hill(axis, title)
             drawn += [line.assign(panel=title) for line in _mass_lines(axis, lines, colours)]
             axis.set(title=title, xlabel="token", ylabel="share of tokens", xlim=(0, VOCABULARY))
-        style.legend_below(figure, axes.flatten()[0])
+        style.outer_labels(axes)
+        style.legend_below(figure, axes.flat)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -129,5 +133,5 @@ def break_even(
             drawn.append(pd.DataFrame({"reward": reward, "token": tokens, "win_ratio": ratio,
                                        "reference": policy}))  # fmt: skip
         axes[0, 0].set_ylabel("win ratio")
-        style.legend_below(figure, axes[0, 0])
+        style.legend_below(figure, axes.flat)
     return figure, pd.concat(drawn, ignore_index=True)

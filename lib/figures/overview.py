@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lib import methods
-from lib.figures.style import look, panels
+from lib.figures.style import WIDTH, look, panels
 
 OFFSET = {"R1": 0.14, "R2": -0.14}  # the two rewards of a method, side by side in its row
 
@@ -19,7 +19,7 @@ def standing(table: pd.DataFrame) -> Figure:
     names.sort(key=lambda name: methods.get(name).on_policy)  # stable: registry's order within
     place = {name: len(names) - i for i, name in enumerate(names)}
     with panels(1) as (figure, axes):
-        figure.set_size_inches(5.2, 0.32 * len(names) + 1.5)
+        figure.set_size_inches(WIDTH, 0.32 * len(names) + 1.5)
         panel = axes[0, 0]
         for row in table.to_dict("records"):
             _point(panel, place[row["method"]], row)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lib import optima
 from lib.bandit.config import REWARD_FUNCTIONS
-from lib.figures.style import panels
+from lib.figures.style import WIDTH, panels
 
 # Reward functions are no methods: neither colour is one of theirs.
 LOOKS = {
@@ -25,7 +25,7 @@ def tokens(table: pd.DataFrame) -> Figure:
     Args: table: of `geometry.token_table`.
     """
     with panels(1, 2, sharex=True) as (figure, axes):
-        figure.set_size_inches(5.2, 4.2)
+        figure.set_size_inches(WIDTH, 4.2)
         above, below = axes[:, 0]
         x = table["token"]
         above.bar(x, table["squashed"], width=1.0, color="#B5B5B5", label="histogram")
@@ -50,9 +50,9 @@ def sampled_rewards(completions: int = 10) -> tuple[Figure, pd.DataFrame]:
                 label = label or f"best of {completions}"
                 panel.stairs(rows[column], [*rows["reward"], 1.0], fill=alpha < 1, alpha=alpha,
                              color=LOOKS[name]["color"], label=label, linewidth=1.8)  # fmt: skip
-            panel.set(title=name, xlabel="reward of a completion", xlim=(0, 1))
+            panel.set(title=name, xlabel="reward", xlim=(0, 1))
             panel.legend(loc="upper right")
-        axes[0, 0].set_ylabel(f"share of completions per {BIN}")
+        axes[0, 0].set_ylabel(f"share of completions\nper {BIN}")
     return figure, table
 
 
@@ -75,7 +75,7 @@ def alignment(table: pd.DataFrame) -> Figure:
     with panels(2, sharey=True) as (figure, axes):
         for panel, (column, title) in zip(axes[0], titles.items(), strict=True):
             _lines(panel, table, "temperature", column)
-            panel.set(xscale="log", yscale="log", xlabel="temperature of the target", title=title)
+            panel.set(xscale="log", yscale="log", xlabel="temperature", title=title)
             panel.invert_xaxis()
             panel.set_xticks([1, 0.1, 0.01], ["1", "0.1", "0.01"])
         axes[0, 0].set_yticks([3, 10, 30, 100, 300], ["3", "10", "30", "100", "300"])
@@ -88,7 +88,7 @@ def alignment(table: pd.DataFrame) -> Figure:
 def frontier(table: pd.DataFrame) -> Figure:
     """The most reward at each KL to pi_ref. Args: table: of `geometry.frontier`."""
     with panels(1) as (figure, axes):
-        figure.set_size_inches(4.6, 3.0)
+        figure.set_size_inches(WIDTH, 3.0)
         _lines(axes[0, 0], table, "kl", "reward")
         axes[0, 0].set(xlabel=r"KL($\pi\,\|\,\pi_\mathrm{ref}$), nats per completion",
                        ylabel="largest mean reward", ylim=(0, 1.03), xlim=(0, None))  # fmt: skip

@@ -90,8 +90,10 @@ def test_each_panel_has_its_own_statistic_and_levels():
     figure, drawn = curves.dial({"x": points, "y": points}, LOOKS, names, levels=[{"best": 0.9}])
     assert drawn.groupby("panel")["statistic"].first().to_dict() == {"x": names[0], "y": names[1]}
     left, right = figure.axes
-    assert [text.get_text() for text in left.texts] == ["best"] and not right.texts
-    assert (left.get_ylabel(), right.get_ylabel()) == tuple(names)
+    named = [axis.get_legend_handles_labels()[1] for axis in (left, right)]
+    assert named == [["best", "a"], ["a"]]
+    assert [axis.get_ylabel().replace("\n", " ") for axis in (left, right)] == names
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "best"]
 
 
 def test_rows_are_split_by_rate():
@@ -106,8 +108,7 @@ def test_forest_lists_rows_from_top_to_bottom():
                           "low": [0.0, -np.inf], "high": [0.2, np.inf], "n": [5, 1]})  # fmt: skip
     figure, drawn = curves.forest(table, "difference", margin=0.02)
     axis = figure.axes[0]
-    labels = [text.get_text() for text in axis.get_yticklabels()]
-    heights = dict(zip(labels, axis.get_yticks(), strict=True))
+    heights = {text.get_text(): text.xy[1] for text in axis.texts}
     assert heights["first"] > heights["second"]
     assert axis.lines[1].get_xdata().tolist() == [0.1, -0.2]
     assert drawn is table

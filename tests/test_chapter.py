@@ -1,0 +1,50 @@
+"""What a chapter tells its reader about the results it shows, and the rows it hands to figures."""
+
+import pytest
+
+from lib import chapter, experiments
+from lib.chapter import Chapter
+
+
+@pytest.fixture(scope="module")
+def complementary():
+    return Chapter("complementary")
+
+
+def test_the_published_full_results_are_those_the_prose_interprets(complementary):
+    text = complementary.source().data
+    assert text.startswith("```{note}") and "were written for these results" in text
+
+
+@pytest.mark.parametrize("own", [
+    {"profile": "smoke"}, {"profile": "full", "recompute": True}, {"methods": ["ipo"]},
+    {"seeds": [25]}, {"learning_rates": [0.01]},
+])  # fmt: skip
+def test_other_results_are_told_apart_from_the_prose(own, tmp_path):
+    shown = Chapter("complementary", **own, store=tmp_path)
+    meta = chapter._published("complementary", "full").meta
+    assert not shown.is_interpreted
+    assert "not for those shown here" in shown.reading()
+    assert meta["commit"][:10] in shown.reading() and meta["published"][:10] in shown.reading()
+
+
+def test_without_published_results_the_reading_still_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(chapter, "_published", lambda name, profile: None)
+    shown = Chapter("complementary", profile="smoke", store=tmp_path)
+    assert "written for `full` results, not for those shown here" in shown.reading()
+
+
+def test_a_dial_holds_the_base_setting_at_its_own_value(monkeypatch):
+    prompts = Chapter("negative_gradient")
+    monkeypatch.setattr(prompts, "reported", lambda setting: setting)
+    found = prompts.dial("ipo_offline@R1", "prompts")
+    assert list(found) == [10, *experiments.FULL.prompts] and found[10] == "ipo_offline@R1"
+    sets = Chapter("on_policy")
+    monkeypatch.setattr(sets, "reported", lambda setting: setting)
+    assert list(sets.dial("best_of_n@R1", "sets")) == [1, *experiments.FULL.sets]
+
+
+def test_reported_rows_are_selected_once(complementary):
+    assert complementary.reported("ipo@R1") is complementary.reported("ipo@R1")
+    with pytest.raises(ValueError, match="setting must be one of"):
+        complementary.reported("ipo@R3")
