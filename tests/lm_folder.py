@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.lm import pairs
@@ -20,16 +19,14 @@ def prepared_folder(root: Path, prompts: int = 24, max_tokens: int = 12) -> Path
     """Policy, prompts, pairs and reward models of random weights, as `lib.lm.prepare` lays out."""
     folder = save_tiny_policy(root / "policy", initializer_range=0.3)
     texts = [f"{WORDS[i % len(WORDS)]} {i}" for i in range(prompts)]
-    splits = ["train" if i < 2 * prompts // 3 else "validation" for i in range(prompts)]
-    table = pd.DataFrame({"prompt": texts, "split": splits})
-    table.to_parquet(root / "prompts.parquet", index=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     scorer = Scorer(Network(AutoModelForCausalLM.from_pretrained(folder)), (256,), 257)
+    coded = tokenizer(texts)["input_ids"]
+    cut = 2 * prompts // 3
     sampled = {
-        split: pairs.sample_pairs(scorer, tokenizer(rows["prompt"].tolist())["input_ids"],
-                                  max_tokens, seed=i)
-        for i, (split, rows) in enumerate(table.groupby("split"))
-    }  # fmt: skip
+        split: pairs.sample_pairs(scorer, part, max_tokens, seed=i)
+        for i, (split, part) in enumerate({"train": coded[:cut], "validation": coded[cut:]}.items())
+    }
     pairs.save(root / "pairs.parquet", sampled)
     for i, task in enumerate(TASKS):
         save_tiny_reward_model(root / f"reward-{task}", seed=i)

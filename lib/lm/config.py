@@ -137,8 +137,7 @@ class LengthRun:
 
     def data_files(self) -> tuple[Path, ...]:
         """The files that the run reads: part of its identity."""
-        files = [*weights(self.folder / "policy"), self.folder / "prompts.parquet",
-                 self.folder / "pairs.parquet"]  # fmt: skip
+        files = [*weights(self.folder / "policy"), self.folder / "pairs.parquet"]
         if self.label == "learned":
             files += weights(self.folder / f"reward-{self.task}")
         return tuple(files)

@@ -7,20 +7,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lib.finetune import State
 from lib.lm import length
 from lib.lm.batches import padded
 from lib.lm.config import LengthRun
+from lib.lm.models import TokenIds, ids, load_policy, load_reward_model, load_tokenizer
 from lib.lm.network import Network
 from lib.lm.pairs import SEED, SPLITS, Pairs, as_tensors, load, skew_mean
 from lib.lm.policy import CausalPolicy, Scorer
 from lib.lm.reward import RewardModel
-from lib.lm.text import encode_prompts
 from lib.methods import Method, get
 from lib.randomness import uniforms
 from lib.rollouts import Rollout, sequence_logp
@@ -35,9 +33,8 @@ HELD_OUT = 64  # validation pairs whose log-probabilities are followed
 class Data:
     """What all runs of one policy and task share: loaded once in a process."""
 
-    eos: tuple[int, ...]
-    pad: int
-    prompts: dict[str, list[list[int]]]  # by split
+    ids: TokenIds
+    prompts: dict[str, list[list[int]]]  # token ids, by split
     pairs: dict[str, Pairs]  # by split; of the task's own distribution
     target: float  # mean length of the SFT policy's responses, tokens
 
@@ -45,20 +42,16 @@ class Data:
 @lru_cache(maxsize=4)
 def task_data(folder: Path, task: str) -> Data:
     """Prompts and pairs of a task in a prepared folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    table = pd.read_parquet(folder / "prompts.parquet")
-    prompts = {
-        split: encode_prompts(tokenizer, rows["prompt"].tolist())
-        for split, rows in table.groupby("split")
-    }
-    eos = (tokenizer.eos_token_id,)
-    pairs = {s: load(folder / "pairs.parquet", s, eos) for s in SPLITS}
+    tokenizer, _ = load_tokenizer(folder / "policy")
+    model, _ = load_policy(folder / "policy")
+    found = ids(tokenizer, model)
+    pairs = {s: load(folder / "pairs.parquet", s, found.eos) for s in SPLITS}
+    prompts = {split: p.prompts for split, p in pairs.items()}
     target = float(pairs["train"].lengths.mean())
     if task == "skew":
         mean = skew_mean(pairs["train"])
         pairs = {s: p.skewed(mean, SEED + i) for i, (s, p) in enumerate(pairs.items())}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return Data(eos, pad, prompts, pairs, target)
+    return Data(found, prompts, pairs, target)
 
 
 class LengthProblem:
@@ -73,28 +66,23 @@ class LengthProblem:
         self.reference = self._scorer()
         self.reward = None
         if config.label == "learned":
-            model = AutoModelForSequenceClassification.from_pretrained(
-                config.folder / f"reward-{config.task}", use_safetensors=True
-            )
-            self.reward = RewardModel(model.to(device))
+            model, _ = load_reward_model(config.folder / f"reward-{config.task}", device=device)
+            self.reward = RewardModel(model)
         self.held_out = self._held_out()
 
     def _network(self, value_head: bool = False) -> Network:
-        model = AutoModelForCausalLM.from_pretrained(
-            self.config.folder / "policy", use_safetensors=True
-        )
-        return Network(model.to(self.device), self.config.sampling_temperature, value_head,
-                       self.config.dtype)  # fmt: skip
+        model, _ = load_policy(self.config.folder / "policy", device=self.device)
+        return Network(model, self.config.sampling_temperature, value_head, self.config.dtype)
 
     def _scorer(self) -> Scorer:
         network = self._network().requires_grad_(False)
-        return Scorer(network, self.data.eos, self.data.pad)
+        return Scorer(network, self.data.ids.eos, self.data.ids.pad)
 
     def initial_state(self) -> State:
         """Policy = reference = the SFT policy."""
         config, method = self.config, self.method
         network = self._network("value_head" in method.needs)
-        policy = CausalPolicy(network, self.data.eos, self.data.pad, config.learning_rate,
+        policy = CausalPolicy(network, self.data.ids.eos, self.data.ids.pad, config.learning_rate,
                               config.clip_norm)  # fmt: skip
         controller = method.controller(config.hyper) if method.controller else None
         return State(policy, self.reference, controller=controller)
@@ -109,7 +97,7 @@ class LengthProblem:
         minibatches = config.schedule.minibatches
         first = state.iteration * minibatches
         parts = [self._draw(state.behaviour, i) for i in range(first, first + minibatches)]
-        batch = _joined(parts, self.data.pad)
+        batch = _joined(parts, self.data.ids.pad)
         if "reference" in method.needs:
             with self.clock.measure("scoring"):
                 batch = replace(batch, ref=self.reference.score(batch))
@@ -122,7 +110,7 @@ class LengthProblem:
         groups = config.minibatch // config.completions
         chosen = self._order("train", number * groups, groups)
         prompts, prompt_mask = padded([self.data.prompts["train"][i] for i in chosen],
-                                      self.data.pad, "left", self.device)  # fmt: skip
+                                      self.data.ids.pad, "left", self.device)  # fmt: skip
         shape = (config.minibatch, config.max_tokens)
         numbers = uniforms([config.seed], TRAIN, number, shape)[0].to(self.device)
         with self.clock.measure("sampling"):
@@ -166,11 +154,12 @@ class LengthProblem:
 
     def _pairs_rollout(self, pairs: Pairs, index: Tensor) -> Rollout:
         """Pairs as a rollout: reward 1 for the preferred response and 0 for the other; a tie, 0."""
-        prompts, prompt_mask, ids, mask = as_tensors(pairs, index, self.data.pad, self.device)
+        pad = self.data.ids.pad
+        prompts, prompt_mask, tokens, mask = as_tensors(pairs, index, pad, self.device)
         preferred = pairs.preferred(self.config.task, self.data.target)[index.numpy()]
         batch = Rollout(
-            prompts=prompts, prompt_mask=prompt_mask, completions=ids, mask=mask,
-            logp=torch.zeros(ids.shape, device=self.device), ref=None,
+            prompts=prompts, prompt_mask=prompt_mask, completions=tokens, mask=mask,
+            logp=torch.zeros(tokens.shape, device=self.device), ref=None,
             rewards=torch.tensor(preferred, dtype=torch.float32, device=self.device),
             scale=torch.tensor(20.0, device=self.device),
         )  # fmt: skip
@@ -208,7 +197,7 @@ class LengthProblem:
         """
         config = self.config
         chosen = self.data.prompts["validation"][: config.prompts]
-        prompts, prompt_mask = padded(chosen, self.data.pad, "left", self.device)
+        prompts, prompt_mask = padded(chosen, self.data.ids.pad, "left", self.device)
         numbers = uniforms([config.seed], EVALUATE, state.updates,
                            (len(chosen), config.max_tokens))[0].to(self.device)  # fmt: skip
         batch = self._sampled(state.policy, prompts, prompt_mask, numbers, 1)
