@@ -1,11 +1,25 @@
-"""Reward models: scores of completions by a sequence classifier with one label."""
+"""Reward models: trained on pairs by TRL (Bradley-Terry), and scoring completions."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import RewardConfig, RewardTrainer
+
+from lib.lm.pairs import Pairs
 from lib.lm.policy import TOKEN_BUDGET, Rows
 from lib.rollouts import Rollout
 
@@ -46,3 +60,97 @@ class RewardModel:
             state = hidden[torch.arange(len(index), device=hidden.device), last]
             out[index] = self.model.score(state).float()[:, 0]
         return out.view(batch.rewards.shape)
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """How a reward model is trained: one rate, constant; the epoch with the lowest validation loss.
+
+    Args: batch: pairs of one update. centre: weight of the squared sum of a pair's scores, which
+        keeps scores near 0 (Eisenstein et al. 2023); 0 leaves their level free.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 6
+    batch: int = 64
+    seed: int = 0
+    centre: float = 0.01
+
+
+def tiny_reward_model(vocabulary: int, positions: int, pad: int, seed: int = 0) -> PreTrainedModel:
+    """An untrained Pythia-like reward model of 2 layers and width 64, smaller than the policy."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=positions, num_labels=1, pad_token_id=pad,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return GPTNeoXForSequenceClassification(config)
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: dict[str, Pairs],
+    preferred: dict[str, np.ndarray],
+    folder: Path,
+    how: RewardTraining | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Trains `model` on the untied pairs of "train" by TRL's RewardTrainer, on token ids.
+
+    Token ids, since text would be given an EOS that a capped response does not have.
+    Args: preferred: (P, 2), 1 for the preferred response, by split.
+    Returns: losses and accuracies by epoch, and the epoch that was kept. Saves model and tokenizer
+        to `folder`.
+    """
+    how = how or RewardTraining()
+    data = {split: _ids(pairs[split], preferred[split]) for split in ("train", "validation")}
+    arguments = RewardConfig(
+        str(folder / "trainer"), learning_rate=how.learning_rate, num_train_epochs=how.epochs,
+        per_device_train_batch_size=how.batch, per_device_eval_batch_size=how.batch,
+        lr_scheduler_type="constant", weight_decay=0.0, seed=how.seed, report_to=[],
+        center_rewards_coefficient=how.centre or None, max_length=None, bf16=False,
+        use_cpu=device == "cpu", gradient_checkpointing=False, eval_strategy="epoch",
+        save_strategy="epoch", save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch",
+        save_only_model=True, disable_tqdm=True,
+    )  # fmt: skip
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = _pad_that_ends_nothing(tokenizer)
+    trainer = RewardTrainer(
+        model, args=arguments, processing_class=padding, train_dataset=data["train"],
+        eval_dataset=data["validation"],
+    )  # fmt: skip
+    trainer.train()
+    trainer.model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    epochs = [
+        {"epoch": row["epoch"], "loss": row["eval_loss"], "accuracy": row["eval_accuracy"]}
+        for row in trainer.state.log_history if "eval_loss" in row
+    ]  # fmt: skip
+    best = min(epochs, key=lambda row: row["loss"])
+    seconds = trainer.state.log_history[-1].get("train_runtime")
+    return {"how": asdict(how), "pairs": {k: len(v) for k, v in data.items()}, "epochs": epochs,
+            "kept": best, "seconds": seconds}  # fmt: skip
+
+
+def _ids(pairs: Pairs, preferred: np.ndarray) -> Dataset:
+    """Prompt and response together, chosen and rejected; ties are left out."""
+    rows = []
+    for i in np.flatnonzero(preferred.any(-1)):
+        both = (pairs.first[i], pairs.second[i])
+        better = int(preferred[i].argmax())
+        rows.append({"chosen_ids": pairs.prompts[i] + both[better],
+                     "rejected_ids": pairs.prompts[i] + both[1 - better]})  # fmt: skip
+    return Dataset.from_list(rows)
+
+
+def _pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> str:
+    """transformers looks for a text's last token from the right, past all that equals the padding:
+    a padding token that is EOS would hide every EOS."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token
+    ends = {tokenizer.eos_token_id}
+    return next(t for t, i in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
+                if i not in ends)  # fmt: skip

@@ -1,0 +1,163 @@
+"""From a policy and prompts to a folder that the length chapters can run on.
+
+`python -m lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out FOLDER` samples two
+responses to every prompt, labels them by each task's rule, and trains a reward model for each task.
+The folder then holds policy/, pairs.parquet, reward-min/, reward-mode/, reward-skew/ and
+prepared.json, which says what it was made of. What is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lib.lm import length, pairs, reward
+from lib.lm.models import ids, load_policy, load_reward_model, load_tokenizer, resolve
+from lib.lm.network import Network
+from lib.lm.policy import Scorer
+from lib.lm.text import encode_prompts, load_prompts
+from lib.randomness import uniforms
+from lib.runs import provenance, write_atomically
+
+VALIDATION = 0.1  # share of the prompts, where the file names no split
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        prepare(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """All steps, each skipped where its result exists."""
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    record = _read(out)
+    model, source = load_policy(options.policy, options.revision, device=options.device)
+    tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
+    record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
+        k: str(v) for k, v in vars(options).items()}}  # fmt: skip
+    folder, _ = resolve(options.policy, options.revision)
+    if folder.resolve() != (out / "policy").resolve() and not (out / "policy").exists():
+        shutil.copytree(folder, out / "policy", symlinks=False)
+    if not (out / "pairs.parquet").exists():
+        record["pairs"] = _pairs(options, model, tokenizer)
+    found = ids(tokenizer, model)
+    splits = {s: pairs.load(out / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
+    for task in options.tasks:
+        if not (out / f"reward-{task}" / "model.safetensors").exists():
+            record[f"reward-{task}"] = _reward(options, task, splits, tokenizer, model)
+            _write(out, record)
+    _write(out, record)
+    print(f"prepared: {out}")
+
+
+def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Samples pairs.parquet; returns its record."""
+    started = perf_counter()
+    found = ids(tokenizer, model)
+    scorer = Scorer(Network(model), found.eos, found.pad)
+    splits = {
+        split: pairs.sample_pairs(scorer, prompts, options.max_tokens, options.seed + i)
+        for i, (split, prompts) in enumerate(_prompts(options, tokenizer).items())
+    }
+    pairs.save(options.out / "pairs.parquet", splits)
+    lengths = splits["train"].lengths
+    return {
+        "count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
+        "max_tokens": options.max_tokens, "seconds": round(perf_counter() - started, 1),
+        "length": {"mean": lengths.mean(), "sd": lengths.std()},
+    }  # fmt: skip
+
+
+def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
+    read = load_prompts(options.prompts, column=options.column)
+    coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
+    split = _split_of(options.prompts, len(read.prompts))
+    if split is None:
+        last = uniforms([options.seed], 0, 0, (len(read.prompts),))[0] < VALIDATION
+        split = ["validation" if x else "train" for x in last.tolist()]
+    chosen = [split[i] for i in coded.kept]
+    return {name: [row for row, s in zip(coded.ids, chosen, strict=True) if s == name]
+            for name in pairs.SPLITS}  # fmt: skip
+
+
+def _split_of(prompts: str, count: int) -> list[str] | None:
+    if not prompts.endswith(".parquet"):
+        return None
+    table = pd.read_parquet(prompts)
+    return table["split"].tolist() if "split" in table and len(table) == count else None
+
+
+def _reward(
+    options: argparse.Namespace, task: str, splits: dict[str, pairs.Pairs], tokenizer: Any,
+    policy: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains one task's reward model; returns its record."""
+    target = float(splits["train"].lengths.mean())
+    if task == "skew":
+        mean = pairs.skew_mean(splits["train"])
+        splits = {s: p.skewed(mean, pairs.SEED + i) for i, (s, p) in enumerate(splits.items())}
+    preferred = {s: p.preferred(task, target) for s, p in splits.items()}
+    if options.reward_model == "tiny":
+        rows = policy.get_input_embeddings().weight.shape[0]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        model = reward.tiny_reward_model(rows, options.max_prompt + options.max_tokens, pad)
+    else:
+        model, _ = load_reward_model(options.reward_model, device=options.device, new_head=True)
+    how = reward.RewardTraining(options.rate, options.epochs, seed=options.seed)
+    folder = options.out / f"reward-{task}"
+    made = reward.train(model, tokenizer, splits, preferred, folder, how, options.device)
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
+    print(f"reward-{task}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs")
+    return {**made, "ties": ties, "target": target}
+
+
+def _read(out: Path) -> dict[str, Any]:
+    path = out / "prepared.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(out / "prepared.json", lambda temporary: temporary.write_text(text))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lib.lm.prepare", description=__doc__)
+    parser.add_argument("--policy", required=True, help="folder in the hub's format, or a hub name")
+    parser.add_argument("--revision", help="of the policy on the hub (default: newest, recorded)")
+    parser.add_argument("--eos", help="token that ends a response, for a tokenizer without one")
+    parser.add_argument("--prompts", required=True, help="JSONL, CSV, parquet file or a data set")
+    parser.add_argument("--column", help="of the prompts, where the name is not a usual one")
+    parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
+    parser.add_argument("--tasks", nargs="+", default=length.TASKS, choices=length.TASKS)
+    parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')
+    parser.add_argument("--rate", type=float, default=1e-3, help="of the reward models")
+    parser.add_argument("--epochs", type=int, default=6, help="of the reward models, at most")
+    parser.add_argument("--max-tokens", type=int, default=96, help="cap of a response")
+    parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are dropped")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
