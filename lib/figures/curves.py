@@ -135,7 +135,8 @@ def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figur
         axis.errorbar(numbers["effect"], y, xerr=np.where(np.isfinite(spread), spread, 0),
                       fmt="o", color="black", markersize=4, linewidth=1.4)  # fmt: skip
         for words, at in zip(table["label"], y + 0.42, strict=True):  # the page is narrow: above
-            axis.annotate(words, (0, at), xycoords=("axes fraction", "data"), va="center")
+            axis.annotate(words, (0, at), xycoords=("axes fraction", "data"), va="center",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
         axis.set(xlabel=xlabel, ylim=(-0.4, len(table) - 0.3), yticks=[])
         axis.grid(False, axis="y")
     return figure, table

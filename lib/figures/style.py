@@ -7,6 +7,7 @@ a negative gradient (triangle down) or not (circle). Nothing is told by colour a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from textwrap import fill
@@ -41,6 +42,8 @@ RC = {
     "legend.borderaxespad": 0.2, "axes.spines.top": False, "axes.spines.right": False,
     "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 1.8,
 }  # fmt: skip
+
+_MATH = re.compile(r"\$[^$]*\$")
 
 
 def look(method: str) -> dict:
@@ -118,7 +121,7 @@ def legend_below(figure: Figure, axes: Iterable[Axes], order: Iterable[str] = ()
     if not shown:
         return
     texts = [short(label) for label in shown]
-    longest = max(len(line) for text in texts for line in text.split("\n"))
+    longest = max(len(_MATH.sub("xx", line)) for text in texts for line in text.split("\n"))
     columns = max(1, min(4, len(shown), int(WIDTH / (HANDLE + CHARACTER * longest))))
     rows = -(-len(shown) // columns) + sum(text.count("\n") for text in texts)
     figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + ROW * rows)
@@ -127,7 +130,8 @@ def legend_below(figure: Figure, axes: Iterable[Axes], order: Iterable[str] = ()
 
 def label(axis: Axes, x: str, y: str, title: str = "") -> None:
     """Words on the axes of a panel; what is longer than its side is broken."""
-    axis.set(title=short(title), xlabel=fill(x, 22), ylabel=y if "$" in y else fill(y, 18))
+    x, y = (words if "$" in words else fill(words, width) for words, width in ((x, 22), (y, 18)))
+    axis.set(title=short(title), xlabel=x, ylabel=y)
 
 
 def outer_labels(axes: np.ndarray) -> None:
