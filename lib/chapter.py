@@ -73,6 +73,8 @@ class Chapter(Page):
         seeds: reported seeds beyond the profile's, pooled with those and marked.
         learning_rates: of the sweep, None for the profile's.
         store: folder of finished runs.
+        options: fields of every run that differ from the profile's, such as a policy of your own
+            (`prepared`); None leaves a field as it is.
     Raises: ValueError that names the bad value and the allowed ones, before anything is run.
     """
 
@@ -87,13 +89,16 @@ class Chapter(Page):
         seeds: Sequence[int] = (),
         learning_rates: Sequence[float] | None = None,
         store: str | Path | None = None,
+        options: Mapping[str, Any] | None = None,
     ):
         self.name = experiments.check_chapter(name)
         published = runs.largest_published(name)
         if profile == "auto":
             profile = published.profile if published else "cpu"
         self.profile_name = profile
-        self.profile = _with_rates(experiments.profile_named(name, profile), learning_rates)
+        self.profile = _with_options(
+            _with_rates(experiments.profile_named(name, profile), learning_rates), options or {}
+        )
         self.methods = None if methods is None else list(methods)
         experiments.settings(name, self.profile, self.methods)
         full = experiments.CHAPTERS[name].profiles["full"]
@@ -365,6 +370,11 @@ def _with_rates(profile: experiments.Profile, rates: Sequence[float] | None) -> 
         raise ValueError(f"learning_rates must be numbers in (0, 10], got {list(rates)}")
     ordered = tuple(sorted({float(r) for r in rates}, reverse=True))
     return replace(profile, rates=ordered)
+
+
+def _with_options(profile: experiments.Profile, options: Mapping[str, Any]) -> experiments.Profile:
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(profile, options=(*(dict(profile.options) | given).items(),))
 
 
 def _published(name: str, profile: str) -> runs.Published | None:

@@ -20,9 +20,13 @@ PROMPT_AND_RESPONSE = 10  # tokens that the paper's code averages over: the prom
 Lines = Mapping[str, pd.DataFrame]  # label -> rows of one setting, one run per seed
 
 
-def paper() -> pd.DataFrame:
-    """The bandit column of the paper's Table 3; `ours` names this book's methods, split by "|"."""
-    return pd.read_csv(DATA / "paper_results.csv")
+def paper(setting: str = "bandit_r1") -> pd.DataFrame:
+    """A column of the paper's Table 3; `ours` names this book's methods, split by "|".
+
+    Args: setting: "bandit_r1", "min_length" or "skew_length".
+    """
+    table = pd.read_csv(DATA / "paper_results.csv")
+    return table[table["setting"] == setting]
 
 
 def in_papers_convention(reward: float) -> float:
@@ -53,6 +57,34 @@ def table_3(lines: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> pd.
             "paper: hours": f"{row.hours:g}" if row else "-",
             "ours: seconds of 100 updates": f"{_ends(rows, 'seconds').mean():.2f}",
         })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def table_3_lengths(
+    lines: Mapping[str, Mapping[str, pd.DataFrame]], tasks: Mapping[str, str]
+) -> pd.DataFrame:
+    """The paper's Table 3, Min and Skew Length, beside this book's runs.
+
+    Args: lines: task -> title -> rows with `seconds` and `target` (one target for a task); tasks:
+        task -> its title.
+    """
+    found = []
+    for task, parts in lines.items():
+        printed = {name: row for row in paper(f"{task}_length").itertuples()
+                   for name in row.ours.split("|")}  # fmt: skip
+        for title, rows in parts.items():
+            row = printed[rows["method"].iloc[0]]
+            took = reaching(rows, rows["target"].iloc[0])
+            found.append({
+                "task": tasks[task], "method": title,
+                "paper: length": f"{row.value:.1f} ({row.spread_as_printed:.1f})",
+                "ours: length": tables.interval_text(stats.per_run(rows, "final length"), digits=1),
+                "paper: hours": f"{row.hours:g}",
+                "ours: reached by": f"{np.isfinite(took['seconds']).sum()} of {len(took)}",
+                "seconds to it": _time(_quantile(took["seconds"], 0.5)),
+                "updates": _count(_quantile(took["update"], 0.5)),
+                "responses": _count(_quantile(took["samples"], 0.5)),
+            })  # fmt: skip
     return pd.DataFrame(found)
 
 

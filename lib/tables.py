@@ -210,3 +210,52 @@ def collapse(results: pd.DataFrame) -> pd.DataFrame:
             "one answer, not the best": int((still & ~best).sum()), "non-finite": int(gone.sum()),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def pilot(
+    results: pd.DataFrame, settings: Sequence[experiments.Setting], profile: experiments.Profile
+) -> pd.DataFrame:
+    """What the pilot of a length chapter saw: final proxy reward (and length) at each rate.
+
+    Means over the pilot's seeds; `chosen` is the rate with the best proxy reward, which is the one
+    that is reported.
+    """
+    rows = []
+    for s in settings:
+        swept = experiments.matching(results, s, profile)
+        swept = experiments.final(swept[swept["seed"].isin(profile.sweep_seeds)])
+        means = swept.groupby("learning_rate", observed=True)[["proxy", "length"]].mean()
+        cells = {
+            rate_text(rate): f"{means.proxy[rate]:.2f} ({means.length[rate]:.0f})"
+            for rate in profile.rates if rate in means.index
+        }  # fmt: skip
+        rows.append({"method": methods.get(s.method).title, "task": s.reward_function,
+                     **cells, "chosen": rate_text(experiments.selected_rate(results, s, profile))})
+    return pd.DataFrame(rows)
+
+
+def ends(parts: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Final values with 95% intervals. Args: parts: label -> rows; columns: statistic -> title."""
+    rows = []
+    for label, table in parts.items():
+        cells = {
+            title: interval_text(stats.per_run(table, statistic))
+            for statistic, title in columns.items()
+        }
+        rows.append({"setting": label, **cells, "seeds": table["seed"].nunique()})
+    return pd.DataFrame(rows)
+
+
+def spent(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Final length, and what whole runs took: completions, and seconds by phase (means)."""
+    rows = []
+    for label, table in parts.items():
+        last = experiments.final(table)
+        rows.append({
+            "setting": label,
+            "length": interval_text(stats.per_run(table, "final length"), digits=1),
+            "responses": int(last["samples"].mean()),
+            **{f"{phase}, s": float(last[f"seconds_{phase}"].mean())
+               for phase in ("sampling", "scoring", "training")},
+        })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -31,6 +31,13 @@ AXES = {
     "kl_gen": r"KL($\pi\,\|\,\pi_\mathrm{gen}$), nats",
     "entropy": "entropy, nats",
     "pushed_share": "share of the answers",
+    "length": "response length, tokens",
+    "proxy": "proxy reward",
+    "ended": "share that ends in EOS",
+    "held_out_accuracy": "pair accuracy",
+    "chosen_logratio": r"$\log \pi/\pi_\mathrm{ref}$ of $y_w$, nats",
+    "rejected_logratio": r"$\log \pi/\pi_\mathrm{ref}$ of $y_l$, nats",
+    "margin": "margin, nats",
     "support_share": "mass on tokens of the data",
 }
 LEVELS = (":", "-.", (0, (6, 2)))  # of the grey lines that a dial is compared with
@@ -67,6 +74,16 @@ def dial_looks(labels: Sequence[str]) -> dict[str, dict]:
         label: {"color": colour, "marker": markers[i % len(markers)]}
         for i, (label, colour) in enumerate(zip(labels, colours, strict=True))
     }
+
+
+def staleness_looks(names: Iterable[str], last: int, minibatch: int = 64) -> dict[str, dict]:
+    """ "Title, B = 64 k" -> the method's look: solid for the smallest B, dotted for the largest."""
+    looks = {}
+    for name in names:
+        for k, line in ((1, "-"), (last, ":")):
+            label = f"{methods.get(name).title}, B = {minibatch * k}"
+            looks[label] = {**style.look(name), "linestyle": line}
+    return looks
 
 
 def curves(

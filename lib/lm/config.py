@@ -131,6 +131,11 @@ class LengthRun:
         return self.schedule.updates
 
     @property
+    def sets(self) -> int:
+        """B as a multiple of M: minibatches drawn at once."""
+        return self.schedule.minibatches
+
+    @property
     def folder(self) -> Path:
         """Where policy, prompts, pairs and reward models lie."""
         return TINY if self.prepared == "tiny" else Path(self.prepared)

@@ -26,6 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # one for every model loaded would bury the runs' own
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
