@@ -174,7 +174,7 @@ def test_cut_off_weights(copy, keep):
 
 
 def test_git_lfs_pointer_in_place_of_weights(copy):
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    pointer = "version git-lfs/spec/v1\noid sha256:0\nsize 9\n"
     (copy / "model.safetensors").write_text(pointer)
     with pytest.raises(WeightsError, match="git-lfs pointer"):
         models.load_policy(copy)
