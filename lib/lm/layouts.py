@@ -103,12 +103,14 @@ def _names(
     found = {our: next((n for n in known if n in there), None) for our, known in COLUMNS.items()}
     found |= asked
     for layout in layouts:
-        if all(found[our] for our in layout):
-            wanted = {*layout, "prompt", *(_scored(found) if "chosen" in layout else ())}
+        wanted = {*layout, "prompt", *(_scored(found) if "chosen" in layout else ())}
+        if all(found[our] for our in layout) and wanted.issuperset(asked):
             return {our: theirs for our, theirs in found.items() if theirs and our in wanted}
     looked = " or ".join(str(["/".join(COLUMNS[our]) for our in layout]) for layout in layouts)
     how = "column=..." if layouts == (("prompt",),) else "columns={'chosen': ..., ...}"
-    raise TextError(f"{name!r} has the columns {there}; looked for {looked}. Name them: {how}")
+    given = f" with {dict(asked)}" if asked else ""
+    raise TextError(f"{name!r} has the columns {there}{given}; looked for {looked}. Name them: "
+                    f"{how}")  # fmt: skip
 
 
 def _scored(found: Mapping[str, str | None]) -> tuple[str, ...]:

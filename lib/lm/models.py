@@ -30,6 +30,9 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()  # one for every model loaded would bury the runs' own
 
+# model type -> name of its class
+CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+SCORING = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template*", "*.model")  # fmt: skip
@@ -96,14 +99,19 @@ class TokenIds:
 
 
 def folder_digest(folder: Path, patterns: tuple[str, ...]) -> str:
-    """"sha256:..." over the names and contents of the files that match one of `patterns`."""
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    """"sha256:..." over names and contents of the files that match, hidden ones left out."""
     digest = hashlib.sha256()
-    for file in (file for file in files if file.is_file()):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        name = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()} {file_digest(file)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """"sha256:..." of a file, as sha256sum prints it."""
+    with path.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def looks_like_path(name: str) -> bool:
@@ -339,10 +347,11 @@ def _check_config(folder: Path, name: str, auto: Any, kind: str, new_head: bool)
             f"{name!r} is of model type {kind_of!r}, which this version of transformers does not "
             "know; code that comes with a model is never run: give a model of a type it knows"
         )
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    scoring = set(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
     policy = auto is AutoModelForCausalLM
-    allowed = causal if policy else scoring | (causal if new_head else set())
+    if kind_of not in (CAUSAL if policy else SCORING):
+        raise ModelTypeError(f"{name!r} is of model type {kind_of!r}, of which there is no {kind}")
+    allowed = {*(CAUSAL if policy or new_head else {}).values()}
+    allowed |= {*({} if policy else SCORING).values()}
     if kept and not allowed & set(kept):
         hint = "" if policy else "; new_head=True starts one from a language model"
         raise ModelTypeError(f"{name!r} is a {', '.join(kept)}, not a {kind}{hint}")

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, errors
 from lib.lm.models import (
     Source,
     brief,
+    file_digest,
     folder_digest,
     hub_answers,
     looks_like_path,
@@ -54,10 +55,10 @@ def read_rows(
     name, path = str(source), Path(source).expanduser()
     if name and path.is_file():
         _only_for_data_sets(name, config=config, split=split, revision=revision)
-        rows, origin = _file_rows(path, name, limit), Source(name, None, _file_digest(path))
+        rows, origin = _file_rows(path, name, limit), Source(name, None, file_digest(path))
     elif name and path.is_dir():
         _only_for_data_sets(name, revision=revision)
-        rows = _split(_folder(path, name, config), split, name, limit)
+        rows = _folder_rows(path, name, config, split, limit)
         origin = Source(name, None, folder_digest(path, ("**/*",)))
     elif not name or looks_like_path(name) or path.suffix in (*FORMATS, PACKED):
         raise TextError(f"there is no file {name!r}: give a file ({', '.join(FORMATS)}), a folder, "
@@ -74,11 +75,6 @@ def _only_for_data_sets(name: str, **given: str | None) -> None:
         if value is not None:
             raise TextError(f"{argument}={value!r} was given for {name!r}, which has none: only "
                             "data sets have")  # fmt: skip
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def _file_rows(path: Path, name: str, limit: int | None) -> list[dict[str, Any]]:
@@ -162,15 +158,20 @@ def _objects(values: Any, name: str) -> Any:
         yield value
 
 
-def _folder(path: Path, name: str, config: str | None) -> Any:
-    """The data set of a folder. Raises: TextError."""
+def _folder_rows(
+    path: Path, name: str, config: str | None, split: str | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """Rows of a folder by `save_to_disk`, or of one in the hub's format. Raises: TextError."""
     saved = any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
     try:
-        return datasets.load_from_disk(str(path)) if saved else \
-            datasets.load_dataset(str(path), config)  # fmt: skip
+        if saved:
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(str(path), config, split=split)
     except Exception as error:  # the readers raise what their formats do
         raise TextError(f"the folder {name!r} cannot be read as a data set: "
                         f"{_causes(error)}") from error  # fmt: skip
+    return _split(found, split if saved else None, name, limit)
 
 
 def _hub_rows(
@@ -183,12 +184,12 @@ def _hub_rows(
     with hub_answers(name, revision):
         commit = _commit(name, revision)
     try:
-        found = datasets.load_dataset(name, config, revision=commit or revision)
+        found = datasets.load_dataset(name, config, split=split, revision=commit or revision)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise unreachable(name, revision, error) from error
     except Exception as error:
         raise TextError(f"the data set {name!r} cannot be read: {_causes(error)}") from error
-    rows = _split(found, split, name, limit)
+    rows = _split(found, None, name, limit)
     content = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
     return rows, Source(name, revision, commit or f"sha256:{content}")
 
@@ -205,7 +206,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def _split(found: Any, split: str | None, name: str, limit: int | None) -> list[dict[str, Any]]:
-    """The rows of a data set's split, which must be named if there are several."""
+    """The rows of a data set, of `split` if it has splits: of several, one must be named."""
     if isinstance(found, datasets.Dataset):
         if split is not None:
             raise TextError(f"split={split!r} was given for {name!r}, which was saved without "
@@ -222,7 +223,11 @@ def _split(found: Any, split: str | None, name: str, limit: int | None) -> list[
 
 def _causes(error: BaseException) -> str:
     """An error with those that led to it: `datasets` hides the row's own error behind another."""
-    told = [brief(error)]
+    told = [_one_line(error)]
     while (error := error.__cause__ or error.__context__) is not None and len(told) < 3:
-        told.append(brief(error))
+        told.append(_one_line(error))
     return "; because: ".join(told)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]

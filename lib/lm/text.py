@@ -332,4 +332,4 @@ def _spread(lengths: list[int]) -> str:
 
 
 def _said(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "all kept"
