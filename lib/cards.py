@@ -36,7 +36,9 @@ METRICS = {
     "pushed_share": "share of completions that the negative term pushes down at this update",
     "effective_samples": "(sum of the weights)^2 / (sum of their squares): how many completions "
     "carry the update; 1 means a single one does",
-    "clip_fraction": "share of completions whose ratio is outside 1 - eps to 1 + eps",
+    "clip_fraction": "share of completions (per-token PPO: of tokens) whose ratio is outside "
+    "1 - eps to 1 + eps",
+    "value_loss": "the value head's part of the loss",
     "pair_accuracy": "share of pairs that the implicit reward ranks as the labels do",
     "pair_margin": "mean of h over the pairs, in nats",
     "pairs": "number of untied pairs in the minibatch",
@@ -56,6 +58,22 @@ EVALUATION = {
     "not trained on (at 100 trained prompts: of ten that are)",
     "held_out_rejected_logratio": "as rejected_logratio, on the same fresh completions",
     "mass_00 ... mass_95": "policy's mass on each bin of 5 tokens",
+    "diverged": "the run went non-finite and is frozen since",
+}
+
+# The same of a length problem.
+LENGTH_EVALUATION = {
+    "reward": "gold reward in tokens: -length, or -|length - target| on Mode Length; a completion "
+    "for each of the validation prompts",
+    "proxy": "training reward of the same completions: the reward model's score, or the rule's",
+    "length": "mean completion length in tokens, without EOS",
+    "length_sd": "its standard deviation over completions",
+    "ended": "share of completions that end in EOS before the cap",
+    "kl_ref": "KL(pi || pi_ref) in nats per completion, exact per token along sampled prefixes",
+    "entropy": "entropy of the policy in nats per completion, the same way",
+    "chosen_logratio": "log pi(y_w) - log pi_ref(y_w) on held-out pairs, nats",
+    "rejected_logratio": "the same of y_l",
+    "held_out_accuracy": "share of held-out pairs whose y_w has the larger log-ratio",
     "diverged": "the run went non-finite and is frozen since",
 }
 
@@ -136,7 +154,8 @@ def _labelled(method: Method, batch: Rollout) -> Rollout:
 def logged(method: Method) -> list[str]:
     """The names of the training metrics that a method's loss returns."""
     batch = _labelled(method, few_completions())
-    return list(method.loss(batch, batch.logp, method.hyper)[1])
+    found = list(method.loss(batch, batch.logp, method.hyper)[1])
+    return [*found, "value_loss"] if method.critic else found
 
 
 def push(method: Method, batch: Rollout | None = None) -> Tensor:

@@ -42,6 +42,16 @@ def test_every_evaluated_column_is_in_the_glossary():
     assert {c for c in columns if not c.startswith("mass_")} == named
 
 
+def test_every_column_of_a_length_evaluation_is_in_the_glossary(tmp_path):
+    from lib.lm.config import length_run
+    from lib.lm.problem import LengthProblem
+    from tests.lm_folder import prepared_folder
+
+    run = length_run("dpo", "min", 1e-3, 0, prepared=str(prepared_folder(tmp_path)), max_tokens=12)
+    problem = LengthProblem(run)
+    assert {*problem.evaluate(problem.initial_state()), "diverged"} == set(cards.LENGTH_EVALUATION)
+
+
 def test_needs_are_in_words():
     assert set(cards.NEEDS) == set(NEEDS)
     card = cards.card("best_of_n_offline", "best_of_n")
