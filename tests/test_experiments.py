@@ -1,4 +1,4 @@
-"""Grids: every rule finds its settings, sizes keep their promise, a pilot's seeds are not reported."""
+"""Grids: rules find their settings, sizes keep their promise, a pilot's seeds stay unreported."""
 
 from __future__ import annotations
 
