@@ -14,6 +14,7 @@ from lib.overview import Chapters, Values
 from lib.tables import NEAR, interval_text
 
 FAR, CLOSE = REWARDS
+PLACES = {FAR: "where the reward lies far from what the model writes", CLOSE: "where it lies near"}
 ALIKE = 0.1  # of reward: how far on-policy methods' means may part for the loss to matter little
 FINAL = "final reward"
 
@@ -31,7 +32,8 @@ def sampling(chapters: Chapters) -> str:
     if not all([*on.values(), *off.values()]):
         return f"**Sample while you train?** {overview.NOT_YET.capitalize()}."
     gaps = {r: _lead(on[r], off[r]) for r in REWARDS}
-    adds = ", ".join(f"{interval_text(gap, signed=True)} under {r}" for r, gap in gaps.items())
+    adds = ", ".join(f"{interval_text(gap, signed=True)} {PLACES[r]} ({r})"
+                     for r, gap in gaps.items())  # fmt: skip
     means = [by_seed.mean() for found in on.values() for by_seed in found.values()]
     little = max(means) - min(means) <= ALIKE
     loss = "Which loss you take then matters little" if little else "The loss matters as well"
@@ -68,9 +70,8 @@ def fixed_data(chapters: Chapters) -> str:
     turns = _beyond(gaps[FAR]) and not _beyond(gaps[CLOSE])
     head = "If the data are fixed, ask where the reward is." if turns else "If the data are fixed:"
     far, close = (_sides(*found[r]) for r in (FAR, CLOSE))
-    return (f"**{head}** Far from what the model writes ({FAR}), the best loss with a negative "
-            f"gradient ends at {far[0]}, the best without at {far[1]}. Near it ({CLOSE}), "
-            f"at {close[0]} and {close[1]}.")  # fmt: skip
+    return (f"**{head}** Under {FAR} the best loss with a negative gradient ends at {far[0]}, the "
+            f"best without at {far[1]}; under {CLOSE} at {close[0]} and {close[1]}.")  # fmt: skip
 
 
 def _sides(*sides: Values) -> list[str]:

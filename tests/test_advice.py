@@ -26,7 +26,7 @@ def chapters(far=(0.9, 0.3), near=(0.9, 0.9), sampled=(0.99, 0.97), stale=(0.9, 
 def test_strong_wording_with_the_numbers_behind_it():
     first, second, third = advice.short_answers(chapters()).splitlines()
     assert first.startswith("- **Sample while you train, if you can.**")
-    assert "+0.09 (+0.09 to +0.09) under R1" in first and "matters little" in first
+    assert "+0.09 (+0.09 to +0.09) where the reward lies far" in first and "matters little" in first
     assert "between 0.97 and 0.99" in first
     assert "take a loss with a negative gradient" in second and "with DPO and" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
