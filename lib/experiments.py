@@ -34,6 +34,7 @@ class Profile:
         sweep_seeds, report_seeds: seeds that choose the rate, and seeds that are reported.
         dial_sweep_seeds, dial_seeds: the same for settings other than the base ones.
         sets, inner_steps, prompts: values of the dials k, T and of the number of prompts.
+        switches: how many conventions are switched for each method, None for all.
         options: of every run (smoke makes them small).
         device: "cpu" or "cuda".
         select_by: the statistic that the best learning rate has most of, on the sweep seeds.
@@ -47,6 +48,7 @@ class Profile:
     sets: tuple[int, ...] = (2, 5, 10, 50)
     inner_steps: tuple[int, ...] = (2, 5, 7, 10, 20)
     prompts: tuple[int, ...] = (20, 50, 100)
+    switches: int | None = None
     updates: int = 100
     options: tuple[tuple[str, Any], ...] = ()
     device: str = "cpu"
@@ -65,11 +67,12 @@ PROFILES: dict[str, Profile] = {
         rates=(0.01, 0.001),
         sweep_seeds=(0,),
         report_seeds=(5, 6),
-        dial_sweep_seeds=(0,),
+        dial_sweep_seeds=(),
         dial_seeds=(5, 6),
         sets=(2,),
         inner_steps=(2,),
         prompts=(8,),
+        switches=1,
         updates=2,
         options=(("prompts", 4), ("completions", 4), ("evaluations", 2), ("held_out", False)),
     ),
@@ -161,7 +164,7 @@ def _reuse(profile: Profile) -> list[Setting]:
     ]
 
 
-def _conventions(names: Iterable[str]) -> list[Setting]:
+def _conventions(names: Iterable[str], profile: Profile) -> list[Setting]:
     """Each switch of the conventions table, for the methods that it touches; on R1."""
     switches: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         "best_of_n": [(("length", 10),), (("histogram", "clipped"),), (("shift", False),),
@@ -177,7 +180,10 @@ def _conventions(names: Iterable[str]) -> list[Setting]:
         "ipo_offline": [(("length", 10),), (("histogram", "clipped"),), (("shift", False),),
                         (("dropout", 0.1),)],
     }  # fmt: skip
-    return [Setting(n, "R1", s, "base", "few") for n in names if n in switches for s in switches[n]]
+    return [
+        Setting(name, "R1", switched, "base", "few")
+        for name in names for switched in switches.get(name, [])[: profile.switches]
+    ]  # fmt: skip
 
 
 def _one_token() -> list[Setting]:
@@ -214,10 +220,10 @@ class Grid:
 
 CHAPTERS: dict[str, Grid] = {
     "on_policy": Grid(
-        lambda p: _base(ON_POLICY) + _staleness(p) + _reuse(p) + _conventions(ON_POLICY)
+        lambda p: _base(ON_POLICY) + _staleness(p) + _reuse(p) + _conventions(ON_POLICY, p)
     ),
     "negative_gradient": Grid(
-        lambda p: _base(OFFLINE) + _prompts(p) + _one_token() + _conventions(OFFLINE)
+        lambda p: _base(OFFLINE) + _prompts(p) + _one_token() + _conventions(OFFLINE, p)
     ),
     "complementary": Grid(lambda p: _base(("ipo_offline", "ipo", "rwr", "ppo_sequence"))),
     "wall_clock": Grid(
