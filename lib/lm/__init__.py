@@ -1,0 +1,1 @@
+"""Language-model problems: a policy, a reward model and text, of the book or of the user's own."""

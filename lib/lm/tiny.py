@@ -1,0 +1,116 @@
+"""The language model and the instruction data that ship with the book, in `data/length`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lib.lm.sft import Example
+
+FOLDER = Path(__file__).parents[2] / "data" / "length"
+PAIRS = FOLDER / "responses.parquet"
+POLICY = FOLDER / "policy"
+SPLITS = ("train", "validation", "test")
+VOCABULARY, POSITIONS = 2048, 256
+CAP = 96  # response tokens that fine-tuning samples at most, EOS included
+EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|padding|>", "<|user|>", "<|assistant|>"
+# Each turn opens with a token of its own, so that no text merges across the border.
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '" + ASSISTANT + "' + message['content'] + '" + EOS + "' }}"
+    "{% else %}{{ '" + USER + "' + message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+
+
+def pairs(split: str, path: Path = PAIRS) -> pd.DataFrame:
+    """The instruction/response pairs of a split whose response ended by itself.
+
+    Columns: prompt, response, topic, template, split. The splits share no topic.
+    Raises: ValueError for an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    table = pd.read_parquet(path)
+    keep = (table["split"] == split) & ~table["capped"]
+    return table[keep].drop(columns="capped").reset_index(drop=True)
+
+
+def train_tokenizer(texts: Iterable[str]):
+    """A byte-level BPE of 2,048 entries with the chat template: any text round-trips.
+
+    EOS and padding are tokens of their own; nothing is added in front of a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[EOS, PAD, USER, ASSISTANT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=EOS, pad_token=PAD, model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False)  # fmt: skip
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def encode(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[Example]:
+    """Prompts by the tokenizer's chat template up to where the response starts; responses + EOS."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    heads = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    bodies = tokenizer(list(responses), add_special_tokens=False).input_ids
+    return [Example(h, [*b, tokenizer.eos_token_id]) for h, b in zip(heads, bodies, strict=True)]
+
+
+def examples(tokenizer, split: str, path: Path = PAIRS) -> list[Example]:
+    """The pairs of a split whose response, EOS included, has at most `CAP` tokens."""
+    table = pairs(split, path)
+    encoded = encode(tokenizer, list(table["prompt"]), list(table["response"]))
+    return [example for example in encoded if len(example.response) <= CAP]
+
+
+def policy_config(tokenizer):
+    """Pythia's architecture with 1.3 million parameters: width 128, 4 layers of 4 heads.
+
+    Rotary positions on a quarter of each head, attention and MLP in parallel, embeddings untied.
+    """
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def new_policy(tokenizer, seed: int):
+    """The untrained policy of a seed, in float32, ready to be fine-tuned and to sample.
+
+    Its generation settings draw from the policy's own distribution: temperature 1, nothing cut.
+    """
+    import torch
+    from transformers import GenerationConfig, GPTNeoXForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPTNeoXForCausalLM(policy_config(tokenizer))
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=CAP,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    return model
