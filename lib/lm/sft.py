@@ -95,6 +95,7 @@ def sft(model, tokenizer, train: Sequence[Example], validation: Sequence[Example
     set_dropout(model, run.dropout)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(model, tokenizer, train, validation, run, folder)
+        trainer._load_best_model = lambda: None  # `_restore_best` does, and completely
         trainer.train()
         _restore_best(model, trainer, run)
     set_dropout(model, 0.0)
