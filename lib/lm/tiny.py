@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib.lm.sft import Example
+from lib.lm.text import encode_prompts, encode_responses
 
 FOLDER = Path(__file__).parents[2] / "data" / "length"
 PAIRS = FOLDER / "responses.parquet"
@@ -64,18 +65,21 @@ def train_tokenizer(texts: Iterable[str]):
 
 
 def encode(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[Example]:
-    """Prompts by the tokenizer's chat template up to where the response starts; responses + EOS."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    heads = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
-    bodies = tokenizer(list(responses), add_special_tokens=False).input_ids
-    return [Example(h, [*b, tokenizer.eos_token_id]) for h, b in zip(heads, bodies, strict=True)]
+    """Pairs as token ids by the conventions of `lib.lm.text`.
+
+    Pairs are left out whose response, EOS included, has more than `CAP` tokens or whose prompt
+    leaves no room for such a response.
+    """
+    heads = encode_prompts(tokenizer, prompts, POSITIONS - CAP)
+    bodies = encode_responses(tokenizer, [responses[kept] for kept in heads.kept], CAP)
+    rows = zip(heads.ids, bodies.ids, bodies.capped, strict=True)
+    return [Example(head, body) for head, body, capped in rows if not capped]
 
 
 def examples(tokenizer, split: str, path: Path = PAIRS) -> list[Example]:
-    """The pairs of a split whose response, EOS included, has at most `CAP` tokens."""
+    """The pairs of a split as token ids: what supervised fine-tuning reads."""
     table = pairs(split, path)
-    encoded = encode(tokenizer, list(table["prompt"]), list(table["response"]))
-    return [example for example in encoded if len(example.response) <= CAP]
+    return encode(tokenizer, list(table["prompt"]), list(table["response"]))
 
 
 def policy_config(tokenizer):
