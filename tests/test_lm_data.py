@@ -160,7 +160,7 @@ def test_examples_fit_the_cap_and_few_are_lost(tokenizer):
     for split in tiny.SPLITS:
         found = tiny.examples(tokenizer, split)
         assert max(len(example.response) for example in found) <= tiny.CAP
-        assert len(found) > 0.97 * len(tiny.pairs(split))
+        assert len(found) > 0.95 * len(tiny.pairs(split))
 
 
 def test_policy_is_the_small_pythia_in_float32(model, record):

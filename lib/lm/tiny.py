@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "data" / "length"
 PAIRS = FOLDER / "responses.parquet"
 POLICY = FOLDER / "policy"
 SPLITS = ("train", "validation", "test")
-VOCABULARY, POSITIONS = 2048, 256
+VOCABULARY, POSITIONS, WIDTH = 2048, 256, 128
 CAP = 96  # response tokens that fine-tuning samples at most, EOS included
 EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|padding|>", "<|user|>", "<|assistant|>"
 # Each turn opens with a token of its own, so that no text merges across the border.
@@ -86,16 +87,19 @@ def policy_config(tokenizer):
     """Pythia's architecture with 1.3 million parameters: width 128, 4 layers of 4 heads.
 
     Rotary positions on a quarter of each head, attention and MLP in parallel, embeddings untied.
+    Initial weights have standard deviation sqrt(2 / (5 width)), as Pythia's: at this width the
+    usual 0.02 learns more slowly.
     """
     from transformers import GPTNeoXConfig
 
     return GPTNeoXConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
+        hidden_size=WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=512,
         max_position_embeddings=POSITIONS,
+        initializer_range=math.sqrt(2 / (5 * WIDTH)),
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
