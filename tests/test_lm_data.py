@@ -113,6 +113,26 @@ def test_the_draw_of_a_prompt_depends_on_no_other(make):
     assert make.pick(logits, torch.tensor([1.0])).item() < 63
 
 
+def test_responses_depend_on_no_batch(make, table, model):
+    """Prompts of different lengths, together and one by one; rows leave as they end."""
+    left = AutoTokenizer.from_pretrained(tiny.POLICY, padding_side="left")
+    batch = table.iloc[[5, 700, 30, 2100]][["prompt"]].assign(brevity="Be brief.")
+    together = make.respond(model, left, batch)
+    alone = [make.respond(model, left, batch.iloc[[row]]) for row in range(len(batch))]
+    assert together["response"].tolist() == [one["response"].iloc[0] for one in alone]
+    assert together["capped"].tolist() == [one["capped"].iloc[0] for one in alone]
+    assert together["response"].nunique() == len(batch)
+    lengths = left(list(together["response"]), add_special_tokens=False).input_ids
+    assert [len(ids) < make.CAP for ids in lengths] == (~together["capped"]).tolist()
+
+
+def test_batches_hold_every_prompt_once(make, table):
+    rows = table[["prompt"]].assign(brevity="").iloc[:100]
+    parts = make.batches(rows, 32)
+    assert [len(part) for part in parts] == [32, 32, 32, 4]
+    assert sorted(index for part in parts for index in part.index) == list(rows.index)
+
+
 def test_pairs_leaves_out_capped_ones_and_names_an_unknown_split(table):
     counts = {split: len(tiny.pairs(split)) for split in tiny.SPLITS}
     assert sum(counts.values()) == (~table["capped"]).sum()
