@@ -60,8 +60,11 @@ class Switches:
     @property
     def run(self) -> BanditRun:
         """The bandit run that all switches on are meant to equal."""
+        on_policy = methods.get(self.method).on_policy
+        updates = {"iterations" if on_policy else "inner_steps": self.updates}
         return bandit_run(self.method, self.reward_function, self.learning_rate, self.seed,
-                          prompts=VOCABULARY, completions=DRAWS, length=1)  # fmt: skip
+                          prompts=VOCABULARY, completions=DRAWS, length=1, evaluations=4,
+                          held_out=False, alone=True, **updates)  # fmt: skip
 
 
 def ladder(method: str, reward_function: str, **options) -> dict[str, Switches]:
@@ -183,3 +186,26 @@ def _drawn(
         ref=ref.gather(-1, tokens).view(grid), rewards=reward[tokens][None],
         scale=logp.abs().amax()[None], lead=1,
     )  # fmt: skip
+
+
+def paths(rewards: tuple[str, ...] = ("R1", "R2"), **options) -> pd.DataFrame:
+    """`train` for every method, reward and switch: method, reward_function, switch, update, ..."""
+    found = []
+    for method in METHODS:
+        for reward in rewards:
+            for name, switches in ladder(method, reward, **options).items():
+                labels = {"method": method, "reward_function": reward, "switch": name}
+                found.append(train(switches).assign(**labels))
+    return pd.concat(found, ignore_index=True)
+
+
+def ends(table: pd.DataFrame) -> pd.DataFrame:
+    """Where each path ends: one row per method and switch, reward and KL by reward function."""
+    last = table.loc[table.groupby(["method", "reward_function", "switch"], sort=False)["update"]
+                     .idxmax()]  # fmt: skip
+    wide = last.pivot(index=["method", "switch"], columns="reward_function",
+                      values=["reward", "kl_ref"])  # fmt: skip
+    names = {"reward": "reward", "kl_ref": "KL, nats"}
+    wide.columns = [f"{names[value]}, {reward}" for value, reward in wide.columns]
+    order = pd.MultiIndex.from_frame(last[["method", "switch"]].drop_duplicates())
+    return wide.loc[order].reset_index()

@@ -393,7 +393,8 @@ def early_wider(n: int, seed: int) -> Found:
 CHECKS = {f.__name__.replace("_", "-"): f for f in (
     early_subset, early_sooner, early_wider,
     rl_identity, wl_reverse_kl, rl_bracket, rl_bracket_corrected, wl_is_policy_gradient, wl_path,
-    margin_exists, margin_steps, margin_induction, aligned_exists, aligned_lift, aligned_tie, rejected_falls,
-    extra_printed, extra_corrected, mode_first, mode_most, mode_pair, mode_weights, freed_formula,
-    offline_identity, offline_condition, dpo_form, ipo_form, dpo_sign, ipo_sign, ipo_sign_region,
+    margin_exists, margin_steps, margin_induction, aligned_exists, aligned_lift, aligned_tie,
+    rejected_falls, extra_printed, extra_corrected,
+    mode_first, mode_most, mode_pair, mode_weights, freed_formula, offline_identity,
+    offline_condition, dpo_form, ipo_form, dpo_sign, ipo_sign, ipo_sign_region,
 )}  # fmt: skip
