@@ -141,15 +141,17 @@ def toward(table: pd.DataFrame) -> Figure:
 
 def lift(table: pd.DataFrame) -> Figure:
     """Where a push on y_l raises y_w: of `scenes.lift_grid`."""
-    titles = {"one": "rest: one category", "many": "rest: spread thin"}
+    titles = {"one": "the rest: one answer", "four": "the rest: four equal answers"}
     with panels(2, sharey=True) as (figure, axes):
         for panel, (column, title) in zip(axes[0], titles.items(), strict=True):
             grid = table.pivot(index="p_l", columns="p_w", values=column)
             panel.contourf(grid.columns, grid.index, grid, [-9, 0, 9], colors=[FALSE, TRUE])
             panel.contour(grid.columns, grid.index, grid, [0], colors="black", linewidths=1.5)
             panel.set(title=title, xlabel=r"$p_w$")
-            panel.text(0.42 if column == "one" else 0.3, 0.3, r"$y_w$ rises", fontsize=9)
+            panel.text(0.4, 0.3, r"$y_w$ rises", fontsize=9)
         axes[0, 0].text(0.06, 0.06, r"$y_w$ falls", fontsize=9)
+        axes[0, 1].annotate(r"$y_w$ falls", (0.05, 0.05), (0.42, 0.75), fontsize=9,
+                            arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
         axes[0, 0].set_ylabel(r"$p_l$")
     return figure
 
@@ -202,6 +204,24 @@ def resting(table: pd.DataFrame, tau: float = 0.05) -> Figure:
         panel.set(xlabel="rank of the completion (0 is the worst)",
                   ylabel=r"$\log\pi/\pi_\mathrm{ref}$ above" "\nthe worst, nats")  # fmt: skip
         panel.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+    return figure
+
+
+def distances(table: pd.DataFrame) -> Figure:
+    """Mass left to move along whole trajectories, a panel for each start: of `early.curves`."""
+    with panels(3, sharey=True) as (figure, axes):
+        figure.set_size_inches(7.0, 2.9)
+        for panel, (name, part) in zip(axes[0], table.groupby("start", sort=False), strict=True):
+            for objective, rows in part.groupby("objective", sort=False):
+                panel.plot(rows["time"], rows["median"], label=f"{objective} KL",
+                           **_line(objective))  # fmt: skip
+                panel.fill_between(rows["time"], rows["low"], rows["high"], alpha=0.18,
+                                   color=LOOKS[objective]["color"], linewidth=0)  # fmt: skip
+            panel.axhline(0.5, color=GREY, linestyle=":")
+            panel.set(title=f"{name} start", xscale="log", xlabel=r"time $\eta t$", ylim=(0, 1.05))
+            panel.set_xticks([1, 10, 100], ["1", "10", "100"])
+        axes[0, 0].set_ylabel("mass left to move\n(start = 1)")
+        axes[0, 0].legend(loc="lower left", fontsize=8)
     return figure
 
 

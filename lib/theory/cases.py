@@ -220,7 +220,10 @@ def case3_three(n: int, seed: int) -> Found:
 
 
 def special(n: int, seed: int) -> Found:
-    """q - p alike for two categories: Delta_f = 0 and Delta_r has the sign of p1 - p2."""
+    """q - p alike for two categories: Delta_f = 0 and Delta_r has the sign of p1 - p2.
+
+    (eq-special): with q = p + d the reverse push rises with p.
+    """
     parts, generator = [], _generator(seed)
     for logp, logq in draws.pairs(n, seed, (3, 4, 8, 32)):
         p, q = draws.ordered(logp).exp(), logq.exp()

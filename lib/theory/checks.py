@@ -127,3 +127,40 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
          "deviation": v.found.deviation, "example": v.found.example}
         for v in verdicts
     ])  # fmt: skip
+
+
+def shown(verdicts: Iterable[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
+    """`summary` for a reader: where, statement, printed proof, corrected form, cases, deviation.
+
+    Args: badge: how a verdict is printed (`lib.chapter.badge`).
+    """
+    rows = summary(verdicts)
+    return pd.DataFrame({
+        "claim": rows["figure"],
+        **{title: [badge(v) if v else "-" for v in rows[column]] for title, column in (
+            ("statement", "verdict"), ("printed proof", "proof"), ("corrected", "corrected"))},
+        "cases": [f"{n:,}" for n in rows["cases"]],
+        "largest deviation": [f"{x:.0e}" if x else "-" for x in rows["deviation"]],
+    })  # fmt: skip
+
+
+def details(verdicts: Iterable[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
+    """`table` for a reader: what is checked, the verdict, violations of cases, a counterexample."""
+    rows = table(verdicts)
+    return pd.DataFrame({
+        "claim": rows["claim"], "part": rows["part"], "what is checked": rows["says"],
+        "verdict": rows["verdict"].map(badge),
+        "violations": [f"{b:,} of {n:,}" for b, n in zip(rows["violations"], rows["cases"],
+                                                        strict=True)],
+        "first one": [x or "-" for x in rows["example"]],
+    })  # fmt: skip
+
+
+def numbers(verdicts: Iterable[Verdict]) -> dict[str, str]:
+    """For the prose: n_, bad_ and share_ of each check, such as "n_case1_region"."""
+    found = {}
+    for v in verdicts:
+        name = v.check.id.replace("-", "_")
+        found |= {f"n_{name}": f"{v.found.cases:,}", f"bad_{name}": f"{v.found.violations:,}",
+                  f"share_{name}": f"{100 * v.found.share:.0f}%"}  # fmt: skip
+    return found

@@ -59,7 +59,7 @@ def contrast(push: Tensor, first: int = 0, second: int = 1) -> Tensor:
 
 
 def autograd_push(objective: str, logits: Tensor, logq: Tensor) -> Tensor:
-    """Minus the gradient of the KL with respect to the logits, by automatic differentiation."""
+    """Minus the gradient of a KL of (eq-two-kls) with respect to the logits, by autograd."""
     leaf = logits.detach().clone().requires_grad_()
     logp = leaf.log_softmax(-1)
     pair = {"forward": (logq, logp), "reverse": (logp, logq)}

@@ -75,6 +75,27 @@ def measured(logp: Tensor, logq: Tensor, likely: Tensor, objective: str) -> pd.D
     return pd.DataFrame({f"{k}_{objective}": v.numpy() for k, v in columns.items()})
 
 
+def curves(per: int, seed: int, points: int = 40) -> pd.DataFrame:
+    """Distance to the target along whole trajectories, as a share of that at the start.
+
+    Columns: start, objective, time, low, median, high: the middle 80% of the targets.
+    """
+    names, logp, logq = kinds(per, seed)
+    places = torch.logspace(0, torch.log10(torch.tensor(STEPS)).item(), points).long().unique()
+    found = []
+    for objective in dynamics.OBJECTIVES:
+        path = dynamics.trajectory(logp, logq, objective, RATE, STEPS)[places]
+        left = dynamics.distance(path, logq) / dynamics.distance(logp, logq)
+        for name in STARTS:
+            part = left[:, torch.tensor((names["start"] == name).to_numpy())]
+            low, median, high = part.quantile(torch.tensor([0.1, 0.5, 0.9]).double(), dim=1)
+            found.append(pd.DataFrame({
+                "start": name, "objective": objective, "time": places * RATE,
+                "low": low, "median": median, "high": high,
+            }))  # fmt: skip
+    return pd.concat(found, ignore_index=True)
+
+
 @cache
 def family(per: int, seed: int) -> pd.DataFrame:
     """One row per target: its kind, and `measured` for either objective."""

@@ -271,7 +271,7 @@ def mode_pair(n: int, seed: int) -> Found:
 
 
 def mode_weights(n: int, seed: int) -> Found:
-    """The mode gains on the others exactly where c2 > c1: (c2 - c1)(p_m - p_k)."""
+    """The mode gains on the others by (c2 - c1)(p_m - p_k): none at c1 = c2, (eq-pair-push)."""
     parts = []
     for logp, _ in draws.pairs(n, seed, (4, 8, 32)):
         c1, c2 = _weights(logp, seed)

@@ -74,7 +74,10 @@ def smallest_delta1(beta: float) -> float:
 
 
 def ratio_bound(r: Tensor) -> Tensor:
-    """phi(r) = r log(1/r) / (1 - r): Delta_r > 0 in case 2 iff log(q1/p1) + K > phi(p2/p1)."""
+    """phi(r) = r log(1/r) / (1 - r): Delta_r > 0 iff log(q/p1) + K > phi(p2/p1), from (eq-case-2).
+
+    The condition that the proof of case 2 leaves to "beta large enough".
+    """
     return log_identric(torch.ones_like(r), r) + 1
 
 
@@ -114,6 +117,19 @@ def breaks_case3(beta: float, delta2: float, c1: float) -> tuple[Tensor, Tensor]
     log_q3 = -(2.0 - log_q) / rest - 2.0  # then K > 1 - log q1, whatever the other terms are
     fourth = math.log1p(-2 * math.exp(log_q) - math.exp(log_q3))
     return logp, torch.tensor([log_q, log_q, log_q3, fourth], dtype=torch.float64)
+
+
+def smallest_c0(beta: float, delta2: float = 0.01, extra: float = 0.0, points: int = 600) -> float:
+    """The least c0 for which case 2 is true: sup q* / p1 over p2 + beta <= p1 <= 1 - delta2.
+
+    Below 1, and near 1 - beta for a small beta. With extra = 1 for the proof's Delta_r > 0: below
+    e, and it tends to e as beta -> 0. On a grid, so that it is a lower bound near the true value.
+    """
+    bounded_by(beta, delta2)
+    share = torch.linspace(0, 1, points, dtype=torch.float64)
+    p1 = beta + (1 - delta2 - beta) * share[1:, None]
+    p2 = torch.minimum(p1 - beta, 1 - p1 - 1e-9) * share[1:]
+    return float((threshold(p1, p2, extra) / p1).max())
 
 
 def largest_c1(beta: float, delta2: float, points: int = 400) -> float:

@@ -120,14 +120,13 @@ def toward_optimum(reward_function: str = "R2", beta: float = 0.2, steps: int = 
 
 
 def lift_grid(points: int = 241) -> pd.DataFrame:
-    """The push on y_l and y_w, in the (p_w, p_l) plane: p_w, p_l, and d log p_w by the shape of
-    the rest: `one` other category holds it, or `many` equal ones (so many that their squares
-    vanish)."""
+    """The push on y_l and y_w, in the (p_w, p_l) plane: p_w, p_l, and d log p_w by who
+    holds the rest: `one` other category, or `four` equal ones."""
     w, l = np.meshgrid(np.linspace(0.002, 0.998, points), np.linspace(0.002, 0.998, points))  # noqa: E741
     rest = 1 - w - l
     pair = w + l - w**2 - l**2
     grid = pd.DataFrame({"p_w": w.ravel(), "p_l": l.ravel(), "one": (pair - rest**2).ravel(),
-                         "many": pair.ravel()})  # fmt: skip
+                         "four": (pair - rest**2 / 4).ravel()})  # fmt: skip
     return grid.where((rest >= 0).ravel()[:, None] | grid.columns.isin(["p_w", "p_l"]))
 
 
@@ -177,7 +176,8 @@ def rest_gradients(n: int = 12, beta: float = 0.1, tau: float = 0.05, seed: int 
     found = {}
     for name, (loss, ratio, wins, hyper) in cases.items():
         leaf = ratio.clone().requires_grad_()
-        value = loss(leaf, torch.zeros_like(leaf), wins * seen, torch.tensor(hyper, dtype=torch.float64))
+        exact = torch.tensor(hyper, dtype=torch.float64)
+        value = loss(leaf, torch.zeros_like(leaf), wins * seen, exact)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         found[name] = {"gradient": float(gradient.abs().max()),
                        "moved": float(ratio.max() - ratio.min())}  # fmt: skip
