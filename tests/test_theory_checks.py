@@ -55,6 +55,18 @@ def test_equations_of_the_chapter_are_cited_by_the_code():
     assert len(labels) > 20 and labels == cited
 
 
+def test_tables_for_the_reader_say_what_each_claim_is_true_for(verdicts):
+    table = checks.shown(verdicts, str.upper).set_index("claim")
+    assert set(checks.TRUE_FOR) == set(STATEMENTS) and table["true for"].notna().all()
+    assert table["statement"]["Theorem 5.2 (3)"] == "NOT REPRODUCED"
+    assert table["counterexample"]["Theorem 5.2 (3)"].startswith("p = (0.5, 0.245")
+    details = checks.details(verdicts, str)
+    assert len(details) == len(verdicts)
+    for frame in (table, details):
+        assert not any("|" in str(cell) for cell in frame.to_numpy().ravel())  # Markdown
+    assert checks.numbers(verdicts)["bad_case3_statement"] == "50"
+
+
 def test_rules_decide():
     always = [checks.decide("always", found.Found(10, n)) for n in (0, 1)]
     assert always == ["reproduced", "not reproduced"]

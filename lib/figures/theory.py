@@ -246,7 +246,7 @@ def halves(table: pd.DataFrame) -> Figure:
                        xlabel="forward KL", ylabel="reverse KL")  # fmt: skip
         axes[0, 1].set(title="spread of progress there", xlabel="forward KL",
                        ylabel="reverse KL", xlim=(0, 3), ylim=(0, 3))  # fmt: skip
-        axes[0, 0].legend(loc="upper left", fontsize=8, handletextpad=0.2)
+        axes[0, 0].legend(loc="lower right", fontsize=8, handletextpad=0.2)
     return figure
 
 

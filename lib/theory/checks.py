@@ -129,17 +129,41 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def shown(verdicts: Iterable[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
-    """`summary` for a reader: where, statement, printed proof, corrected form, cases, deviation.
+# What makes each claim true, exactly: the results that the chapter derives.
+TRUE_FOR = {
+    "T-updates": "any p, q and step size",
+    "T-case1": "delta1 >= beta / (2 artanh beta)",
+    "T-case2": "every c0 >= 1, any beta and delta2; what the proof claims: every c0 >= e",
+    "T-case3": "no constant c1 (four categories or more); c1 = exp(-kappa) where KL(p to q) <= kappa; "
+    "three categories: some c1 if delta2 > (1 - beta) / 2",
+    "T-special": "any two categories with equal q - p",
+    "T-early": "sooner from flat starts, a subset from peaked ones",
+    "T-onpolicy-rkl": "RL with a KL penalty; not weighted likelihood",
+    "T-contrast": "some y_l; y_w rises where g_w . g_l < 0 and the step is small",
+    "T-mode": "c2 > c1, as the largest gain; not always as most of the mass",
+    "T-offline-fkl": "sum_y pi_ref F > 0",
+    "T-dpo-ipo-form": "DPO: always; IPO: while h <= 1 / (2 tau)",
+}
+
+
+def shown(verdicts: list[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
+    """`summary` for a reader: where, statement, printed proof, what it is true for, the first
+    counterexample to the statement (or else to the proof), largest deviation.
 
     Args: badge: how a verdict is printed (`lib.chapter.badge`).
     """
     rows = summary(verdicts)
+    broken = {
+        claim: next((v.found.example for part in PARTS[:2] for v in verdicts
+                     if (v.check.claim, v.check.part) == (claim, part) and v.found.example), "-")
+        for claim in rows["claim"]
+    }  # fmt: skip
     return pd.DataFrame({
         "claim": rows["figure"],
-        **{title: [badge(v) if v else "-" for v in rows[column]] for title, column in (
-            ("statement", "verdict"), ("printed proof", "proof"), ("corrected", "corrected"))},
-        "cases": [f"{n:,}" for n in rows["cases"]],
+        "statement": rows["verdict"].map(badge),
+        "printed proof": [badge(v) if v else "-" for v in rows["proof"]],
+        "true for": rows["claim"].map(TRUE_FOR),
+        "counterexample": rows["claim"].map(broken),
         "largest deviation": [f"{x:.0e}" if x else "-" for x in rows["deviation"]],
     })  # fmt: skip
 

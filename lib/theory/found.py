@@ -39,9 +39,8 @@ def together(*parts: Found) -> Found:
 
 def equal(a: Tensor, b: Tensor, **shown: Tensor) -> Found:
     """Whether a = b within TOLERANCE of 1 + |b|, case by case along the first dimension."""
-    off = ((a - b).abs() / (1 + b.abs())).flatten(1) if a.dim() > 1 else (a - b).abs() / (
-        1 + b.abs())  # fmt: skip
-    worst = off.amax(-1) if off.dim() > 1 else off
+    off = (a - b).abs() / (1 + b.abs())
+    worst = off.flatten(1).amax(-1) if off.dim() > 1 else off
     broken = ~(worst <= TOLERANCE)
     return Found(len(worst), int(broken.sum()), float(worst.max()), _example(broken, shown))
 
