@@ -134,8 +134,8 @@ TRUE_FOR = {
     "T-updates": "any p, q and step size",
     "T-case1": "delta1 >= beta / (2 artanh beta)",
     "T-case2": "every c0 >= 1, any beta and delta2; what the proof claims: every c0 >= e",
-    "T-case3": "no constant c1 (four categories or more); c1 = exp(-kappa) where KL(p to q) <= kappa; "
-    "three categories: some c1 if delta2 > (1 - beta) / 2",
+    "T-case3": "no constant c1, from four categories on; c1 = exp(-kappa) where KL(p to q) is at "
+    "most kappa; three categories: some c1 if delta2 > (1 - beta) / 2",
     "T-special": "any two categories with equal q - p",
     "T-early": "sooner from flat starts, a subset from peaked ones",
     "T-onpolicy-rkl": "RL with a KL penalty; not weighted likelihood",
@@ -146,11 +146,24 @@ TRUE_FOR = {
 }
 
 
-def shown(verdicts: list[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
-    """`summary` for a reader: where, statement, printed proof, what it is true for, the first
-    counterexample to the statement (or else to the proof), largest deviation.
+def shown(verdicts: Iterable[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
+    """`summary` for a reader: where, statement, printed proof, corrected form, largest deviation.
 
     Args: badge: how a verdict is printed (`lib.chapter.badge`).
+    """
+    rows = summary(verdicts)
+    columns = {"statement": "verdict", "printed proof": "proof", "corrected form": "corrected"}
+    return pd.DataFrame({
+        "claim": rows["figure"],
+        **{title: [badge(v) if v else "-" for v in rows[name]] for title, name in columns.items()},
+        "largest deviation": [f"{x:.0e}" if x else "-" for x in rows["deviation"]],
+    })  # fmt: skip
+
+
+def constants(verdicts: list[Verdict]) -> pd.DataFrame:
+    """What each claim is true for, and the first counterexample: to its statement, else its proof.
+
+    Columns: claim, true for, counterexample.
     """
     rows = summary(verdicts)
     broken = {
@@ -159,12 +172,8 @@ def shown(verdicts: list[Verdict], badge: Callable[[str], str]) -> pd.DataFrame:
         for claim in rows["claim"]
     }  # fmt: skip
     return pd.DataFrame({
-        "claim": rows["figure"],
-        "statement": rows["verdict"].map(badge),
-        "printed proof": [badge(v) if v else "-" for v in rows["proof"]],
-        "true for": rows["claim"].map(TRUE_FOR),
+        "claim": rows["figure"], "true for": rows["claim"].map(TRUE_FOR),
         "counterexample": rows["claim"].map(broken),
-        "largest deviation": [f"{x:.0e}" if x else "-" for x in rows["deviation"]],
     })  # fmt: skip
 
 
