@@ -196,9 +196,10 @@ def answers(chapters: Chapters) -> str:
 
 def dashboard(chapters: Chapters) -> str:
     """Every claim with its verdict and a link to the chapter that judges it, by question."""
-    home = {rule.claim: rule.chapter for rule in claims.rules()}
-    judged = {row["claim"]: _judged(row) for chapter in chapters.values()
-              for row in claims.summary(chapter.verdicts).to_dict("records")}  # fmt: skip
+    home: dict[str, str] = {}
+    for rule in claims.rules():
+        home.setdefault(rule.claim, rule.chapter)
+    judged = {row["claim"]: _judged(row) for row in _summary(chapters)}
     judged |= {row["claim"]: _judged_theory(row) for row in theory()}
     home |= dict.fromkeys((row["claim"] for row in theory()), "theory")
     text = claims.claims()
@@ -213,6 +214,11 @@ def dashboard(chapters: Chapters) -> str:
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def _summary(chapters: Chapters) -> list[dict[str, Any]]:
+    """One row per claim: its comparisons may be judged in several chapters."""
+    return claims.summary(v for c in chapters.values() for v in c.verdicts).to_dict("records")
 
 
 @cache
@@ -238,8 +244,7 @@ def _judged(row: Mapping[str, Any]) -> str:
 
 def counts(chapters: Chapters) -> str:
     """How many claims have which verdict, in words."""
-    judged = [row["verdict"] for chapter in chapters.values()
-              for row in claims.summary(chapter.verdicts).to_dict("records")]  # fmt: skip
+    judged = [row["verdict"] for row in _summary(chapters)]
     judged += [row["verdict"] for row in theory()]
     total = len(claims.claims())
     found = [f"{judged.count(v)} {v}" for v in claims.VERDICTS if judged.count(v)]
