@@ -149,8 +149,7 @@ class LengthProblem:
         self, policy: Scorer, prompts: Tensor, prompt_mask: Tensor, numbers: Tensor, count: int
     ) -> Rollout:
         """`count` completions for each prompt as a rollout without rewards."""
-        samples = policy.sample(prompts.repeat_interleave(count, 0),
-                                prompt_mask.repeat_interleave(count, 0), numbers)  # fmt: skip
+        samples = policy.sample(prompts, prompt_mask, numbers)
         shape = (len(prompts), count, numbers.shape[1])
         return Rollout(
             prompts=prompts, prompt_mask=prompt_mask,
