@@ -200,12 +200,14 @@ class LengthProblem:
         return length.lengths(batch.completions, batch.mask, self.reference.eos)
 
     def gold(self, batch: Rollout) -> Tensor:
-        """(P, C) gold reward, tokens."""
+        """(P, C) gold reward, tokens; the proxy where no rule says what is better."""
+        if self.config.task == length.GIVEN:
+            return self.proxy(batch)
         return length.gold(self.config.task, self.lengths(batch), self.data.target)
 
     def proxy(self, batch: Rollout) -> Tensor:
         """(P, C) what the methods are trained on: the reward model's score, or the rule's."""
-        return self.gold(batch) if self.reward is None else self.reward.score(batch)
+        return self.reward.score(batch) if self.reward else self.gold(batch)
 
     # --- evaluation -------------------------------------------------------------------------------
 
