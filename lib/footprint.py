@@ -149,7 +149,8 @@ def memory(
         "reference": 0 if lora else 4 * p,
         "reward model": 4 * preset.reward.parameters,
         "activations": size * tokens * policy.activations(checkpointing),
-        "logits": 3 * 4 * min(LOGIT_BUDGET, tokens * policy.vocabulary),  # raw, normalised, gradient
+        # as they are, normalised, and their gradient; float32
+        "logits": 3 * 4 * min(LOGIT_BUDGET, tokens * policy.vocabulary),
         "keys and values": size * drawn * policy.cache,
     }
     found = {name: use / GIB for name, use in uses.items()}
@@ -251,7 +252,8 @@ def this_core(size: int = 1024, times: int = 4) -> Machine:
     start = perf_counter()
     for _ in range(times):
         a @ a
-    return Machine("this CPU", float("inf"), 2 * size**3 * times / (perf_counter() - start), 2e10, 4)
+    peak = 2 * size**3 * times / (perf_counter() - start)
+    return Machine("this CPU", float("inf"), peak, 2e10, size=4)
 
 
 def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: Any):
@@ -264,7 +266,8 @@ def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: An
     (table,) = LengthEngine(device).run([run], _Once())
     last = table.iloc[-1]
     phases = ("sampling", "scoring", "training")
-    return ({p: float(last[f"seconds_{p}"]) / updates for p in phases}, float(table["length"].mean()))
+    took = {phase: float(last[f"seconds_{phase}"]) / updates for phase in phases}
+    return took, float(table["length"].mean())
 
 
 def beside(preset: Preset, machine: Machine, took: Mapping[str, float]) -> pd.DataFrame:

@@ -107,7 +107,8 @@ def calibration(verdicts: Sequence[Judged]) -> pd.DataFrame:
         for number in np.unique(bins):
             inside = bins == number
             rows.append((one.task, sure[inside].mean(),
-                         *share(one.right[inside].sum(), inside.sum()), int(inside.sum())))  # fmt: skip
+                         *share(one.right[inside].sum(), inside.sum()),
+                         int(inside.sum())))  # fmt: skip
     return pd.DataFrame(rows, columns=["task", "sure", "right", "low", "high", "n"])
 
 
@@ -189,12 +190,14 @@ def resolution(prepared: Prepared, cuts: dict[str, np.ndarray]) -> pd.DataFrame:
 
 def shown(table: pd.DataFrame, row: str, value: str, digits: int = 2) -> pd.DataFrame:
     """A long table with one column per task, in the order of the rows; intervals if it has them."""
+
     def cell(entry: pd.Series) -> str:
         text = f"{entry[value]:.{digits}f}"
         if np.isnan(entry[value]):
             return "-"
-        spread = f" ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})" if "low" in entry else ""
-        return f"{text}{spread}, n = {entry['n']}" if spread else text
+        if "low" not in entry:
+            return text
+        return f"{text} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f}), n = {entry['n']}"
 
     columns = {
         TITLES[task]: table[table["task"] == task].set_index(row).apply(cell, axis=1)
@@ -208,7 +211,7 @@ def shown(table: pd.DataFrame, row: str, value: str, digits: int = 2) -> pd.Data
 def resolution_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`resolution` with one column per task."""
     steps = table["short"].astype(str) + " or " + table["long"].astype(str)
-    return shown(table.assign(**{"tokens": steps}), "tokens", "better")
+    return shown(table.assign(tokens=steps), "tokens", "better")
 
 
 def numbers(verdicts: Sequence[Judged], cuts: dict[str, np.ndarray]) -> dict[str, float | str]:

@@ -172,8 +172,9 @@ def distributions(prepared: Prepared) -> pd.DataFrame:
         sides = {"preferred": better, "dispreferred": worse, "policy": prepared.lengths}
         for side, lengths in sides.items():
             shares = np.bincount(lengths, minlength=prepared.cap + 1) / len(lengths)
-            tables.append(pd.DataFrame({"task": task, "side": side,
-                                        "length": np.arange(len(shares)), "share": shares}))  # fmt: skip
+            tables.append(pd.DataFrame({
+                "task": task, "side": side, "length": np.arange(len(shares)), "share": shares,
+            }))  # fmt: skip
     return pd.concat(tables, ignore_index=True)
 
 
@@ -390,7 +391,8 @@ def numbers(prepared: Prepared, covered: pd.DataFrame) -> dict[str, Any]:
     found: dict[str, Any] = {"target": prepared.target, "cap": prepared.cap}
     for task, row in geometry(prepared).iterrows():
         found |= {f"{name}_{task}": float(row[name]) for name in ("nats", "reward", "best")}
-        found[f"near_{task}"] = f"{100 * row.near:.1f}% ({100 * row.low:.1f} to {100 * row.high:.1f})"
+        near, low, high = (100 * row[name] for name in ("near", "low", "high"))
+        found[f"near_{task}"] = f"{near:.1f}% ({low:.1f} to {high:.1f})"
     empty = empty_nats(prepared)
     found |= {"empty": empty.mean(), "empty_low": empty.min(), "empty_high": empty.max()}
     for task, row in overlap(prepared).iterrows():

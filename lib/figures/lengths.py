@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import WIDTH, legend_below, outer_labels, panels
+from lib.figures.style import WIDTH, legend_below, panels
 from lib.judges import GAPS
 from lib.lengths import TITLES
 
@@ -103,22 +103,22 @@ def scores(table: pd.DataFrame, target: float) -> tuple[Figure, pd.DataFrame]:
 
     Args: table: of `judges.curve`, all tasks; target: of the Mode task.
     """
-    kinds = {"cut": {"linestyle": "-", "marker": "o", "label": "the same texts, cut"},
-             "own": {"linestyle": "", "marker": "x", "label": "held-out responses"}}  # fmt: skip
+    kinds = {
+        "cut": {"color": "#777777", "linestyle": "-", "marker": "o",
+                "label": "the same texts, cut"},
+        "own": {"color": "black", "linestyle": "", "marker": "x", "label": "held-out responses"},
+    }  # fmt: skip
     with panels(1, len(TITLES), sharex=True) as (figure, axes):
         figure.set_size_inches(WIDTH, 1.7 * len(TITLES))
         for axis, (task, title) in zip(axes[:, 0], TITLES.items(), strict=True):
             for kind, look in kinds.items():
                 rows = table[(table["task"] == task) & (table["kind"] == kind)]
-                colour = LOOKS[task]["color"] if kind == "cut" else "black"
                 error = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-                axis.errorbar(rows["length"], rows["mean"], error, markersize=4, color=colour,
-                              linewidth=1.4, elinewidth=1, **look)  # fmt: skip
+                axis.errorbar(rows["length"], rows["mean"], error, markersize=4, linewidth=1.4,
+                              elinewidth=1, **look)  # fmt: skip
             axis.set(title=f"reward model of {title}", ylabel="score")
             if task == "mode":
                 axis.axvline(target, color="black", linewidth=0.8)
         axes[-1, 0].set(xlabel="length of a response, tokens without EOS")
         legend_below(figure, [axes[0, 0]])
-        figure.legends[0].legend_handles[0].set_color("black")
-        outer_labels(axes)
     return figure, table
