@@ -14,6 +14,7 @@ from lib.overview import Chapters, Values
 from lib.tables import NEAR, interval_text
 
 FAR, CLOSE = REWARDS
+PLACES = {FAR: "where the reward lies far from what the model writes", CLOSE: "where it lies near"}
 ALIKE = 0.1  # of reward: how far on-policy methods' means may part for the loss to matter little
 FINAL = "final reward"
 
@@ -31,17 +32,16 @@ def sampling(chapters: Chapters) -> str:
     if not all([*on.values(), *off.values()]):
         return f"**Sample while you train?** {overview.NOT_YET.capitalize()}."
     gaps = {r: _lead(on[r], off[r]) for r in REWARDS}
-    adds = " and ".join(f"{interval_text(gap, signed=True)} under {r}" for r, gap in gaps.items())
+    adds = ", ".join(f"{interval_text(gap, signed=True)} {PLACES[r]} ({r})"
+                     for r, gap in gaps.items())  # fmt: skip
     means = [by_seed.mean() for found in on.values() for by_seed in found.values()]
-    spread = f"lie between {min(means):.2f} and {max(means):.2f}"
-    loss = (f"which loss you take matters little: the on-policy methods' means {spread}"
-            if max(means) - min(means) <= ALIKE
-            else f"the loss still matters: the on-policy methods' means {spread}")  # fmt: skip
+    little = max(means) - min(means) <= ALIKE
+    loss = "Which loss you take then matters little" if little else "The loss matters as well"
     never_worse = all(stats.interval(gap)[2] > -NEAR for gap in gaps.values())
-    pays = any(_beyond(gap) for gap in gaps.values()) and never_worse
+    pays = any(map(_beyond, gaps.values())) and never_worse
     head = "Sample while you train, if you can." if pays else "Sampling while you train:"
-    return (f"**{head}** The best method that does ends {adds} above the best offline one, "
-            f"and {loss}.")  # fmt: skip
+    return (f"**{head}** Best on-policy minus best offline method: {adds}. {loss}: the on-policy "
+            f"methods' means lie between {min(means):.2f} and {max(means):.2f}.")  # fmt: skip
 
 
 def old_samples(chapters: Chapters) -> str:
@@ -69,16 +69,15 @@ def fixed_data(chapters: Chapters) -> str:
     gaps = {r: _lead(*sides) for r, sides in found.items()}
     turns = _beyond(gaps[FAR]) and not _beyond(gaps[CLOSE])
     head = "If the data are fixed, ask where the reward is." if turns else "If the data are fixed:"
-    places = {FAR: "Far from what the model writes", CLOSE: "near it"}
-    said = [f"{place}, {_sides(*found[r])} ({r})" for r, place in places.items()]
-    return f"**{head}** {'; '.join(said)}."
+    far, close = (_sides(*found[r]) for r in (FAR, CLOSE))
+    return (f"**{head}** Under {FAR} the best loss with a negative gradient ends at {far[0]}, the "
+            f"best without at {far[1]}; under {CLOSE} at {close[0]} and {close[1]}.")  # fmt: skip
 
 
-def _sides(pushed: Values, pulled: Values) -> str:
-    """ "a negative gradient ends at 0.92 (DPO, worst run 0.61) and none at 0.30 (RWR, ...)"."""
-    words = [f"{found[top].mean():.2f} ({overview.short(top)}, worst run {found[top].min():.2f})"
-             for found in (pushed, pulled) for top in [overview.best(found)]]  # fmt: skip
-    return f"the best with a negative gradient ends at {words[0]}, without at {words[1]}"
+def _sides(*sides: Values) -> list[str]:
+    """The best of each side: "0.92 (DPO, worst run 0.61)"."""
+    return [f"{found[top].mean():.2f} ({overview.short(top)}, worst run {found[top].min():.2f})"
+            for found in sides for top in [overview.best(found)]]  # fmt: skip
 
 
 def _lead(first: Values, second: Values) -> pd.Series:

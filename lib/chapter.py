@@ -14,7 +14,7 @@ from IPython import get_ipython
 from IPython.display import Markdown, display
 from myst_nb import glue
 
-from lib import claims, experiments, methods, runs, stats, tables
+from lib import cards, claims, experiments, methods, runs, stats, tables
 from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
 from lib.experiments import Setting
@@ -259,7 +259,7 @@ class Chapter(Page):
 
     def swept(self, setting: str) -> pd.DataFrame:
         """The rows of a base setting on the sweep seeds, at every learning rate."""
-        rows = experiments.matching(self.results, self._setting(setting), self.profile)
+        rows = self._everything(setting)
         return rows[rows["seed"].isin(self.profile.sweep_seeds)]
 
     def switches(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
@@ -332,17 +332,16 @@ def badge(verdict: str) -> str:
 
 
 def _claim_text(row: dict[str, Any], verdicts: Sequence[claims.Verdict]) -> str:
-    lines = [f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.", "",
-             "| comparison | effect | 95% interval | seeds | verdict |",
-             "| --- | ---: | --- | ---: | --- |"]  # fmt: skip
-    for v in verdicts:
-        if v.rule.claim == row["claim"]:
-            numbers = f"{v.effect:+.3g} | {v.low:+.3g} to {v.high:+.3g}" if v.seeds else "- | -"
-            lines.append(
-                f"| {v.rule.says} ({v.rule.statistic}) | {numbers} | {v.seeds} "
-                f"| {badge(v.verdict)} |"
-            )
-    return "\n".join(lines)
+    """A claim with its verdict, and the table of its comparisons."""
+    comparisons = [_comparison(v) for v in verdicts if v.rule.claim == row["claim"]]
+    columns = ["comparison", "effect", "95% interval", "seeds", "verdict"]
+    table = cards.markdown(pd.DataFrame(comparisons, columns=columns), "lrlrl")
+    return f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.\n\n{table}"
+
+
+def _comparison(v: claims.Verdict) -> tuple[Any, ...]:
+    numbers = (f"{v.effect:+.3g}", f"{v.low:+.3g} to {v.high:+.3g}") if v.seeds else ("-", "-")
+    return f"{v.rule.says} ({v.rule.statistic})", *numbers, v.seeds, badge(v.verdict)
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib import chapter, experiments
+from lib import chapter, claims, experiments
 from lib.chapter import Chapter
 
 
@@ -48,3 +48,11 @@ def test_reported_rows_are_selected_once(complementary):
     assert complementary.reported("ipo@R1") is complementary.reported("ipo@R1")
     with pytest.raises(ValueError, match="setting must be one of"):
         complementary.reported("ipo@R3")
+
+
+def test_a_comparison_with_bars_stays_in_its_column():
+    rule = next(r for r in claims.rules() if "||" in r.says)
+    row = {"claim": rule.claim, "verdict": "reproduced", "says": "so"}
+    text = chapter._claim_text(row, [claims.Verdict(rule, "reproduced", 1.0, 0.5, 1.5, 20)])
+    *_, line = text.splitlines()
+    assert line.replace(r"\|", "").count("|") == 6 and "+0.5 to +1.5" in line

@@ -42,7 +42,7 @@ class BanditEngine:
         hundreds = config.prompts * config.completions * config.length / 900
         drawn = schedule.iterations * config.sets * hundreds
         evaluations = len(evaluated_updates(config.updates, config.evaluations))
-        return 0.010 * drawn + 0.016 * schedule.updates * hundreds + 0.032 * evaluations
+        return 0.010 * drawn + 0.016 * schedule.updates * hundreds + 0.026 * evaluations
 
     def run(self, configs: Sequence[BanditRun], checkpoint) -> list[pd.DataFrame]:
         """Trains `configs` (one block) and returns one result table for each, in order.

@@ -25,11 +25,17 @@ ON_POLICY = ("best_of_n", "rwr", "reinforce", "ppo_sequence", "dpo", "ipo")
 
 @dataclass(frozen=True)
 class BanditProfile(Profile):
-    """The bandit's dials beside what every profile has: k, T and the number of prompts."""
+    """The bandit's dials beside what every profile has.
+
+    Args:
+        sets, inner_steps, prompts: values of the dials k, T and of the number of prompts.
+        switches: how many conventions are switched for each method, None for all.
+    """
 
     sets: tuple[int, ...] = (2, 5, 10, 50)
     inner_steps: tuple[int, ...] = (2, 5, 7, 10, 20)
     prompts: tuple[int, ...] = (20, 50, 100)
+    switches: int | None = None
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> BanditRun:
         options = {**dict(self.options), **dict(setting.options)}
@@ -54,11 +60,12 @@ PROFILES: dict[str, BanditProfile] = {
         rates=(0.01, 0.001),
         sweep_seeds=(0,),
         report_seeds=(5, 6),
-        dial_sweep_seeds=(0,),
+        dial_sweep_seeds=(),
         dial_seeds=(5, 6),
         sets=(2,),
         inner_steps=(2,),
         prompts=(8,),
+        switches=1,
         updates=2,
         options=(("prompts", 4), ("completions", 4), ("evaluations", 2), ("held_out", False)),
     ),
@@ -112,7 +119,7 @@ def _reuse(profile: BanditProfile) -> list[Setting]:
     ]
 
 
-def _conventions(names: Iterable[str]) -> list[Setting]:
+def _conventions(names: Iterable[str], profile: BanditProfile) -> list[Setting]:
     """Each switch of the conventions table, for the methods that it touches; on R1."""
     switches: dict[str, list[tuple[tuple[str, Any], ...]]] = {
         "best_of_n": [(("length", 10),), (("histogram", "clipped"),), (("shift", False),),
@@ -128,7 +135,10 @@ def _conventions(names: Iterable[str]) -> list[Setting]:
         "ipo_offline": [(("length", 10),), (("histogram", "clipped"),), (("shift", False),),
                         (("dropout", 0.1),)],
     }  # fmt: skip
-    return [Setting(n, "R1", s, "base", "few") for n in names if n in switches for s in switches[n]]
+    return [
+        Setting(name, "R1", switched, "base", "few")
+        for name in names for switched in switches.get(name, [])[: profile.switches]
+    ]  # fmt: skip
 
 
 def _one_token() -> list[Setting]:
@@ -165,10 +175,10 @@ _grid = partial(Grid, PROFILES, engine=BanditEngine)
 
 CHAPTERS: dict[str, Grid] = {
     "on_policy": _grid(
-        lambda p: _base(ON_POLICY) + _staleness(p) + _reuse(p) + _conventions(ON_POLICY)
+        lambda p: _base(ON_POLICY) + _staleness(p) + _reuse(p) + _conventions(ON_POLICY, p)
     ),
     "negative_gradient": _grid(
-        lambda p: _base(OFFLINE) + _prompts(p) + _one_token() + _conventions(OFFLINE)
+        lambda p: _base(OFFLINE) + _prompts(p) + _one_token() + _conventions(OFFLINE, p)
     ),
     "complementary": _grid(lambda p: _base(("ipo_offline", "ipo", "rwr", "ppo_sequence"))),
     "wall_clock": _grid(

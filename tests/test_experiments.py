@@ -1,0 +1,87 @@
+"""Grids: rules find their settings, sizes keep their promise, a pilot's seeds stay unreported."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lib import claims, experiments
+from lib.experiments import length
+
+LENGTH = tuple(length.CHAPTERS)
+GRIDS = [(c, p) for c in experiments.CHAPTERS for p in experiments.PROFILES]
+
+
+@pytest.mark.parametrize("chapter", experiments.CHAPTERS)
+def test_every_rule_finds_its_settings_in_the_full_grid(chapter):
+    profile = experiments.CHAPTERS[chapter].profiles["full"]
+    names = {s.name for s in experiments.settings(chapter, profile)}
+    for rule in claims.rules():
+        if rule.chapter == chapter:
+            assert {name for _, name in claims.terms(rule.contrast)} <= names, rule.id
+
+
+@pytest.mark.parametrize(("chapter", "profile"), GRIDS)
+def test_every_setting_of_every_profile_is_a_valid_run(chapter, profile):
+    made = experiments.CHAPTERS[chapter].profiles[profile]
+    grid = experiments.settings(chapter, made)
+    assert len({s.name for s in grid}) == len(grid)
+    for setting in grid:
+        assert setting.run(made, made.rates[0], 0).updates > 0
+
+
+def test_the_full_length_grid_is_at_most_400_runs():
+    runs = set()
+    for chapter in LENGTH:
+        profile = experiments.CHAPTERS[chapter].profiles["full"]
+        runs |= set(experiments.assumed(chapter, profile))
+    assert 300 < len(runs) <= 400
+
+
+@pytest.mark.parametrize("chapter", LENGTH)
+def test_pilot_seeds_are_not_reported_and_five_are(chapter):
+    profile = experiments.CHAPTERS[chapter].profiles["full"]
+    assert len(profile.sweep_seeds) == 2
+    for setting in experiments.settings(chapter, profile):
+        seeds = experiments.report_seeds(setting, profile)
+        assert len(seeds) == 5 and not set(seeds) & set(profile.sweep_seeds)
+
+
+def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
+    profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
+    run = experiments.Setting("ppo_token", "min", (("sets", 4),)).run(profile, 1e-3, 0)
+    assert (run.batch, run.sets, run.updates, run.iterations) == (256, 4, 96, 24)
+
+
+def rows(method, task, rate, seed, ends, proxy=0.0):
+    """A run's table as `lib.runs.compute` gives it: configuration, identity, two rows."""
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    config = experiments.Setting(method, task).run(profile, rate, seed)
+    return pd.DataFrame([vars(config)] * 2).assign(
+        run=f"{method}{task}{rate}{seed}", update=[0, 96], reward=[-50.0, ends],
+        proxy=[0.0, proxy], length=[50.0, -ends], samples=[0, 6144],
+        seconds_sampling=[0.0, 1.0], seconds_scoring=[0.0, 1.0], seconds_training=[0.0, 2.0],
+    )  # fmt: skip
+
+
+def test_the_pilot_chooses_by_proxy_and_not_by_gold():
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    fast, slow = profile.rates[0], profile.rates[1]
+    table = pd.concat([
+        rows("dpo", "min", fast, 0, ends=-1.0, proxy=1.0),
+        rows("dpo", "min", slow, 0, ends=-9.0, proxy=2.0),
+    ])  # fmt: skip
+    chosen = experiments.selected_rate(table, experiments.Setting("dpo", "min"), profile)
+    assert chosen == slow
+
+
+def test_the_clocks_target_lies_95_in_100_of_the_way_to_the_best_method():
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    rate = profile.rates[0]
+    ends = {"dpo": -2.0, "rwr": -30.0, "ppo_token": -10.0, "dpo_offline": -5.0}
+    table = pd.concat(
+        [rows(name, "min", rate, seed, end, 1.0) for name, end in ends.items() for seed in (0, 5)]
+    )
+    derived = length.with_target(table, profile)
+    assert derived["target"].unique() == pytest.approx([-50 + 0.95 * 48])
+    assert derived["seconds"].unique().tolist() == [0.0, 4.0]
