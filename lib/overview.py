@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +14,7 @@ from lib.chapter import Chapter, badge
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
 from lib.runs.provenance import environment
 from lib.tables import NEAR, interval_text
+from lib.theory import checks
 
 Chapters = Mapping[str, Chapter]
 Values = Mapping[str, pd.Series]  # method -> a statistic by seed
@@ -21,7 +23,9 @@ QUESTIONS = {
     1: "When does sampling from the current policy help?",
     2: "When does a negative gradient help?",
     3: "Do the two add up?",
+    "theory": "Does the theory hold?",
 }
+THEORY_DRAWS = 500  # random cases of each check of the theory: half a second in all
 NOT_YET = "not computed yet"
 SPEED = "mean reward over updates"
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "pyarrow", "matplotlib", "papermill",
@@ -192,14 +196,17 @@ def answers(chapters: Chapters) -> str:
 
 def dashboard(chapters: Chapters) -> str:
     """Every claim with its verdict and a link to the chapter that judges it, by question."""
-    home = {rule.claim: rule.chapter for rule in claims.rules()}
-    judged = {row["claim"]: _judged(row) for chapter in chapters.values()
-              for row in claims.summary(chapter.verdicts).to_dict("records")}  # fmt: skip
+    home: dict[str, str] = {}
+    for rule in claims.rules():
+        home.setdefault(rule.claim, rule.chapter)
+    judged = {row["claim"]: _judged(row) for row in _summary(chapters)}
+    judged |= {row["claim"]: _judged_theory(row) for row in theory()}
+    home |= dict.fromkeys((row["claim"] for row in theory()), "theory")
     text = claims.claims()
     parts = []
     for question, title in QUESTIONS.items():
         parts.append(f"**{title}**\n")
-        for claim, row in text[text["question"].astype(int) == question].iterrows():
+        for claim, row in text[text["question"].astype(str) == str(question)].iterrows():
             shown = judged.get(claim, f"[{NOT_YET}]{{.verdict-inconclusive}}")
             where = row["figure"] if str(row["figure"])[0].isalpha() else f"Figure {row['figure']}"
             parts.append(
@@ -207,6 +214,25 @@ def dashboard(chapters: Chapters) -> str:
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def _summary(chapters: Chapters) -> list[dict[str, Any]]:
+    """One row per claim: its comparisons may be judged in several chapters."""
+    return claims.summary(v for c in chapters.values() for v in c.verdicts).to_dict("records")
+
+
+@cache
+def theory() -> list[dict[str, Any]]:
+    """The verdicts on the theory's claims, computed now: one row each (`checks.summary`)."""
+    return checks.summary(checks.judge(THEORY_DRAWS)).to_dict("records")
+
+
+def _judged_theory(row: Mapping[str, Any]) -> str:
+    """The badge of a claim's statement, and a word on its printed proof if that does not hold."""
+    notes = [f"{row['holds']} of {row['checks']}"] if row["checks"] > 1 else []
+    if row["verdict"] == "reproduced" and row["proof"] == "not reproduced":
+        notes.append("not its printed proof")
+    return badge(row["verdict"]) + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _judged(row: Mapping[str, Any]) -> str:
@@ -218,8 +244,8 @@ def _judged(row: Mapping[str, Any]) -> str:
 
 def counts(chapters: Chapters) -> str:
     """How many claims have which verdict, in words."""
-    judged = [row["verdict"] for chapter in chapters.values()
-              for row in claims.summary(chapter.verdicts).to_dict("records")]  # fmt: skip
+    judged = [row["verdict"] for row in _summary(chapters)]
+    judged += [row["verdict"] for row in theory()]
     total = len(claims.claims())
     found = [f"{judged.count(v)} {v}" for v in claims.VERDICTS if judged.count(v)]
     if len(judged) < total:

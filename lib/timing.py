@@ -28,5 +28,12 @@ class Clock:
             self.seconds[phase] += spent - self._inner.pop()
             self._inner[-1] += spent
 
+    def charge(self, phase: str, seconds: float) -> None:
+        """Adds seconds that were spent elsewhere: a share of work that several runs have in common.
+
+        They count for `phase` alone, and not for the one that is being measured.
+        """
+        self.seconds[phase] += seconds
+
     def restore(self, seconds: Mapping[str, float]) -> None:
         self.seconds.update(seconds)

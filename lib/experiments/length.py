@@ -45,7 +45,7 @@ class LengthProfile(Profile):
 
 
 FULL = LengthProfile(
-    rates=(3e-3, 1e-3, 3e-4),
+    rates=(1e-3, 3e-4, 1e-4),
     sweep_seeds=(0, 1),
     report_seeds=tuple(range(5, 10)),
     dial_sweep_seeds=(),
@@ -72,7 +72,7 @@ PROFILES: dict[str, LengthProfile] = {
     ),
     "cpu": replace(
         FULL,
-        rates=(1e-3,),
+        rates=(3e-4,),
         sweep_seeds=(0,),
         report_seeds=(5, 6),
         dial_seeds=(5, 6),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from lib.lm import parallel
 from lib.lm.network import Network
 from lib.rollouts import invert_cdf
 
@@ -30,6 +31,12 @@ class Samples:
     values: Tensor | None
     scale: Tensor
 
+    def placed(self, rows: Tensor, count: int) -> Samples:
+        """These as the `rows` (n,) of `count`, the others from the other processes."""
+        parts = (self.completions, self.mask, self.logp, self.values)
+        whole = (None if x is None else parallel.placed(x, rows, count) for x in parts)
+        return Samples(*whole, parallel.largest(self.scale))
+
 
 @torch.no_grad()
 def sample(
@@ -43,19 +50,28 @@ def sample(
 ) -> Samples:
     """Ancestral sampling until EOS or `L` tokens; EOS counts as a token, a capped row has none.
 
+    A prompt is read once, and its keys and values copied to its completions.
     Args:
-        prompts, prompt_mask: (S, P), padded on the left.
-        uniforms: (S, L) in [0, 1).
+        prompts, prompt_mask: (P, *), padded on the left.
+        uniforms: (S, L) in [0, 1), S a multiple of P: completions of a prompt stand together.
         eos: (k,) ids that end a completion.
         static: a cache of fixed shape, for a compiled decoder; else one that grows, and finished
             rows are left out.
     """
     rows, length = uniforms.shape
     trace = _Trace(network, rows, length, pad)
+    if rows == 0:
+        return trace.samples()
+    count = rows // len(prompts)
+    if static:  # the fixed shape is that of the completions
+        prompts, prompt_mask, count = *_repeated(count, prompts, prompt_mask), 1
     active = torch.ones(rows, dtype=torch.bool, device=prompts.device)
     index = torch.arange(rows, device=prompts.device)
-    mask, cache = prompt_mask, _cache(network, prompts.shape[1] + length, static)
-    state = network.hidden(prompts, mask, cache)[:, -1]
+    cache = _cache(network, prompts.shape[1] + length, static)
+    state = network.hidden(prompts, prompt_mask, cache)[:, -1]
+    mask, state = _repeated(count, prompt_mask, state)
+    if count > 1:
+        cache.batch_repeat_interleave(count)
     for t in range(length):
         tokens = trace.draw(t, index, active, state, uniforms)
         active = active & ~torch.isin(tokens, eos)
@@ -70,6 +86,10 @@ def sample(
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             state = network.hidden(tokens[:, None], mask, cache)[:, 0]
     return trace.samples()
+
+
+def _repeated(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x if count == 1 else x.repeat_interleave(count, 0) for x in tensors)
 
 
 def _cache(network: Network, length: int, static: bool) -> DynamicCache | StaticCache:

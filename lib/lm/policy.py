@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.finetune import exact_div
+from lib.lm import parallel
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
 from lib.methods import Hyper, Method
@@ -34,8 +36,16 @@ class Scorer:
         self.eos = torch.tensor(eos, device=network.device)
 
     def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
-        """One completion for every row. prompts (S, P) padded on the left; uniforms (S, L)."""
-        return sample(self.network, prompts, prompt_mask, uniforms, self.eos, self.pad)
+        """C completions of every prompt. prompts (P, *) padded on the left; uniforms (P C, L).
+
+        Completions of a prompt stand together. Raises: ValueError if C is not a whole number.
+        """
+        count = exact_div(len(uniforms), len(prompts), "completions of the prompts")
+        own = parallel.mine(torch.arange(len(prompts), device=prompts.device))
+        rows = (own[:, None] * count + torch.arange(count, device=own.device)).flatten()
+        part = sample(self.network, prompts[own], prompt_mask[own], uniforms[rows], self.eos,
+                      self.pad)  # fmt: skip
+        return part.placed(rows, len(uniforms))
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
@@ -45,7 +55,7 @@ class Scorer:
             part = rows.pick(index)
             hidden, targets, at = part.states(self.network)
             out[index[at[0]], at[1]] = self.network.logp(hidden, targets)
-        return out.view(batch.mask.shape)
+        return parallel.total(out).view(batch.mask.shape)
 
     @torch.no_grad()
     def divergences(self, batch: Rollout, other: Scorer) -> tuple[Tensor, Tensor]:
@@ -58,7 +68,7 @@ class Scorer:
             others, _, _ = part.states(other.network)
             found = self.network.divergences(hidden, other.network, others)
             out[:, index[at[0]], at[1]] = torch.stack(found)
-        kl, spread = out.view(2, *batch.mask.shape)
+        kl, spread = parallel.total(out).view(2, *batch.mask.shape)
         return kl, spread
 
 
@@ -86,8 +96,9 @@ class Rows:
         return self.prompt_mask.sum(-1) + self.mask.sum(-1)
 
     def buckets(self, budget: int) -> list[Tensor]:
-        """Row indices by falling length, cut so that no bucket exceeds `budget` with padding."""
-        order = self.lengths.argsort(descending=True, stable=True)
+        """This process's row indices by falling length, cut so that no bucket exceeds `budget`
+        with padding."""
+        order = parallel.mine(self.lengths.argsort(descending=True, stable=True))
         return _cut(order, self.lengths[order].tolist(), budget)
 
     def pick(self, index: Tensor) -> Rows:
@@ -159,7 +170,8 @@ class CausalPolicy(Scorer):
         finite is not taken, and no later one.
         """
         self.optimiser.zero_grad()
-        logp, values = batch.logp.clone(), _copy(batch.values)
+        seen = method.active(batch).any(-1)
+        logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
         for groups in self._micro_batches(batch, method):
             part = batch.pick(groups)
             new, predicted = self._forward(part, method.active(part))
@@ -167,6 +179,8 @@ class CausalPolicy(Scorer):
             logp[groups] = new.detach()
             if values is not None:
                 values[groups] = predicted.detach()
+        parallel.sum_gradients(self.parameters)
+        logp, values = (_gathered(x, seen) for x in (logp, values))
         norm = self._step()
         item, metrics = method.loss(batch, logp, hyper)
         metrics = {"loss": item.sum() / items, "grad_norm": norm, **metrics}
@@ -175,13 +189,14 @@ class CausalPolicy(Scorer):
         return logp, metrics
 
     def _micro_batches(self, batch: Rollout, method: Method) -> list[Tensor]:
-        """Prompt groups by falling length of their longest active completion, cut to the budget."""
+        """This process's prompt groups by falling length of their longest active completion, cut
+        to the budget."""
         active = method.active(batch)
         prompt = batch.prompts.shape[1] if batch.prompt_mask is None else batch.prompt_mask.sum(-1)
         longest = (batch.mask.sum(-1) * active).amax(-1) + prompt
         longest = longest * active.any(-1)
         order = longest.argsort(descending=True, stable=True)
-        order = order[longest[order] > 0]
+        order = parallel.mine(order[longest[order] > 0])
         sizes = (longest * active.sum(-1).amax()).tolist()
         return _cut(order, [sizes[i] for i in order.tolist()], self.budget)
 
@@ -237,10 +252,16 @@ class CausalPolicy(Scorer):
         self.alive = tensors["alive"].to(self.network.device)
 
 
-def _copy(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.clone()
+def _without(x: Tensor | None, groups: Tensor) -> Tensor | None:
+    """A copy of (P, ...) with 0 where `groups` (P,) is True."""
+    return None if x is None else x.where(~groups.view(-1, *[1] * (x.dim() - 1)), 0.0)
 
 
+def _gathered(x: Tensor | None, groups: Tensor) -> Tensor | None:
+    """(P, ...), its `groups` from the processes that computed them."""
+    if x is None or parallel.place()[1] == 1:
+        return x
+    return parallel.total(_without(x, ~groups)) + _without(x, groups)
 
 
 def gradient_checkpointing(model: PreTrainedModel) -> None:

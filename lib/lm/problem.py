@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -52,6 +53,34 @@ def task_data(folder: Path, task: str) -> Data:
         mean = skew_mean(pairs["train"])
         pairs = {s: p.skewed(mean, SEED + i) for i, (s, p) in enumerate(pairs.items())}
     return Data(found, prompts, pairs, target)
+
+
+@lru_cache(maxsize=4)
+def reference_scores(
+    folder: Path, task: str, temperature: float, dtype: str, device: str
+) -> tuple[Tensor, float]:
+    """log pi_ref of a task's training pairs (N, 2, L), nats per token, and the seconds it took.
+
+    The data are fixed and all offline runs of a process share them: they are scored once.
+    """
+    started = perf_counter()
+    data = task_data(folder, task)
+    model, _ = load_policy(folder / "policy", device=device)
+    scorer = Scorer(Network(model, temperature, dtype=dtype), data.ids.eos, data.ids.pad)
+    everything = torch.arange(len(data.pairs["train"]))
+    batch = unlabelled(data.pairs["train"], everything, data.ids.pad, device)
+    return scorer.score(batch), perf_counter() - started
+
+
+def unlabelled(pairs: Pairs, index: Tensor, pad: int, device: str) -> Rollout:
+    """Some pairs as a rollout without rewards, whose log-probabilities are not known yet."""
+    prompts, prompt_mask, tokens, mask = as_tensors(pairs, index, pad, device)
+    return Rollout(
+        prompts=prompts, prompt_mask=prompt_mask, completions=tokens, mask=mask,
+        logp=torch.zeros(tokens.shape, device=device), ref=None,
+        rewards=torch.zeros(tokens.shape[:2], device=device),
+        scale=torch.tensor(20.0, device=device),
+    )  # fmt: skip
 
 
 class LengthProblem:
@@ -120,8 +149,7 @@ class LengthProblem:
         self, policy: Scorer, prompts: Tensor, prompt_mask: Tensor, numbers: Tensor, count: int
     ) -> Rollout:
         """`count` completions for each prompt as a rollout without rewards."""
-        samples = policy.sample(prompts.repeat_interleave(count, 0),
-                                prompt_mask.repeat_interleave(count, 0), numbers)  # fmt: skip
+        samples = policy.sample(prompts, prompt_mask, numbers)
         shape = (len(prompts), count, numbers.shape[1])
         return Rollout(
             prompts=prompts, prompt_mask=prompt_mask,
@@ -146,26 +174,24 @@ class LengthProblem:
         walk = [uniforms([self.config.seed], PROMPTS, e, (len(pairs),))[0].argsort()
                 for e in range(-(-groups // len(pairs)))]  # fmt: skip
         index = torch.cat(walk)[:groups]
-        batch = self._pairs_rollout(pairs, index)
+        config = self.config
+        known, seconds = reference_scores(config.folder, config.task, config.sampling_temperature,
+                                          config.dtype, self.device)  # fmt: skip
+        self.clock.charge("scoring", seconds * groups / len(pairs))
+        batch = self._labelled_pairs(pairs, index)
+        logp = known[index, :, : batch.mask.shape[-1]]
+        batch = replace(batch, logp=logp, ref=logp)
         if "rewards" in method.needs:
             with self.clock.measure("scoring"):
                 batch = replace(batch, rewards=self.proxy(batch))
         return batch
 
-    def _pairs_rollout(self, pairs: Pairs, index: Tensor) -> Rollout:
-        """Pairs as a rollout: reward 1 for the preferred response and 0 for the other; a tie, 0."""
-        pad = self.data.ids.pad
-        prompts, prompt_mask, tokens, mask = as_tensors(pairs, index, pad, self.device)
+    def _labelled_pairs(self, pairs: Pairs, index: Tensor) -> Rollout:
+        """Reward 1 for the preferred response and 0 for the other; a tie is 0 twice."""
+        batch = unlabelled(pairs, index, self.data.ids.pad, self.device)
         preferred = pairs.preferred(self.config.task, self.data.target)[index.numpy()]
-        batch = Rollout(
-            prompts=prompts, prompt_mask=prompt_mask, completions=tokens, mask=mask,
-            logp=torch.zeros(tokens.shape, device=self.device), ref=None,
-            rewards=torch.tensor(preferred, dtype=torch.float32, device=self.device),
-            scale=torch.tensor(20.0, device=self.device),
-        )  # fmt: skip
-        with self.clock.measure("scoring"):
-            logp = self.reference.score(batch)
-        return replace(batch, logp=logp, ref=logp)
+        rewards = torch.tensor(preferred, dtype=torch.float32, device=self.device)
+        return replace(batch, rewards=rewards)
 
     # --- rewards ----------------------------------------------------------------------------------
 
@@ -187,7 +213,8 @@ class LengthProblem:
         pairs = self.data.pairs["validation"]
         preferred = pairs.preferred(self.config.task, self.data.target)
         untied = torch.tensor(preferred.any(-1)).nonzero()[:, 0]
-        return self._pairs_rollout(pairs, untied[:HELD_OUT])
+        batch = self._labelled_pairs(pairs, untied[:HELD_OUT])
+        return replace(batch, ref=self.reference.score(batch))
 
     @torch.no_grad()
     def evaluate(self, state: State) -> dict[str, Tensor]:

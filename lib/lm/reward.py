@@ -19,6 +19,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
+from lib.lm import parallel
 from lib.lm.pairs import Pairs
 from lib.lm.policy import TOKEN_BUDGET, Rows
 from lib.rollouts import Rollout
@@ -59,7 +60,7 @@ class RewardModel:
             last = part.prompts.shape[1] + part.mask.sum(-1) - 1
             state = hidden[torch.arange(len(index), device=hidden.device), last]
             out[index] = self.model.score(state).float()[:, 0]
-        return out.view(batch.rewards.shape)
+        return parallel.total(out).view(batch.rewards.shape)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""One fine-tuning run of a language model, in one process or several.
+
+`python -m lib.lm.run --method dpo --task min --rate 1e-3 --seed 0 --output table.parquet`, or
+`torchrun --nproc_per_node 2 -m lib.lm.run ...` for two processes, which share the rows of a run.
+Prints each evaluation; a run that was killed goes on if it had a `--checkpoint`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lib import methods
+from lib.lm import parallel
+from lib.lm.config import LABELS, LengthRun, length_run
+from lib.lm.engine import LengthEngine
+from lib.lm.length import TASKS
+from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        table = train(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if parallel.place()[0] == 0:
+        print(table.iloc[-1].to_string())
+    return 0
+
+
+def train(options: argparse.Namespace) -> pd.DataFrame:
+    """The result table of the run; the main process writes it. Every process returns the same."""
+    config = configuration(options)
+    accelerator = parallel.start(options.processes, cpu=options.device == "cpu")
+    main = accelerator.is_main_process
+    if main:
+        print(f"processes: {accelerator.num_processes}, device: {accelerator.device}", flush=True)
+    try:
+        (table,) = LengthEngine(str(accelerator.device)).run([config], _checkpoint(options, config))
+        if main and options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.output, table.to_parquet)
+        if main and options.checkpoint:
+            options.checkpoint.unlink(missing_ok=True)
+    finally:
+        accelerator.end_training()
+    return table
+
+
+def configuration(options: argparse.Namespace) -> LengthRun:
+    """The run that the command line describes. Raises: ValueError for an option that is none."""
+    more = dict(_option(text) for text in options.option)
+    known = LengthRun.__dataclass_fields__.keys() | {"updates"}
+    if unknown := more.keys() - known:
+        raise ValueError(f"unknown option {sorted(unknown)}; choose from {sorted(known)}")
+    return length_run(options.method, options.task, options.rate, options.seed,
+                      updates=options.updates, label=options.label, prepared=options.prepared,
+                      **more)  # fmt: skip
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """"name=value" in two, the value as JSON where it is any."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+class Silent(Checkpoint):
+    """Of the other processes: reads what the main one saved, and writes nothing."""
+
+    @property
+    def stored(self) -> bool:
+        return self.path.name != ""
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        return super().load() if self.stored else None
+
+    def due(self) -> bool:
+        return False
+
+    def progress(self, done_updates: float, total_updates: float, **shown: Any) -> None:
+        pass
+
+
+class Printed(Silent):
+    """Of the main process: says how far the run is; saves if there is somewhere to."""
+
+    def due(self) -> bool:
+        return self.stored and Checkpoint.due(self)
+
+    def progress(self, done_updates: float, total_updates: float, **shown: Any) -> None:
+        text = ", ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"{done_updates} of {total_updates} updates: {text}", flush=True)
+
+
+def _checkpoint(options: argparse.Namespace, config: LengthRun) -> Checkpoint:
+    code = combined(code_fingerprint(*LengthEngine.modules))
+    kind = Printed if parallel.place()[0] == 0 else Silent
+    return kind(options.checkpoint or Path(), {"runs": [identity(config)], "code": code})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.lm.run", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--method", required=True, choices=methods.METHODS)
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--rate", type=float, required=True, help="learning rate of Adam")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--label", default="learned", choices=LABELS, help="training reward")
+    parser.add_argument("--prepared", default="tiny", help='"tiny", or a folder of lib.lm.prepare')
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="any other field of LengthRun, for example batch=256")  # fmt: skip
+    parser.add_argument("--output", type=Path, help="parquet file of the result table")
+    parser.add_argument("--checkpoint", type=Path, help="safetensors file to save to and resume")
+    parser.add_argument("--processes", type=int, help="how many there must be (else: WORLD_SIZE)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        choices=("cpu", "cuda"))  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

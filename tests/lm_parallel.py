@@ -1,0 +1,39 @@
+"""What tests/lm/test_parallel.py compares: `python -m tests.lm_parallel FOLDER`, under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from lib.lm import parallel
+from lib.lm.config import length_run
+from lib.lm.engine import LengthEngine
+from lib.lm.problem import LengthProblem
+from lib.lm.run import Silent
+
+METHODS = {"dpo": 7, "ppo_token": 1}  # prompts of an evaluation: odd, and fewer than processes
+
+
+def compute(folder: Path) -> None:
+    """First sampling and result table of a few updates of each method, a file for each process."""
+    index, count = parallel.place()
+    for name, prompts in METHODS.items():
+        config = length_run(name, "min", 1e-2, 0, updates=4, batch=8, minibatch=8, max_tokens=12,
+                            prompts=prompts, evaluations=2, prepared=str(folder))  # fmt: skip
+        problem = LengthProblem(config)
+        state = problem.initial_state()
+        state.behaviour = state.policy
+        first = problem.collect(state, problem.method)
+        names = ("completions", "mask", "logp", "rewards", "scale")
+        out = folder / f"{count}-{name}-{index}"
+        torch.save({name: getattr(first, name) for name in names}, out.with_suffix(".pt"))
+        (table,) = LengthEngine().run([config], Silent(Path(), {}))
+        table.to_parquet(out.with_suffix(".parquet"))
+
+
+if __name__ == "__main__":
+    process = parallel.start(cpu=True)
+    compute(Path(sys.argv[1]))
+    process.end_training()
