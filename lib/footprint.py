@@ -229,6 +229,17 @@ def time_table(presets: Mapping[str, Preset] = PRESETS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def written(table: pd.DataFrame) -> pd.DataFrame:
+    """Numbers with two digits that mean something: an estimate has no more."""
+
+    def text(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+    return table.map(text)
+
+
 # --- an estimate beside a measurement -------------------------------------------------------------
 
 

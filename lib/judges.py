@@ -214,9 +214,13 @@ def resolution_shown(table: pd.DataFrame) -> pd.DataFrame:
     return shown(table.assign(tokens=steps), "tokens", "better")
 
 
-def numbers(verdicts: Sequence[Judged], cuts: dict[str, np.ndarray]) -> dict[str, float | str]:
-    """What the prose quotes, by name."""
+def numbers(
+    prepared: Prepared, verdicts: Sequence[Judged], cuts: dict[str, np.ndarray]
+) -> dict[str, float | str]:
+    """What the prose quotes, by name; `seen_min_4` is `resolution` at 4 tokens and the next cut."""
     found: dict[str, float | str] = {}
+    for row in resolution(prepared, cuts).itertuples():
+        found[f"seen_{row.task}_{row.short}"] = f"{row.better:.2f}"
     right = accuracy(verdicts).set_index(["task", "gap"])
     for task, row in summary(verdicts).iterrows():
         found |= {f"accuracy_{task}": f"{row.accuracy:.2f}", f"rank_{task}": f"{row['rank']:.2f}",

@@ -7,6 +7,7 @@ made. Lengths are response tokens without EOS; log-probabilities are in nats. Ch
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ BEST_OF = 4  # responses of a prompt, of which the best is looked at
 SCORED = 128  # pairs whose log-probabilities are computed
 # The paper's Table 2: whether the peaks of r* and pi_ref overlap, and how far D_pref and pi_ref do.
 TABLE_2 = {"min": ("disjoint", "high"), "mode": ("overlap", "high"), "skew": ("disjoint", "low")}
+_SIGNS = re.compile(r"([\\`*_{}\[\]()#+!|<>$~&^-])")
 PARTS = ("policy", "pairs.parquet", *(f"reward-{task}" for task in TASKS))
 
 
@@ -147,6 +149,17 @@ def samples(prepared: Prepared, count: int = 8, seed: int = 0) -> pd.DataFrame:
     })  # fmt: skip
 
 
+def quoted(table: pd.DataFrame) -> pd.DataFrame:
+    """Sampled text as Markdown may show it: its signs mean nothing, a new line is a stroke."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return _SIGNS.sub(r"\\\1", " / ".join(value.split("\n"))) or "(nothing)"
+
+    return table.map(plain)
+
+
 def spelled(prepared: Prepared, index: int = 0) -> str:
     """A held-out prompt and its two responses as the model reads them, special tokens visible."""
     pairs, lines = prepared.data("min").pairs["validation"], []
@@ -222,6 +235,15 @@ def story(prepared: Prepared) -> pd.DataFrame:
         f"cap {prepared.cap}",
     }
     return pd.DataFrame({"what": rows.keys(), "value": rows.values()})
+
+
+def reading(prepared: Prepared) -> str:
+    """Whether the sentences that interpret figures and tables fit what is shown, as MyST."""
+    if prepared.name == "tiny":
+        return ("```{note}\nComputed now from the shipped policy, pairs and reward models "
+                f"(`data/length`, {len(prepared.lengths):,} responses).\n```")  # fmt: skip
+    return (f"```{{warning}}\nComputed now from `{prepared.name}`. **The sentences that interpret "
+            "figures and tables were written for the shipped policy and may not hold here.**\n```")
 
 
 def _joined(numbers: dict[str, int] | None) -> str:

@@ -39,7 +39,7 @@ def distributions(table: pd.DataFrame, target: float) -> tuple[Figure, pd.DataFr
             axis.set(title=f"{title} Length", ylabel=f"share\nper {BIN} tokens")
             if task == "mode":
                 axis.axvline(target, color="black", linewidth=0.8)
-                axis.annotate(" target", (target, 0.98), va="top",
+                axis.annotate(" target", (target + 12, 0.9), va="top",
                               xycoords=("data", "axes fraction"))  # fmt: skip
         axes[-1, 0].set(xlabel="length of a response, tokens without EOS")
         legend_below(figure, [axes[0, 0]])

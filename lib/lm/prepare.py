@@ -87,7 +87,8 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:
     """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
-    read = load_prompts(options.prompts, column=options.column)
+    read = load_prompts(options.prompts, column=options.column, config=options.config,
+                        split=options.split, revision=options.prompts_revision)  # fmt: skip
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = _split_of(options.prompts, len(read.prompts))
     if split is None:
@@ -147,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eos", help="token that ends a response, for a tokenizer without one")
     parser.add_argument("--prompts", required=True, help="JSONL, CSV, parquet file or a data set")
     parser.add_argument("--column", help="of the prompts, where the name is not a usual one")
+    parser.add_argument("--config", help="of a data set that has several")
+    parser.add_argument("--split", help="of a data set that has several")
+    parser.add_argument("--prompts-revision", help="of a data set on the hub (default: newest)")
     parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
     parser.add_argument("--tasks", nargs="+", default=length.TASKS, choices=length.TASKS)
     parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')
