@@ -93,7 +93,8 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
 
 def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """pairs.parquet from the user's own preferences; returns its record."""
-    read = load_preferences(options.preferences)
+    read = load_preferences(options.preferences, config=options.config, split=options.split,
+                            revision=options.prompts_revision)  # fmt: skip
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt,
                   max_response_tokens=options.max_tokens))  # fmt: skip
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
@@ -116,7 +117,8 @@ def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:
     """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
-    read = load_prompts(options.prompts, column=options.column)
+    read = load_prompts(options.prompts, column=options.column, config=options.config,
+                        split=options.split, revision=options.prompts_revision)  # fmt: skip
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = _split_of(options.prompts, len(read.prompts))
@@ -179,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--prompts", help="JSONL, CSV or parquet file, or a data set")
     data.add_argument("--preferences", help="the same with pairs of your own in place of prompts")
     parser.add_argument("--column", help="of the prompts, where the name is not a usual one")
+    parser.add_argument("--config", help="of a data set that has several")
+    parser.add_argument("--split", help="of a data set that has several")
+    parser.add_argument("--prompts-revision", help="of a data set on the hub (default: newest)")
     parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
     parser.add_argument("--tasks", nargs="+", default=length.TASKS, choices=length.TASKS)
     parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')

@@ -1,0 +1,290 @@
+"""Memory and time of fine-tuning a language model, by formula: every number here is an estimate.
+
+P: parameters. d, l, f, k: width, layers, width of the MLP, width of all key heads together.
+Bytes of training with Adam, float32 weights and products in 16 bits, as the book's loop does it
+(chapter length, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two moments
+8 P, a frozen reference 4 P; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2, or 4 with
+a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention scores), or,
+checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values in decoding 4 l k for each token.
+Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
+a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lib.lm.config import MINIBATCH, length_run
+from lib.lm.engine import LengthEngine
+from lib.lm.network import LOGIT_BUDGET
+from lib.lm.policy import TOKEN_BUDGET
+
+GIB = 2**30
+COMPUTE = 0.4  # share of the peak that matrix products reach
+BANDWIDTH = 0.6  # share of the memory's speed that a decoding step reaches
+LAUNCH = 4e-4  # seconds that starting a layer's operations one by one takes in a decoding step
+LORA_RANK = 16
+RESERVED = 1.0  # GiB for driver, kernels and fragments
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas need of an architecture.
+
+    Args: parameters: all of them. width, layers; inner: width of the MLP; keys: width of all key
+        heads together; vocabulary. gated: whether the MLP has a gate (three matrices, not two).
+    """
+
+    name: str
+    parameters: int
+    width: int
+    layers: int
+    inner: int
+    keys: int
+    vocabulary: int
+    gated: bool = False
+
+    @classmethod
+    def of(cls, name: str, model: Any) -> Shape:
+        """The shape of a loaded transformers model."""
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys = size * (getattr(config, "num_key_value_heads", None) or heads)
+        gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
+        return cls(name, model.num_parameters(), config.hidden_size, config.num_hidden_layers,
+                   config.intermediate_size, keys, config.vocab_size, gated)  # fmt: skip
+
+    @property
+    def layer_numbers(self) -> int:
+        """Numbers per token that a layer keeps for the backward pass."""
+        return 6 * self.width + 2 * self.keys + (4 if self.gated else 2) * self.inner
+
+    def activations(self, checkpointing: bool = False) -> int:
+        """Numbers per token that the backward pass needs; with checkpointing each layer's input
+        is kept, and one layer at a time is computed again."""
+        if checkpointing:
+            return self.layers * self.width + self.layer_numbers
+        return self.layers * self.layer_numbers
+
+    @property
+    def cache(self) -> int:
+        """Numbers of keys and values per token."""
+        return 2 * self.layers * self.keys
+
+    @property
+    def adapters(self) -> int:
+        """Parameters of LoRA on every matrix of every layer: rank (inputs + outputs) each."""
+        attention = 4 * self.width + 2 * (self.width + self.keys)  # query, output; key, value
+        mlp = (3 if self.gated else 2) * (self.width + self.inner)
+        return LORA_RANK * self.layers * (attention + mlp)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Args: memory, GiB. flops: dense peak of matrix products, a second. bandwidth: bytes a second.
+    size: bytes of a number in products (4 where there is no bfloat16). half: peak of float16
+    products, where `size` is 4."""
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    size: int = 2
+    half: float | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Args: policy and reward model; tokens of a prompt and, at most, of a response."""
+
+    policy: Shape
+    reward: Shape
+    prompt: int
+    response: int
+
+
+# Sizes by the published configurations; machines by their makers' data sheets.
+PYTHIA_14 = Shape("Pythia-1.4B", 1_414_647_808, 2048, 24, 8192, 2048, 50_304)
+PYTHIA_410 = Shape("Pythia-410M", 405_334_016, 1024, 24, 4096, 1024, 50_304)
+SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, gated=True)
+TINY = Shape("tiny", 1_317_632, 128, 4, 512, 128, 2048)
+TINY_REWARD = Shape("tiny reward model", 231_232, 64, 2, 256, 64, 2048)
+PRESETS = {
+    "tiny": Preset(TINY, TINY_REWARD, 24, 96),
+    "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
+    "pythia": Preset(PYTHIA_14, PYTHIA_410, 128, 256),
+}
+T4 = Machine("T4", 16, 8.1e12, 320e9, size=4, half=65e12)  # it has no bfloat16
+A100 = Machine("A100", 80, 312e12, 2039e9)
+H100 = Machine("H100", 80, 989e12, 3350e9)
+MACHINES = (T4, A100, H100)
+
+
+def memory(
+    preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
+    micro_batch: int = TOKEN_BUDGET,
+) -> dict[str, float]:
+    """GiB by use, and the larger of training and decoding as `total`.
+
+    With LoRA the weights are frozen in 16 bits, only the adapters have gradients and moments, and
+    the reference is the same model with the adapters off.
+    Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
+        once, padding included (`TOKEN_BUDGET` in the loop).
+    """
+    policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
+    size = 2 if lora else size
+    drawn = MINIBATCH * (preset.prompt + preset.response)
+    tokens, copies = min(micro_batch, drawn), 2 if size == 2 else 0
+    uses = {
+        "weights": 2 * p + (4 + copies) * a if lora else (4 + copies) * p,
+        "gradients": 4 * (a if lora else p),
+        "moments": 8 * (a if lora else p),
+        "reference": 0 if lora else 4 * p,
+        "reward model": 4 * preset.reward.parameters,
+        "activations": size * tokens * policy.activations(checkpointing),
+        # as they are, normalised, and their gradient; float32
+        "logits": 3 * 4 * min(LOGIT_BUDGET, tokens * policy.vocabulary),
+        "keys and values": size * drawn * policy.cache,
+    }
+    found = {name: use / GIB for name, use in uses.items()}
+    step = found["activations"] + found["logits"]
+    stays = sum(found[name] for name in list(uses)[:5])
+    return found | {"total": stays + max(step, found["keys and values"])}
+
+
+def seconds(
+    preset: Preset, machine: Machine, *, checkpointing: bool = False, lora: bool = False,
+    batch: int = MINIBATCH,
+) -> dict[str, float]:
+    """Seconds by phase of one update on `batch` fresh responses of `preset.response` tokens.
+
+    With LoRA products are in 16 bits, and the weights' own gradients are not computed (2 P less).
+    """
+    if lora and machine.half:
+        machine = replace(machine, flops=machine.half, size=2)
+    p, cache = preset.policy.parameters, preset.policy.cache
+    tokens, rate = batch * (preset.prompt + preset.response), COMPUTE * machine.flops
+    read = machine.size * (p + batch * (preset.prompt + preset.response / 2) * cache)
+    step = max(read / (BANDWIDTH * machine.bandwidth), 2 * p * batch / rate,
+               LAUNCH * preset.policy.layers)  # fmt: skip
+    return {
+        "sampling": preset.response * step + 2 * p * batch * preset.prompt / rate,
+        "scoring": 2 * (p + preset.reward.parameters) * tokens / rate,
+        "training": (6 + 2 * checkpointing - 2 * lora) * p * tokens / rate,
+    }
+
+
+def fits(total: float, machine: Machine) -> bool:
+    return total + RESERVED <= machine.memory
+
+
+WAYS = {
+    "as the loop does": {},
+    "with checkpointing": {"checkpointing": True},
+    "with checkpointing and LoRA": {"checkpointing": True, "lora": True},
+}
+
+
+def way(preset: Preset, machine: Machine) -> str:
+    """The first of `WAYS` that fits a machine, or "not at all"."""
+    totals = {name: memory(preset, machine.size, **o)["total"] for name, o in WAYS.items()}
+    return next((name for name, total in totals.items() if fits(total, machine)), "not at all")
+
+
+def memory_table(presets: Mapping[str, Preset] = PRESETS) -> pd.DataFrame:
+    """GiB by use for each preset, as the loop trains it with 16-bit products; estimated."""
+    columns = {name: memory(preset) for name, preset in presets.items()}
+    return pd.DataFrame(columns).rename_axis("GiB (estimated)").reset_index()
+
+
+def fit_table(presets: Mapping[str, Preset] = PRESETS) -> pd.DataFrame:
+    """The first of `WAYS` that fits, with its GiB, by preset and machine; estimated."""
+    rows = []
+    for name, preset in presets.items():
+        cells = {}
+        for machine in MACHINES:
+            how = way(preset, machine)
+            total = memory(preset, machine.size, **WAYS.get(how, {}))["total"]
+            cells[f"{machine.name}, {machine.memory:g} GB"] = f"{how} ({total:.1f} GiB)"
+        rows.append({"preset": name, **cells})
+    return pd.DataFrame(rows)
+
+
+def time_table(presets: Mapping[str, Preset] = PRESETS) -> pd.DataFrame:
+    """Seconds of one update by phase, and minutes of 100, each in its `way`; estimated."""
+    rows = []
+    for name, preset in presets.items():
+        for machine in MACHINES:
+            found = seconds(preset, machine, **WAYS.get(way(preset, machine), {}))
+            rows.append({"preset": name, "machine": machine.name,
+                         **{f"{phase}, s": value for phase, value in found.items()},
+                         "100 updates, min": 100 * sum(found.values()) / 60})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def written(table: pd.DataFrame) -> pd.DataFrame:
+    """Numbers with two digits that mean something: an estimate has no more."""
+
+    def text(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+    return table.map(text)
+
+
+# --- an estimate beside a measurement -------------------------------------------------------------
+
+
+class _Once:
+    """The checkpoint of a run that is neither saved nor watched."""
+
+    def load(self) -> None:
+        return None
+
+    def due(self) -> bool:
+        return False
+
+    def progress(self, done: int, total: int, **shown: Any) -> None:
+        return None
+
+
+def this_core(size: int = 1024, times: int = 4) -> Machine:
+    """This machine with the peak that float32 matrix products reach now, on torch's threads."""
+    a = torch.rand(size, size)
+    a @ a  # the first one also starts the threads
+    start = perf_counter()
+    for _ in range(times):
+        a @ a
+    peak = 2 * size**3 * times / (perf_counter() - start)
+    return Machine("this CPU", float("inf"), peak, 2e10, size=4)
+
+
+def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: Any):
+    """Seconds of an update by phase, on-policy DPO on the Min task, and the tokens of a response.
+
+    The mean over `updates` updates of a run that is not kept. Returns: (seconds, tokens).
+    """
+    run = length_run("dpo", "min", 1e-4, 0, updates=updates, prepared=prepared, evaluations=1,
+                     prompts=8, **options)  # fmt: skip
+    (table,) = LengthEngine(device).run([run], _Once())
+    last = table.iloc[-1]
+    phases = ("sampling", "scoring", "training")
+    took = {phase: float(last[f"seconds_{phase}"]) / updates for phase in phases}
+    return took, float(table["length"].mean())
+
+
+def beside(preset: Preset, machine: Machine, took: Mapping[str, float]) -> pd.DataFrame:
+    """Estimated and measured seconds of an update by phase."""
+    guess = seconds(preset, machine)
+    rows = [{"phase": phase, "estimated, s": guess[phase], "measured, s": value}
+            for phase, value in took.items()]  # fmt: skip
+    total = {"phase": "together", **pd.DataFrame(rows).drop(columns="phase").sum()}
+    return pd.DataFrame([*rows, total])
