@@ -79,6 +79,7 @@ def test_a_model_that_is_always_right_is_underconfident():
     assert (table["right"] == 1).all() and (table["sure"] < 1).all()
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_summary_of_knowing_nothing_and_everything():
     gold = np.array([[-1, -20], [-30, -4], [-7, -9]], float)
     nothing = judges.summary([made(np.zeros((3, 2)), gold)]).loc["min"]
