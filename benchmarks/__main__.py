@@ -17,12 +17,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch  # noqa: E402
 
-from benchmarks import bandit, store  # noqa: E402
+from benchmarks import bandit, lm, store  # noqa: E402
 from lib.runs import ROOT, environment, provenance, write_atomically  # noqa: E402
 
 OUTPUT = ROOT / "_build" / "benchmarks.json"
 STORE = "store"
-NAMES = (*bandit.BENCHMARKS, STORE)
+BENCHMARKS = {**bandit.BENCHMARKS, **lm.BENCHMARKS}
+NAMES = (*BENCHMARKS, STORE)
 
 
 def arguments() -> argparse.Namespace:
@@ -61,7 +62,7 @@ def main() -> int:
             failed |= bool(store.main())
             continue
         try:
-            for result in bandit.BENCHMARKS[name](effort):
+            for result in BENCHMARKS[name](effort):
                 print(result, flush=True)
                 lines.append(asdict(result))
         except AssertionError as error:

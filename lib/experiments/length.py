@@ -14,12 +14,14 @@ from typing import Any
 import pandas as pd
 
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
-from lib.lm.config import MINIBATCH, LengthRun, length_run
+from lib.lm.config import MINIBATCH, LengthRun, length_run, prepared_tasks
 from lib.lm.engine import LengthEngine
-from lib.lm.length import TASKS
+from lib.lm.length import GIVEN, TASKS
 
 OFFLINE = ("pref_ft", "rwr_offline", "dpo_offline", "ipo_offline")
 ON_POLICY = ("best_of_n", "rwr", "reinforce", "ppo_token", "dpo", "ipo")
+TITLES = {"min": "Min Length", "skew": "Skew Length", "mode": "Mode Length",
+          GIVEN: "your preferences"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,14 @@ PROFILES: dict[str, LengthProfile] = {
 }
 
 
-def _base(names: Iterable[str], tasks: Sequence[str] = TASKS) -> list[Setting]:
+def _base(names: Iterable[str], tasks: Sequence[str] = (*TASKS, GIVEN)) -> list[Setting]:
     return [Setting(name, task) for task in tasks for name in names]
+
+
+def _present(settings: list[Setting], profile: LengthProfile) -> list[Setting]:
+    """Those whose task the prepared folder has."""
+    tasks = prepared_tasks(dict(profile.options).get("prepared", "tiny"))
+    return [s for s in settings if s.reward_function in tasks]
 
 
 def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Sequence[str]):
@@ -121,14 +129,15 @@ def _on_policy(p: LengthProfile) -> list[Setting]:
     reuse += _dial(("best_of_n",), "inner_steps", sorted({min(p.inner_steps), last}), ("min",))
     reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew"))
     learned = ("rwr", "reinforce", "ppo_token")
-    return _base(learned) + _base(("best_of_n",), ("min", "skew")) + staleness + reuse
+    base = _base(learned) + _base(("best_of_n",), ("min", "skew", GIVEN))
+    return _present(base + staleness + reuse, p)
 
 
 def _negative_gradient(p: LengthProfile) -> list[Setting]:
     """Offline methods on all tasks, IPO on Min; DPO's beta on Min."""
     names = ("pref_ft", "rwr_offline", "dpo_offline")
     beta = _dial(("dpo_offline",), "beta", p.betas, ("min",))
-    return _base(names) + _base(("ipo_offline",), ("min",)) + beta
+    return _present(_base(names) + _base(("ipo_offline",), ("min", GIVEN)) + beta, p)
 
 
 def _complementary(p: LengthProfile) -> list[Setting]:
@@ -136,7 +145,7 @@ def _complementary(p: LengthProfile) -> list[Setting]:
     names = ("dpo_offline", "rwr", "ppo_token", "dpo")
     rule = _dial(("dpo", "reinforce"), "label", ("rule",), ("min",))
     extra = _base(("pref_ft",), ("skew", "mode")) + _base(("ipo", "reinforce"), ("min",))
-    return _base(names) + extra + rule
+    return _present(_base(names) + extra + rule, p)
 
 
 TARGET_SHARE = 0.95  # of the way from the reference's mean length to the best method's final one

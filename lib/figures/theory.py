@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.figures.style import panels
+from lib.figures.style import legend_below, panels
 from lib.theory import early, regions
 
 # Objectives are no methods: no colour is one of theirs.
@@ -28,7 +28,7 @@ def _line(objective: str, **more) -> dict:
 def steps(table: pd.DataFrame, shown: Sequence[int] = (0, 2, 6, 20)) -> Figure:
     """p (bars) and its target q (outlines), by objective and step: of `scenes.step_by_step`."""
     with panels(len(shown), 2, sharex=True, sharey=True) as (figure, axes):
-        figure.set_size_inches(7.0, 4.0)
+        figure.set_size_inches(6.2, 3.9)
         for row, (objective, part) in zip(axes, table.groupby("objective", sort=False),
                                           strict=True):  # fmt: skip
             for panel, step in zip(row, shown, strict=True):
@@ -51,7 +51,7 @@ def pushes(table: pd.DataFrame) -> Figure:
             grid = table.pivot(index="q", columns="p", values=objective)
             lines = panel.contour(grid.columns, grid.index, grid, np.arange(-0.5, 0.61, 0.1),
                                   colors=LOOKS[objective]["color"], linewidths=1.2)  # fmt: skip
-            panel.clabel(lines, fontsize=7, fmt="%.1f")
+            panel.clabel(lines, fontsize=8, fmt="%.1f")
             panel.plot([0, 0.6], [0, 0.6], color=GREY, linestyle=":", linewidth=1)
             panel.set(title=f"{objective} KL", xlabel="mass now, p", xlim=(0, 0.6), ylim=(0, 0.6))
         axes[0, 0].set_ylabel("target, q")
@@ -68,7 +68,7 @@ def case1(tables: Mapping[float, pd.DataFrame]) -> Figure:
             least = regions.smallest_delta1(beta)
             panel.axvline(least, color=GREY, linestyle=":")
             panel.text(least - 0.01, beta + 0.03 * (1 - beta), rf"$\delta_1={least:.3f}$",
-                       ha="right", fontsize=8)  # fmt: skip
+                       ha="right", fontsize=9)  # fmt: skip
             low, high = grid.index.min(), grid.index.max()
             panel.text(0.11, low + 0.6 * (high - low), r"$\Delta^r<\Delta^f$", ha="center")
             panel.text(0.33, low + 0.16 * (high - low), r"$\Delta^r>\Delta^f$", ha="center")
@@ -83,7 +83,7 @@ def case23(lines: pd.DataFrame, cloud: pd.DataFrame, c1: float) -> Figure:
     Args: of `scenes.case23_lines` and `scenes.case3_cloud`.
     """
     with panels(2) as (figure, axes):
-        figure.set_size_inches(7.0, 3.4)
+        figure.set_size_inches(6.2, 3.2)
         _plane(axes[0, 0], lines, c1)
         _boundary(axes[0, 1], cloud, c1)
     return figure
@@ -98,11 +98,11 @@ def _plane(panel: Axes, lines: pd.DataFrame, c1: float) -> None:
     panel.plot(x, x.where(x < 0.5), color=GREY, linestyle="--")
     panel.plot(x[inside], lines["e p1"][inside], color=LOOKS["reverse"]["color"])
     panel.plot(x, c1 * lines["p2"], color=GREY, linestyle=":")
-    panel.text(0.31, 0.36, r"$q=p_1$", rotation=48, fontsize=8)
-    panel.text(0.045, 0.27, r"$q=e\,p_1$", rotation=72, fontsize=8)
-    panel.text(0.42, 0.045, rf"$q={c1:g}\,p_2$", fontsize=8)
-    panel.text(0.2, 0.46, r"always $\Delta^r>\Delta^f$", fontsize=8)
-    panel.text(0.36, 0.15, "depends on the\nother categories", fontsize=8)
+    panel.text(0.31, 0.36, r"$q=p_1$", rotation=48, fontsize=9)
+    panel.text(0.045, 0.27, r"$q=e\,p_1$", rotation=72, fontsize=9)
+    panel.text(0.42, 0.045, rf"$q={c1:g}\,p_2$", fontsize=9)
+    panel.text(0.2, 0.46, r"always $\Delta^r>\Delta^f$", fontsize=9)
+    panel.text(0.36, 0.15, "depends on the\nother categories", fontsize=9)
     panel.set(xlabel=r"$p_1$  ($p_2=p_1/2$)", ylabel=r"$q_1=q_2=q$", xlim=(0, 0.66), ylim=(0, 0.5))
 
 
@@ -117,12 +117,12 @@ def _boundary(panel: Axes, cloud: pd.DataFrame, c1: float) -> None:
         panel.plot(part["kl"], part["height"], marker, color=colour, markersize=3, label=label,
                    markerfacecolor="none", markeredgewidth=0.8)  # fmt: skip
     panel.axhline(c1, color=GREY, linestyle=":")
-    panel.text(15.7, c1 * 1.25, rf"$c_1={c1:g}$", ha="right", fontsize=8)
-    panel.text(10, 1.6, r"$\Delta^r>\Delta^f$", fontsize=9)
+    panel.text(15.7, c1 * 1.25, rf"$c_1={c1:g}$", ha="right", fontsize=9)
+    panel.text(10.5, 1e-4, r"$\Delta^r>\Delta^f$", fontsize=9)
     panel.text(0.6, 2e-5, r"$\Delta^r<\Delta^f$", fontsize=9)
     panel.set(yscale="log", xlim=(0, 16), ylim=(1e-5, 10), xlabel=r"KL$(p\,\|\,q)$, nats",
               ylabel=r"$q\,/\,I(p_1,p_2)$")  # fmt: skip
-    panel.legend(loc="lower right", fontsize=8, handletextpad=0.2)
+    panel.legend(loc="upper right", fontsize=9, handletextpad=0.2)
 
 
 def toward(table: pd.DataFrame) -> Figure:
@@ -210,7 +210,7 @@ def resting(table: pd.DataFrame, tau: float = 0.05) -> Figure:
 def distances(table: pd.DataFrame) -> Figure:
     """Mass left to move along whole trajectories, a panel for each start: of `early.curves`."""
     with panels(3, sharey=True) as (figure, axes):
-        figure.set_size_inches(7.0, 2.9)
+        figure.set_size_inches(6.2, 2.7)
         for panel, (name, part) in zip(axes[0], table.groupby("start", sort=False), strict=True):
             for objective, rows in part.groupby("objective", sort=False):
                 panel.plot(rows["time"], rows["median"], label=f"{objective} KL",
@@ -221,7 +221,7 @@ def distances(table: pd.DataFrame) -> Figure:
             panel.set(title=f"{name} start", xscale="log", xlabel=r"time $\eta t$", ylim=(0, 1.05))
             panel.set_xticks([1, 10, 100], ["1", "10", "100"])
         axes[0, 0].set_ylabel("mass left to move\n(start = 1)")
-        axes[0, 0].legend(loc="lower left", fontsize=8)
+        legend_below(figure, axes[0, 0])
     return figure
 
 
@@ -231,7 +231,7 @@ STARTS = {"flat": ("o", "#332288"), "uneven": ("^", "#DDAA33"), "peaked": ("x", 
 def halves(table: pd.DataFrame) -> Figure:
     """Time to half of the mass, and how far apart likely categories then are: `early.compared`."""
     with panels(2) as (figure, axes):
-        figure.set_size_inches(7.0, 3.3)
+        figure.set_size_inches(6.2, 3.0)
         limit = early.RATE * early.STEPS
         for name, (marker, colour) in STARTS.items():
             part = table[table["start"] == name]
@@ -246,7 +246,7 @@ def halves(table: pd.DataFrame) -> Figure:
                        xlabel="forward KL", ylabel="reverse KL")  # fmt: skip
         axes[0, 1].set(title="spread of progress there", xlabel="forward KL",
                        ylabel="reverse KL", xlim=(0, 3), ylim=(0, 3))  # fmt: skip
-        axes[0, 0].legend(loc="lower right", fontsize=8, handletextpad=0.2)
+        axes[0, 0].legend(loc="lower right", fontsize=9, handletextpad=0.2)
     return figure
 
 
@@ -279,8 +279,7 @@ def bridge(table: pd.DataFrame) -> Figure:
             row[0].set_ylabel("mean reward")
         for panel in axes[-1]:
             panel.set_xlabel(r"KL($\pi\,\|\,\pi_\mathrm{ref}$), nats")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        legend_below(figure, axes[0, 0], columns=3)
     return figure
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from lib import methods
 from lib.finetune import Schedule, exact_div
-from lib.lm.length import check_task
+from lib.lm.length import GIVEN, TASKS, check_task
 
 TINY = Path(__file__).parents[2] / "data" / "length"
+PREPARED = Path(__file__).parents[2] / ".prepared"  # of the larger presets, made where they run
+PRESETS = ("smollm2", "pythia")
 LABELS = ("learned", "rule")
 DTYPES = ("float32", "bfloat16")
 MINIBATCH = 64  # M, completions of one update (Table 4)
@@ -27,7 +29,8 @@ class LengthRun:
     Args:
         method: a name of `lib.methods.METHODS`.
         task: "min" (shorter is better), "mode" (nearer the reference policy's mean length is),
-            "skew" (as min, but the preference data are cut short).
+            "skew" (as min, but the preference data are cut short), "given" (preferences of your
+            own: the reported reward is then the proxy, since no rule says what is better).
         learning_rate: of Adam.
         seed: of prompts, samples, data order and evaluation.
         label: "learned" (a reward model's score is the training reward) or "rule" (the gold one).
@@ -36,8 +39,9 @@ class LengthRun:
             Offline methods have one iteration, whose batch is all the data they see.
         evaluations: rows of the result table after the one at update 0. prompts: validation
             prompts of an evaluation.
-        prepared: "tiny", which is shipped, or a folder that `lib.lm.prepare` made of a policy and
-            prompts of your own: reference policy, prompts, pairs and reward models.
+        prepared: "tiny", which is shipped, one of PRESETS (in `.prepared/`), or a folder that
+            `lib.lm.prepare` made of a policy and prompts of your own: reference policy, pairs and
+            reward models.
         max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
         dtype: of the matrix products; weights are float32 in either case.
         beta ... lam: hyperparameters of the method, None for its default.
@@ -79,6 +83,8 @@ class LengthRun:
         for name, allowed in {"label": LABELS, "dtype": DTYPES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.task == GIVEN and self.label == "rule":
+            raise ValueError("preferences that were given follow no rule: label must be 'learned'")
         method.resolve(self.overrides)
         self._check_ranges()
         if "pairs" in method.needs and self.completions < 2:
@@ -137,8 +143,8 @@ class LengthRun:
 
     @property
     def folder(self) -> Path:
-        """Where policy, prompts, pairs and reward models lie."""
-        return TINY if self.prepared == "tiny" else Path(self.prepared)
+        """Where policy, pairs and reward models lie."""
+        return prepared_folder(self.prepared)
 
     def data_files(self) -> tuple[Path, ...]:
         """The files that the run reads: part of its identity."""
@@ -146,6 +152,19 @@ class LengthRun:
         if self.label == "learned":
             files += weights(self.folder / f"reward-{self.task}")
         return tuple(files)
+
+
+def prepared_folder(name: str) -> Path:
+    """The folder of a preset, or a folder by its path."""
+    return {"tiny": TINY, **{p: PREPARED / p for p in PRESETS}}.get(name, Path(name))
+
+
+def prepared_tasks(name: str) -> tuple[str, ...]:
+    """The tasks that a prepared folder has reward models for; all rules if it is not there yet."""
+    folder = prepared_folder(name)
+    if not folder.is_dir():
+        return TASKS
+    return tuple(t for t in (*TASKS, GIVEN) if (folder / f"reward-{t}").is_dir())
 
 
 def weights(folder: Path) -> list[Path]:

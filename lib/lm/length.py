@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 TASKS = ("min", "mode", "skew")
+GIVEN = "given"  # preferences that came with the pairs: no rule, and so no gold reward
 TRUNCATED = 0.95  # share of the Skew data's responses that are cut short (appendix J.1)
 SKEW_MEAN = 0.25  # mean of the exponential length, as a share of the SFT policy's mean length
 
 
 def check_task(task: str) -> str:
     """Raises: ValueError that names the tasks."""
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {TASKS}, got {task!r}")
+    if task not in (*TASKS, GIVEN):
+        raise ValueError(f"task must be one of {(*TASKS, GIVEN)}, got {task!r}")
     return task
 
 
@@ -28,7 +29,12 @@ def lengths(completions: Tensor, mask: Tensor, eos: Tensor) -> Tensor:
 
 
 def gold(task: str, length: Tensor, target: float) -> Tensor:
-    """The gold reward in tokens: -length (Min, Skew), -|length - target| (Mode)."""
+    """The gold reward in tokens: -length (Min, Skew), -|length - target| (Mode).
+
+    Raises: ValueError for preferences without a rule.
+    """
+    if task == GIVEN:
+        raise ValueError("preferences that were given follow no rule: there is no gold reward")
     length = length.float()
     return -(length - target).abs() if check_task(task) == "mode" else -length
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from lib.lm.batches import padded, unpadded
-from lib.lm.length import SKEW_MEAN, check_task, truncated
+from lib.lm.length import GIVEN, SKEW_MEAN, check_task, truncated
 from lib.lm.policy import Scorer
 from lib.randomness import uniforms
 
@@ -25,7 +25,10 @@ BATCH = 128  # prompts decoded at once
 
 @dataclass(frozen=True)
 class Pairs:
-    """Two responses to every prompt, as token ids: (P,) lists each. `eos` ends a response."""
+    """Two responses to every prompt, as token ids: (P,) lists each. `eos` ends a response.
+
+    Of preferences that were given, the first response is the preferred one.
+    """
 
     prompts: list[list[int]]
     first: list[list[int]]
@@ -55,6 +58,8 @@ class Pairs:
 
     def preferred(self, task: str, target: float) -> np.ndarray:
         """(P, 2) 1 for the preferred response, 0 for the other; a tie is 0 twice."""
+        if task == GIVEN:
+            return np.tile([1.0, 0.0], (len(self), 1))
         rewards = self.rewards(task, target)
         return (rewards > rewards[:, ::-1]).astype(float)
 

@@ -4,6 +4,9 @@
 responses to every prompt, labels them by each task's rule, and trains a reward model for each task.
 The folder then holds policy/, pairs.parquet, reward-min/, reward-mode/, reward-skew/ and
 prepared.json, which says what it was made of. What is there already is kept.
+
+With `--preferences FILE_OR_NAME` in place of `--prompts`, pairs and labels are those of the
+file, and the one task is "given".
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from lib.lm import length, pairs, reward
 from lib.lm.models import ids, load_policy, load_reward_model, load_tokenizer, resolve
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
-from lib.lm.text import encode_prompts, load_prompts
+from lib.lm.text import encode_prompts, encode_responses, example, load_preferences, load_prompts
 from lib.randomness import uniforms
 from lib.runs import provenance, write_atomically
 
@@ -35,6 +38,8 @@ VALIDATION = 0.1  # share of the prompts, where the file names no split
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    if options.preferences:
+        options.tasks = (length.GIVEN,)
     try:
         prepare(options)
     except ValueError as error:
@@ -56,7 +61,8 @@ def prepare(options: argparse.Namespace) -> None:
     if folder.resolve() != (out / "policy").resolve() and not (out / "policy").exists():
         shutil.copytree(folder, out / "policy", symlinks=False)
     if not (out / "pairs.parquet").exists():
-        record["pairs"] = _pairs(options, model, tokenizer)
+        make = _pairs if options.prompts else _given
+        record["pairs"] = make(options, model, tokenizer)
     found = ids(tokenizer, model)
     splits = {s: pairs.load(out / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
     for task in options.tasks:
@@ -85,10 +91,35 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     }  # fmt: skip
 
 
+def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """pairs.parquet from the user's own preferences; returns its record."""
+    read = load_preferences(options.preferences, config=options.config, split=options.split,
+                            revision=options.prompts_revision)  # fmt: skip
+    print(example(tokenizer, read, max_prompt_tokens=options.max_prompt,
+                  max_response_tokens=options.max_tokens))  # fmt: skip
+    coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
+    sides = [
+        encode_responses(tokenizer, [side[i] for i in coded.kept], options.max_tokens).ids
+        for side in (read.chosen, read.rejected)
+    ]
+    last = (uniforms([options.seed], 0, 0, (len(coded.ids),))[0] < VALIDATION).tolist()
+    found = ids(tokenizer, model)
+    splits = {}
+    for name, wanted in (("train", False), ("validation", True)):
+        rows = [i for i, x in enumerate(last) if x is wanted]
+        columns = ([column[i] for i in rows] for column in (coded.ids, *sides))
+        splits[name] = pairs.Pairs(*columns, found.eos)
+    pairs.save(options.out / "pairs.parquet", splits)
+    return {"count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
+            "source": asdict(read.source), "dropped": read.counts,
+            "too long": coded.too_long, "max_tokens": options.max_tokens}  # fmt: skip
+
+
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:
     """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
     read = load_prompts(options.prompts, column=options.column, config=options.config,
                         split=options.split, revision=options.prompts_revision)  # fmt: skip
+    print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = _split_of(options.prompts, len(read.prompts))
     if split is None:
@@ -146,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", required=True, help="folder in the hub's format, or a hub name")
     parser.add_argument("--revision", help="of the policy on the hub (default: newest, recorded)")
     parser.add_argument("--eos", help="token that ends a response, for a tokenizer without one")
-    parser.add_argument("--prompts", required=True, help="JSONL, CSV, parquet file or a data set")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--prompts", help="JSONL, CSV or parquet file, or a data set")
+    data.add_argument("--preferences", help="the same with pairs of your own in place of prompts")
     parser.add_argument("--column", help="of the prompts, where the name is not a usual one")
     parser.add_argument("--config", help="of a data set that has several")
     parser.add_argument("--split", help="of a data set that has several")

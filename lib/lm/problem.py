@@ -27,6 +27,7 @@ from lib.timing import Clock
 
 # Streams of random numbers; a run's numbers depend on its seed, the stream and a counter only.
 PROMPTS, TRAIN, EVALUATE = range(3)
+SMALL_SHARE = 8  # a run on less than 1 in 8 of the pairs does not have all of them scored
 HELD_OUT = 64  # validation pairs whose log-probabilities are followed
 
 
@@ -174,17 +175,27 @@ class LengthProblem:
         walk = [uniforms([self.config.seed], PROMPTS, e, (len(pairs),))[0].argsort()
                 for e in range(-(-groups // len(pairs)))]  # fmt: skip
         index = torch.cat(walk)[:groups]
-        config = self.config
-        known, seconds = reference_scores(config.folder, config.task, config.sampling_temperature,
-                                          config.dtype, self.device)  # fmt: skip
-        self.clock.charge("scoring", seconds * groups / len(pairs))
         batch = self._labelled_pairs(pairs, index)
-        logp = known[index, :, : batch.mask.shape[-1]]
+        logp = self._reference_scores(batch, index)
         batch = replace(batch, logp=logp, ref=logp)
         if "rewards" in method.needs:
             with self.clock.measure("scoring"):
                 batch = replace(batch, rewards=self.proxy(batch))
         return batch
+
+    def _reference_scores(self, batch: Rollout, index: Tensor) -> Tensor:
+        """log pi_ref of the pairs at `index`, read from what this process has scored already.
+
+        A run that takes a small part of the data scores that part alone.
+        """
+        config, total = self.config, len(self.data.pairs["train"])
+        if SMALL_SHARE * len(index) < total:
+            with self.clock.measure("scoring"):
+                return self.reference.score(batch)
+        known, seconds = reference_scores(config.folder, config.task, config.sampling_temperature,
+                                          config.dtype, self.device)  # fmt: skip
+        self.clock.charge("scoring", seconds * len(index) / total)
+        return known[index, :, : batch.mask.shape[-1]]
 
     def _labelled_pairs(self, pairs: Pairs, index: Tensor) -> Rollout:
         """Reward 1 for the preferred response and 0 for the other; a tie is 0 twice."""
@@ -200,12 +211,14 @@ class LengthProblem:
         return length.lengths(batch.completions, batch.mask, self.reference.eos)
 
     def gold(self, batch: Rollout) -> Tensor:
-        """(P, C) gold reward, tokens."""
+        """(P, C) gold reward, tokens; the proxy where no rule says what is better."""
+        if self.config.task == length.GIVEN:
+            return self.proxy(batch)
         return length.gold(self.config.task, self.lengths(batch), self.data.target)
 
     def proxy(self, batch: Rollout) -> Tensor:
         """(P, C) what the methods are trained on: the reward model's score, or the rule's."""
-        return self.gold(batch) if self.reward is None else self.reward.score(batch)
+        return self.reward.score(batch) if self.reward else self.gold(batch)
 
     # --- evaluation -------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ def test_gold_rewards_by_hand():
     assert gold("min", length, 4.0).tolist() == [0, -3, -10]
     assert gold("skew", length, 4.0).tolist() == [0, -3, -10]
     assert gold("mode", length, 4.0).tolist() == [-4, -1, -6]
-    with pytest.raises(ValueError, match=r"task must be one of \('min', 'mode', 'skew'\)"):
+    with pytest.raises(ValueError, match="task must be one of .*'max'"):
         gold("max", length, 4.0)
 
 

@@ -97,3 +97,31 @@ def test_weights_are_safetensors(prepared):
     model = AutoModelForSequenceClassification.from_pretrained(out / "reward-min",
                                                                use_safetensors=True)  # fmt: skip
     assert model.num_labels == 1
+
+
+def test_preferences_of_ones_own_are_the_task_given(tmp_path, capsys):
+    policy = save_tiny_policy(tmp_path / "sft", initializer_range=0.3)
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(40)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    arguments = ["--policy", str(policy), "--preferences", str(file), "--out", str(out),
+                 "--max-tokens", "16", "--max-prompt", "32", "--epochs", "1"]  # fmt: skip
+    assert prepare.main(arguments) == 0
+    assert "--- chosen:" in capsys.readouterr().out  # one formatted example, before any training
+    record = json.loads((out / "prepared.json").read_text())
+    assert sum(record["pairs"]["count"].values()) == 40 and (out / "reward-given").is_dir()
+    for name in ("dpo_offline", "reinforce"):
+        run = length_run(name, "given", 1e-3, 0, prepared=str(out), updates=2, minibatch=8,
+                         batch=16 if name == "dpo_offline" else 8, max_tokens=16, prompts=3,
+                         evaluations=1)  # fmt: skip
+        (table,) = LengthEngine().run([run], Silent())
+        assert table["reward"].tolist() == table["proxy"].tolist()  # no rule, no gold
+    problem = LengthProblem(run)
+    chosen = problem.held_out.rewards == 1
+    assert (problem.lengths(problem.held_out)[chosen] > 4).all()  # "yes ..." is the longer one
+
+
+def test_given_preferences_have_no_rule_to_train_on():
+    with pytest.raises(ValueError, match="follow no rule: label must be 'learned'"):
+        length_run("dpo", "given", 1e-3, 0, label="rule")

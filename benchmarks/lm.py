@@ -1,0 +1,310 @@
+"""An on-policy DPO step of a language model against TRL's OnlineDPOTrainer.
+
+A step draws 2 completions of exactly 64 tokens for each of 32 prompts, scores them under the
+reference, and takes one update. Both sides have the same model (Pythia's architecture, random
+weights), prompts, temperature 1, constant-time reward and Adam; the learning rate is 0, so that
+the policy stays what it is. Each side runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from benchmarks import Result
+from benchmarks.bandit import Effort, in_processes, peak_memory, sgemm_peak
+from lib.finetune import State, fine_tune
+from lib.lm import pairs
+from lib.lm.config import LengthRun, length_run
+from lib.lm.problem import LengthProblem
+from lib.rollouts import Rollout
+from lib.timing import Clock
+
+PROMPTS, COMPLETIONS, PROMPT, LENGTH = 32, 2, 32, 64
+NEVER = -1  # a token id that no completion has: nothing ends before LENGTH
+WARM_UP = 1  # steps that are not counted
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Pythia architecture: width / 64 heads, feed-forward 4 x width."""
+
+    width: int
+    layers: int
+    vocabulary: int
+
+    def config(self) -> GPTNeoXConfig:
+        return GPTNeoXConfig(
+            vocab_size=self.vocabulary, hidden_size=self.width, num_hidden_layers=self.layers,
+            num_attention_heads=max(4, self.width // 64), intermediate_size=4 * self.width,
+            max_position_embeddings=PROMPT + LENGTH, bos_token_id=None, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+
+
+SHAPES = {"tiny": Shape(128, 4, 2048), "small": Shape(512, 6, 8192)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process found: seconds of each step, of each phase in all, MB at most, FLOPs."""
+
+    times: list[float]
+    phases: dict[str, float]
+    memory: float
+    flops: int
+    peak: float
+
+
+def prepare(folder: Path, shape: Shape) -> None:
+    """Policy, tokenizer (one word a token) and prompts, as `lib.lm.prepare` lays them out."""
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(shape.config()).save_pretrained(folder / "policy")
+    words = {f"w{i}": i for i in range(shape.vocabulary)}
+    model = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="w0", eos_token="w1", model_max_length=PROMPT + LENGTH
+    ).save_pretrained(folder / "policy")
+    ids = torch.randint(2, shape.vocabulary, (PROMPTS, PROMPT)).tolist()
+    data = pairs.Pairs(ids, [[2]] * PROMPTS, [[2, 3]] * PROMPTS, (1,))
+    pairs.save(folder / "pairs.parquet", {split: data for split in pairs.SPLITS})
+
+
+def first_token(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The reward: it takes no time, and hardly ever ties."""
+    return [float(ids[0]) for ids in completion_ids]
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class FixedLength(LengthProblem):
+    """Completions that do not end early, rewarded by `first_token`."""
+
+    def __init__(self, config: LengthRun):
+        super().__init__(config)
+        self.reference.eos = torch.tensor([NEVER])
+
+    def initial_state(self) -> State:
+        state = super().initial_state()
+        state.policy.eos = self.reference.eos
+        return state
+
+    def proxy(self, batch: Rollout) -> Tensor:
+        return batch.completions[..., 0].float()
+
+
+def ours(folder: Path, dtype: str, threads: int, steps: int, _process: int = 0) -> Measured:
+    """Steps of `lib.finetune`: collect and update."""
+    torch.set_num_threads(threads)
+    count = WARM_UP + steps + 1
+    config = length_run(
+        "dpo", "min", 0.0, 0, updates=count, minibatch=PROMPTS * COMPLETIONS,
+        batch=PROMPTS * COMPLETIONS, max_tokens=LENGTH, label="rule", dtype=dtype,
+        prepared=str(folder),
+    )  # fmt: skip
+    problem = FixedLength(config)
+    state = problem.initial_state()
+    updates = fine_tune(state, problem, problem.method, config.schedule, config.hyper)
+    times = []
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            problem.clock.seconds.update(dict.fromkeys(problem.clock.seconds, 0.0))
+        started = perf_counter()
+        with problem.clock.measure("training"):
+            next(updates)
+        times.append(perf_counter() - started)
+    memory = peak_memory()
+    with FlopCounterMode(display=False) as counter:
+        next(updates)
+    return Measured(times[WARM_UP:], dict(problem.clock.seconds), memory,
+                    counter.get_total_flops(), sgemm_peak())  # fmt: skip
+
+
+# --- TRL's ----------------------------------------------------------------------------------------
+
+
+class Ticks(TrainerCallback):
+    """Times the steps of a trainer; counts the FLOPs of the last one."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.times, self.memory = clock, [], 0.0
+        self.counter = FlopCounterMode(display=False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == WARM_UP:
+            self.clock.seconds.update(dict.fromkeys(self.clock.seconds, 0.0))
+        if state.global_step == state.max_steps - 1:
+            self.phases, self.memory = dict(self.clock.seconds), peak_memory()
+            self.counter.__enter__()
+        self.started = perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times.append(perf_counter() - self.started)
+        if state.global_step == state.max_steps:
+            self.counter.__exit__(None, None, None)
+
+
+def theirs(
+    folder: Path, dtype: str, threads: int, steps: int, checkpointing: bool = False,
+    _process: int = 0,
+) -> Measured:  # fmt: skip
+    """Steps of `trl.experimental.online_dpo.OnlineDPOTrainer`."""
+    torch.set_num_threads(threads)
+    clock = Clock()
+    ticks = Ticks(clock)
+    trainer = _trainer(folder, dtype, WARM_UP + steps + 1, checkpointing, ticks)
+    with _timed(trainer, clock):
+        trainer.train()
+    times, phases = ticks.times[WARM_UP:-1], ticks.phases
+    phases["training"] = sum(times) - phases["sampling"] - phases["scoring"]
+    return Measured(times, phases, ticks.memory, ticks.counter.get_total_flops(), sgemm_peak())
+
+
+def _trainer(folder: Path, dtype: str, steps: int, checkpointing: bool, ticks: Ticks) -> Any:
+    """The trainer with the same prompts and reward, and nothing that it does not need."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    warnings.filterwarnings("ignore", module="torch.utils.data")  # no pinned memory on a CPU
+    from datasets import Dataset, disable_progress_bars
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    prompts = [tokenizer.decode(ids) for ids in pairs.load(folder / "pairs.parquet", "train",
+                                                           (1,)).prompts]  # fmt: skip
+    arguments = OnlineDPOConfig(
+        str(folder / "trainer"), learning_rate=0.0, beta=0.1, max_new_tokens=LENGTH,
+        max_length=PROMPT + LENGTH, temperature=1.0, per_device_train_batch_size=PROMPTS,
+        gradient_checkpointing=checkpointing, bf16=dtype == "bfloat16", use_cpu=True,
+        max_steps=steps, save_strategy="no", logging_strategy="no", report_to=[],
+        disable_tqdm=True, weight_decay=0.0, max_grad_norm=1.0, seed=0,
+    )  # fmt: skip
+    trainer = OnlineDPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "policy"), args=arguments,
+        reward_funcs=first_token, train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer, callbacks=[ticks],
+    )  # fmt: skip
+    trainer.generation_config.eos_token_id = None
+    trainer.eos_token_ids = [NEVER]
+    return trainer
+
+
+@contextmanager
+def _timed(trainer: Any, clock: Clock) -> Iterator[None]:
+    """Generation counts as sampling, forward passes without a gradient as scoring."""
+    generate, forward = trainer._generate, trainer._forward
+
+    def timed_generate(*args: Any, **more: Any) -> Any:
+        with clock.measure("sampling"):
+            out = generate(*args, **more)
+        assert out[2].shape == (PROMPTS * COMPLETIONS, LENGTH), f"completions {out[2].shape}"
+        assert bool(out[3].all()), "a completion ended early"
+        return out
+
+    def timed_forward(*args: Any, **more: Any) -> Any:
+        with clock.measure("training" if torch.is_grad_enabled() else "scoring"):
+            return forward(*args, **more)
+
+    trainer._generate, trainer._forward = timed_generate, timed_forward
+    yield
+
+
+# --- the comparison -------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Callable[..., Measured]] = {
+    "ours float32": partial(ours, dtype="float32"),
+    "ours bfloat16": partial(ours, dtype="bfloat16"),
+    "TRL float32": partial(theirs, dtype="float32"),
+    "TRL bfloat16": partial(theirs, dtype="bfloat16"),
+    "TRL float32, gradient checkpointing (its default)":
+        partial(theirs, dtype="float32", checkpointing=True),
+}  # fmt: skip
+
+
+def measure(shape: Shape, threads: int, steps: int, rounds: int) -> dict[str, list[Measured]]:
+    """Each setting in a fresh process, in turn, so that a busy moment hits all."""
+    found: dict[str, list[Measured]] = {name: [] for name in SETTINGS}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), shape)
+        for _ in range(rounds):
+            for name, setting in SETTINGS.items():
+                work = partial(_work, setting, Path(folder), threads, steps)
+                found[name] += in_processes(work, 1)
+    return found
+
+
+def _work(
+    setting: Callable, folder: Path, threads: int, steps: int, process: int
+) -> Measured:
+    return setting(folder, threads=threads, steps=steps, _process=process)
+
+
+def seconds(found: list[Measured]) -> float:
+    return median(t for m in found for t in m.times)
+
+
+def about(found: list[Measured]) -> dict[str, Any]:
+    """One setting in numbers: seconds, shares of the phases, memory, FLOPs, share of the peak."""
+    first, spent = found[0], seconds(found)
+    whole = sum(sum(m.phases.values()) for m in found)
+    shares = {k: sum(m.phases[k] for m in found) / whole for k in ("sampling", "scoring",
+                                                                    "training")}  # fmt: skip
+    top = max(m.peak for m in found)
+    return {"seconds": spent, "times": [m.times for m in found], "shares": shares,
+            "memory_mb": max(m.memory for m in found), "flops": first.flops,
+            "peak_flops_per_second": top,
+            "share_of_peak": first.flops / spent / top}  # fmt: skip
+
+
+def described(numbers: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in numbers["shares"].items())
+    return (f"{parts}; {numbers['memory_mb']:.0f} MB; {numbers['flops'] / 1e9:.1f} GFLOP at "
+            f"{numbers['share_of_peak']:.0%} of the sgemm peak")  # fmt: skip
+
+
+def dpo_step(name: str, threads: int, effort: Effort) -> Iterator[Result]:
+    """Our step in both dtypes against TRL's better one, and against TRL's default."""
+    shape = SHAPES[name]
+    found = measure(shape, threads, effort.steps, effort.rounds)
+    numbers = {setting: about(m) for setting, m in found.items()}
+    best = min(("TRL float32", "TRL bfloat16"), key=lambda s: numbers[s]["seconds"])
+    default = next(s for s in numbers if "default" in s)
+    size = f"width {shape.width}, {shape.layers} layers, vocabulary {shape.vocabulary}"
+    for dtype, baseline in (("float32", best), ("bfloat16", best), ("float32", default)):
+        mine, other = numbers[f"ours {dtype}"], numbers[baseline]
+        yield Result(
+            f"lm/dpo_step/{name}/{dtype}/threads_{threads}" + "/default" * (baseline == default),
+            other["seconds"] / mine["seconds"],
+            f"OnlineDPOTrainer ({baseline}; {size}; {described(other)})",
+            mine["seconds"], other["seconds"], str(threads), described(mine),
+            details={"settings": numbers, "tokens": PROMPTS * COMPLETIONS * LENGTH},
+        )  # fmt: skip
+
+
+BENCHMARKS: dict[str, Callable[[Effort], Iterator[Result]]] = {
+    f"lm/{name}/threads_{threads}": partial(dpo_step, name, threads)
+    for name in SHAPES for threads in (1, 2)
+}  # fmt: skip
