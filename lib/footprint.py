@@ -28,7 +28,7 @@ from lib.lm.policy import TOKEN_BUDGET
 GIB = 2**30
 COMPUTE = 0.4  # share of the peak that matrix products reach
 BANDWIDTH = 0.6  # share of the memory's speed that a decoding step reaches
-LAUNCH = 4e-4  # seconds that starting a layer's operations one by one takes in a decoding step
+LAUNCH = 5e-4  # seconds to start a layer's operations one by one (one response, a CPU core)
 LORA_RANK = 16
 RESERVED = 1.0  # GiB for driver, kernels and fragments
 
@@ -225,7 +225,7 @@ def time_table(presets: Mapping[str, Preset] = PRESETS) -> pd.DataFrame:
             found = seconds(preset, machine, **WAYS.get(way(preset, machine), {}))
             rows.append({"preset": name, "machine": machine.name,
                          **{f"{phase}, s": value for phase, value in found.items()},
-                         "100 updates, min": 100 * sum(found.values()) / 60})  # fmt: skip
+                         "100 updates, minutes": 100 * sum(found.values()) / 60})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -235,6 +235,8 @@ def written(table: pd.DataFrame) -> pd.DataFrame:
     def text(value: Any) -> Any:
         if not isinstance(value, float):
             return value
+        if 0 < value < 0.001:
+            return "< 0.001"
         return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
     return table.map(text)

@@ -228,6 +228,7 @@ def numbers(
         found |= {f"close_{task}": f"{right.right[task, 'under 6']:.2f}",
                   f"far_{task}": f"{right.right[task, '31 and more']:.2f}"}  # fmt: skip
     for task, scores in cuts.items():
-        mean = np.nanmean(scores, axis=0)
-        found[f"favourite_{task}"] = CUTS[int(np.nanargmax(mean))]
+        means = {cut: column[~np.isnan(column)].mean() for cut, column in
+                 zip(CUTS, scores.T, strict=True) if not np.isnan(column).all()}  # fmt: skip
+        found[f"favourite_{task}"] = max(means, key=means.get)
     return found

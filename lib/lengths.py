@@ -113,7 +113,7 @@ class Prepared:
 
     def gold(self, task: str, lengths: np.ndarray) -> np.ndarray:
         """The gold reward of responses by their lengths, tokens (`lib.lm.length.gold`)."""
-        return gold(task, torch.as_tensor(lengths), self.target).double().numpy()
+        return gold(task, torch.tensor(lengths), self.target).double().numpy()
 
     def peak(self, task: str) -> float:
         """The length that the gold reward prefers to every other."""

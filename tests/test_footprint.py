@@ -1,0 +1,132 @@
+"""The formulas against parameter counts, hand-computed numbers and what must hold for any model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+
+from lib import footprint
+from lib.footprint import GIB, MACHINES, PRESETS, Machine, Preset, Shape
+from tests.lm_folder import prepared_folder
+
+SMALL = Shape("small", 1000, width=8, layers=2, inner=32, keys=8, vocabulary=50)
+
+
+def on_paper(config):
+    """A model of a configuration without its numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_sizes_are_those_of_the_configurations():
+    pythia = dict(vocab_size=50_304, num_hidden_layers=24, num_attention_heads=16)
+    large = GPTNeoXConfig(hidden_size=2048, intermediate_size=8192, **pythia)
+    medium = GPTNeoXConfig(hidden_size=1024, intermediate_size=4096, **pythia)
+    small = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, intermediate_size=1536, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert Shape.of("Pythia-1.4B", on_paper(large)) == footprint.PYTHIA_14
+    assert Shape.of("Pythia-410M", on_paper(medium)) == footprint.PYTHIA_410
+    assert Shape.of("SmolLM2-135M", on_paper(small)) == footprint.SMOLLM2
+
+
+def test_a_layers_activations_by_hand():
+    """Inputs of both norms and of the four products, q, k, v, and the MLP twice."""
+    assert SMALL.layer_numbers == 6 * 8 + 2 * 8 + 2 * 32
+    assert SMALL.activations() == 2 * SMALL.layer_numbers
+    assert SMALL.activations(checkpointing=True) == 2 * 8 + SMALL.layer_numbers
+    assert replace(SMALL, gated=True).layer_numbers == SMALL.layer_numbers + 2 * 32
+    pythia = footprint.PYTHIA_14  # 32 d bytes a layer: Korthikanti's 34 less two masks
+    assert 2 * pythia.layer_numbers == 32 * pythia.width
+
+
+def test_memory_by_hand():
+    found = footprint.memory(Preset(SMALL, replace(SMALL, parameters=100), 3, 5))
+    n = 64 * 8
+    assert found["weights"] * GIB == 6000 and found["gradients"] * GIB == 4000
+    assert found["moments"] * GIB == 8000 and found["reference"] * GIB == 4000
+    assert found["reward model"] * GIB == 400
+    assert found["activations"] * GIB == 2 * n * SMALL.activations()
+    assert found["logits"] * GIB == 12 * n * 50
+    assert found["keys and values"] * GIB == 2 * n * 2 * 2 * 8
+    total = 22_400 + 2 * n * SMALL.activations() + 12 * n * 50
+    assert found["total"] * GIB == pytest.approx(total)
+
+
+def test_lora_counts_its_matrices():
+    """Rank 16: query and output 8 + 8, key and value 8 + 8, two of 8 + 32; two layers."""
+    assert SMALL.adapters == 16 * 2 * (4 * 16 + 2 * 40)
+    preset = Preset(SMALL, SMALL, 3, 5)
+    found = footprint.memory(preset, size=4, lora=True)
+    assert found["reference"] == 0
+    assert found["weights"] * GIB == 2 * 1000 + 6 * SMALL.adapters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_way_takes_less(name):
+    totals = [footprint.memory(PRESETS[name], **how)["total"] for how in footprint.WAYS.values()]
+    assert totals == sorted(totals, reverse=True)
+
+
+@given(st.integers(1, 4096), st.integers(1, 512), st.sampled_from(sorted(PRESETS)))
+def test_more_tokens_at_once_take_no_less(micro_batch, response, name):
+    preset = replace(PRESETS[name], response=response)
+    less = footprint.memory(preset, micro_batch=micro_batch)["total"]
+    assert less <= footprint.memory(preset, micro_batch=2 * micro_batch)["total"]
+    more = replace(preset, response=response + 1)
+    assert less <= footprint.memory(more, micro_batch=micro_batch)["total"]
+
+
+def test_a_t4_needs_lora_for_the_papers_policy():
+    assert footprint.way(PRESETS["pythia"], footprint.T4) == "with checkpointing and LoRA"
+    assert footprint.way(PRESETS["pythia"], footprint.H100) == "as the loop does"
+    assert footprint.way(PRESETS["pythia"], Machine("none", 1, 1e12, 1e9)) == "not at all"
+
+
+def test_seconds_by_hand():
+    """A machine whose only limit is arithmetic."""
+    machine = Machine("arithmetic", 1, 1e6 / footprint.COMPUTE, 1e18)
+    preset = Preset(replace(SMALL, layers=0), SMALL, 3, 5)
+    found = footprint.seconds(preset, machine)
+    assert found["training"] == pytest.approx(6 * 1000 * 64 * 8 / 1e6)
+    assert found["scoring"] == pytest.approx(2 * 2000 * 64 * 8 / 1e6)
+    assert found["sampling"] == pytest.approx(2 * 1000 * 64 * 8 / 1e6)
+    again = footprint.seconds(preset, machine, checkpointing=True)
+    assert again["training"] == pytest.approx(found["training"] * 4 / 3)
+
+
+def test_decoding_waits_for_the_slowest_limit():
+    preset = Preset(SMALL, SMALL, 3, 5)
+    slow = Machine("reads slowly", 1, 1e15, 1e3 / footprint.BANDWIDTH)
+    read = 2 * (1000 + 64 * 5.5 * SMALL.cache)
+    assert footprint.seconds(preset, slow)["sampling"] == pytest.approx(5 * read / 1e3, rel=1e-3)
+    fast = Machine("launches", 1, 1e18, 1e18)
+    assert footprint.seconds(preset, fast)["sampling"] == pytest.approx(5 * 2 * footprint.LAUNCH)
+
+
+def test_tables_have_every_preset_and_machine():
+    assert list(footprint.memory_table().columns[1:]) == list(PRESETS)
+    assert len(footprint.time_table()) == len(PRESETS) * len(MACHINES)
+    assert footprint.fit_table()["preset"].tolist() == list(PRESETS)
+
+
+def test_estimates_are_written_with_two_digits():
+    table = pd.DataFrame({"a": [123.4, 1.234, 0.0234, 0.0002, 0.0], "b": ["x"] * 5})
+    assert footprint.written(table)["a"].tolist() == ["123", "1.2", "0.023", "< 0.001", "0"]
+
+
+def test_a_run_is_measured_beside_its_estimate(tmp_path):
+    folder = prepared_folder(tmp_path)
+    took, tokens = footprint.measured(str(folder), updates=2, max_tokens=12)
+    assert set(took) == {"sampling", "scoring", "training"} and min(took.values()) > 0
+    assert 0 <= tokens <= 12
+    table = footprint.beside(PRESETS["tiny"], footprint.this_core(size=64), took)
+    assert table["phase"].tolist() == [*took, "together"]
+    assert table["measured, s"].iloc[-1] == pytest.approx(sum(took.values()))
