@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from lib.lm import parallel
+from lib.lm.cache import growing_cache
 from lib.lm.network import Network
 from lib.rollouts import invert_cdf
 
@@ -96,7 +97,7 @@ def _cache(network: Network, length: int, static: bool) -> DynamicCache | Static
     config = network.model.config
     if static:
         return StaticCache(config=config, max_cache_len=length)
-    return DynamicCache(config=config)
+    return growing_cache(config)
 
 
 class _Trace:

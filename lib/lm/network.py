@@ -56,7 +56,9 @@ class Network(nn.Module):
     def vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products in `dtype`. Weights are cast once inside the outermost of such contexts
+        where they train, and at every product otherwise."""
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.dtype))
@@ -66,7 +68,7 @@ class Network(nn.Module):
         """Some architectures scale or cap their logits after the head: not ours to guess."""
         tokens = torch.tensor([[1, 2, 3]], device=self.device) % self.vocabulary
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        with self._autocast():
+        with self.autocast():
             whole = self.model(input_ids=tokens).logits.float()
         halves = self.logits(self.hidden(tokens, mask)) * self.temperature
         if not torch.allclose(whole, halves, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
@@ -78,7 +80,7 @@ class Network(nn.Module):
         """Last hidden states. tokens (S, n); mask (S, m) bool of all m >= n tokens so far, those
         in the cache included; positions count the tokens that are not padding. -> (S, n, d)."""
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        with self._autocast():
+        with self.autocast():
             out = self.model.base_model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions,
                 past_key_values=cache, use_cache=cache is not None,
@@ -87,13 +89,16 @@ class Network(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V) float32, at the temperature."""
-        with self._autocast():
+        with self.autocast():
             raw = self.model.get_output_embeddings()(hidden)
         return raw.float() / self.temperature
 
     def values(self, hidden: Tensor) -> Tensor | None:
         """(..., d) -> (...) what the value head predicts, or None if there is none."""
-        return None if self.value is None else self.value(hidden.float())[..., 0]
+        if self.value is None:
+            return None
+        with torch.autocast(self.device.type, enabled=False):
+            return self.value(hidden.float())[..., 0]
 
     def logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of tokens from the states before them. (N, d), (N,) -> (N,) nats."""

@@ -43,8 +43,9 @@ class Scorer:
         count = exact_div(len(uniforms), len(prompts), "completions of the prompts")
         own = parallel.mine(torch.arange(len(prompts), device=prompts.device))
         rows = (own[:, None] * count + torch.arange(count, device=own.device)).flatten()
-        part = sample(self.network, prompts[own], prompt_mask[own], uniforms[rows], self.eos,
-                      self.pad)  # fmt: skip
+        with self.network.autocast():  # one context: weights are cast once, not at every token
+            part = sample(self.network, prompts[own], prompt_mask[own], uniforms[rows], self.eos,
+                          self.pad)  # fmt: skip
         return part.placed(rows, len(uniforms))
 
     @torch.no_grad()
