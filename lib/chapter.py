@@ -170,7 +170,8 @@ class Chapter(Page):
     def is_interpreted(self) -> bool:
         """Whether these are the published results that the chapter's prose was written for."""
         own = self.methods is not None or self.extra_seeds
-        standard = self.profile_name == INTERPRETED and self.profile == experiments.FULL
+        full = experiments.CHAPTERS[self.name].profiles[INTERPRETED]
+        standard = self.profile_name == INTERPRETED and self.profile == full
         return self.published is not None and standard and not own
 
     def reading(self) -> str:
@@ -310,7 +311,7 @@ class _Untracked:
     def due(self) -> bool:
         return False
 
-    def progress(self, done: int, total: int) -> None:
+    def progress(self, done: int, total: int, **shown: str) -> None:
         return None
 
 

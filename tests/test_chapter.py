@@ -2,8 +2,9 @@
 
 import pytest
 
-from lib import chapter, claims, experiments
+from lib import chapter, claims
 from lib.chapter import Chapter
+from lib.experiments.bandit import FULL
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,10 @@ def test_a_dial_holds_the_base_setting_at_its_own_value(monkeypatch):
     prompts = Chapter("negative_gradient")
     monkeypatch.setattr(prompts, "reported", lambda setting: setting)
     found = prompts.dial("ipo_offline@R1", "prompts")
-    assert list(found) == [10, *experiments.FULL.prompts] and found[10] == "ipo_offline@R1"
+    assert list(found) == [10, *FULL.prompts] and found[10] == "ipo_offline@R1"
     sets = Chapter("on_policy")
     monkeypatch.setattr(sets, "reported", lambda setting: setting)
-    assert list(sets.dial("best_of_n@R1", "sets")) == [1, *experiments.FULL.sets]
+    assert list(sets.dial("best_of_n@R1", "sets")) == [1, *FULL.sets]
 
 
 def test_reported_rows_are_selected_once(complementary):

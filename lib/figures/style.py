@@ -103,7 +103,8 @@ def averaged(curves: pd.DataFrame, y: str, x: str = "update") -> pd.DataFrame:
 
 def short(title: str) -> str:
     """A method's title as it fits a narrow figure."""
-    title = title.replace(" (one ratio per completion)", "")
+    for ending in (" (one ratio per completion)", " (one ratio per token)", " (Binary FeedMe)"):
+        title = title.replace(ending, "")
     return title.replace(" + negative gradient", " +\nneg. gradient")
 
 

@@ -221,7 +221,7 @@ def distances(table: pd.DataFrame) -> Figure:
             panel.set(title=f"{name} start", xscale="log", xlabel=r"time $\eta t$", ylim=(0, 1.05))
             panel.set_xticks([1, 10, 100], ["1", "10", "100"])
         axes[0, 0].set_ylabel("mass left to move\n(start = 1)")
-        legend_below(figure, axes[0, 0])
+        legend_below(figure, [axes[0, 0]])
     return figure
 
 
@@ -279,7 +279,7 @@ def bridge(table: pd.DataFrame) -> Figure:
             row[0].set_ylabel("mean reward")
         for panel in axes[-1]:
             panel.set_xlabel(r"KL($\pi\,\|\,\pi_\mathrm{ref}$), nats")
-        legend_below(figure, axes[0, 0], columns=3)
+        legend_below(figure, [axes[0, 0]])
     return figure
 
 
