@@ -16,7 +16,13 @@ from lib.rollouts import Rollout
 # Log-probabilities recomputed by the full pass against those of the cached decoder, as a share of
 # the largest logit: float32 rounding, and bfloat16's (8 bits of mantissa).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-TOKEN_BUDGET = 8192  # tokens, padding included, that pass through the network at once
+# Tokens, padding included, that pass through the network at once. On a CPU a small bucket pads less
+# and keeps activations in the cache (an update of the tiny policy: 0.5 s at 1,024, 0.8 s at 8,192).
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 32768}
+
+
+def token_budget(device: torch.device) -> int:
+    return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
 
 
 class Scorer:
@@ -26,13 +32,14 @@ class Scorer:
         network: the model in two halves.
         eos: ids that end a completion. pad: id that stands where nothing counts (masks are never
             derived from it, so it may be an EOS).
-        budget: tokens that pass through the network at once.
+        budget: tokens that pass through the network at once; None for the device's.
     """
 
     def __init__(
-        self, network: Network, eos: tuple[int, ...], pad: int, budget: int = TOKEN_BUDGET
+        self, network: Network, eos: tuple[int, ...], pad: int, budget: int | None = None
     ):
-        self.network, self.pad, self.budget = network, pad, budget
+        self.network, self.pad = network, pad
+        self.budget = budget or token_budget(network.device)
         self.eos = torch.tensor(eos, device=network.device)
 
     def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
@@ -148,7 +155,7 @@ class CausalPolicy(Scorer):
         pad: int,
         rate: float,
         clip_norm: float = 1.0,
-        budget: int = TOKEN_BUDGET,
+        budget: int | None = None,
     ):
         super().__init__(network, eos, pad, budget)
         self.parameters = [p for p in network.parameters() if p.requires_grad]

@@ -21,7 +21,7 @@ from trl import RewardConfig, RewardTrainer
 
 from lib.lm import parallel
 from lib.lm.pairs import Pairs
-from lib.lm.policy import TOKEN_BUDGET, Rows
+from lib.lm.policy import Rows, token_budget
 from lib.rollouts import Rollout
 
 
@@ -32,13 +32,13 @@ class RewardModel:
     Raises: ValueError if the model is none.
     """
 
-    def __init__(self, model: PreTrainedModel, budget: int = TOKEN_BUDGET):
+    def __init__(self, model: PreTrainedModel, budget: int | None = None):
         if getattr(model, "num_labels", None) != 1 or not hasattr(model, "score"):
             raise ValueError(
                 f"{type(model).__name__} is no reward model: it must be a causal architecture's "
                 "ForSequenceClassification with one label (num_labels=1)"
             )
-        self.model, self.budget = model.eval(), budget
+        self.model, self.budget = model.eval(), budget or token_budget(model.device)
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
