@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lib import stats
 from lib.lm.batches import padded, unpadded
-from lib.lm.config import TINY
+from lib.lm.config import PRESETS, TINY, prepared_folder
 from lib.lm.length import TASKS, gold
 from lib.lm.models import load_policy, load_tokenizer
 from lib.lm.network import Network
@@ -46,7 +46,8 @@ PARTS = ("policy", "pairs.parquet", *(f"reward-{task}" for task in TASKS))
 class Prepared:
     """A prepared folder as this chapter reads it; each part is loaded at first use.
 
-    Args: name: "tiny", which is shipped, or a folder that `lib.lm.prepare` made.
+    Args: name: "tiny", which is shipped, one of `lib.lm.config.PRESETS`, or a folder that
+        `lib.lm.prepare` made of prompts: preferences of your own follow no rule.
     Raises: FileNotFoundError that names what is missing and how it is made.
     """
 
@@ -55,14 +56,15 @@ class Prepared:
     def __post_init__(self) -> None:
         if absent := [part for part in PARTS if not (self.folder / part).exists()]:
             raise FileNotFoundError(
-                f"prepared must be 'tiny' or a folder that lib.lm.prepare made; {self.name!r} "
-                f"({self.folder}) lacks {', '.join(absent)}. Make it: python -m lib.lm.prepare "
-                "--policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out FOLDER"
+                f"prepared must be 'tiny', one of {PRESETS} or a folder that lib.lm.prepare made "
+                f"of prompts; {self.name!r} ({self.folder}) lacks {', '.join(absent)}. Make it: "
+                "python -m lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out "
+                f"{self.folder}"
             )
 
     @property
     def folder(self) -> Path:
-        return TINY if self.name == "tiny" else Path(self.name)
+        return prepared_folder(self.name)
 
     @property
     def device(self) -> str:
