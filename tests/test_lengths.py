@@ -227,3 +227,12 @@ def test_numbers_are_plain(have, covered):
 
 def test_prose_is_for_the_shipped_policy(have):
     assert "may not hold here" in lengths.reading(have)
+
+
+def test_the_shipped_tasks_differ_as_table_2_says():
+    """What the later chapters' comparisons rest on."""
+    have = lengths.Prepared("tiny")
+    near, cover = lengths.geometry(have), lengths.overlap(have)
+    assert near.loc["mode", "low"] > 5 * near.loc["min", "high"]
+    assert near.loc["min", "nats"] > near.loc["mode", "nats"] + 1
+    assert cover.loc["skew", "overlap"] < 0.5 < cover.loc["min", "overlap"]
