@@ -28,6 +28,15 @@ class Clock:
             self.seconds[phase] += spent - self._inner.pop()
             self._inner[-1] += spent
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The time of the block counts for no phase, nor for the one that is being measured."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self._inner[-1] += perf_counter() - start
+
     def charge(self, phase: str, seconds: float) -> None:
         """Adds seconds that were spent elsewhere: a share of work that several runs have in common.
 

@@ -22,7 +22,7 @@ from lib.lm import tiny
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, settings, sft
 from lib.runs import provenance
 
-RUN = SFTRun(learning_rate=1e-3, schedule="linear", batch=16, epochs=12, patience=2, dropout=0.1)
+RUN = SFTRun(learning_rate=1e-3, schedule="linear", batch=16, epochs=10, patience=2, dropout=0.1)
 SAMPLES = 256  # validation prompts that the trained policy answers
 CHECKED = 64  # validation pairs on which the tests compute the loss again
 LIBRARIES = ("transformers", "tokenizers", "trl", "datasets", "accelerate")

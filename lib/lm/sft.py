@@ -222,7 +222,6 @@ def _arguments(run: SFTRun, folder: str):
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        train_sampling_strategy="group_by_length",  # halves the padding
         logging_nan_inf_filter=False,  # a loss that is not a number must show as one
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
