@@ -19,10 +19,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from lib.lm.config import MINIBATCH, length_run
 from lib.lm.engine import LengthEngine
-from lib.lm.network import LOGIT_BUDGET
+from lib.lm.network import LOGIT_BUDGET, Network
 from lib.lm.policy import TOKEN_BUDGET
 
 GIB = 2**30
@@ -281,6 +282,27 @@ def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: An
     phases = ("sampling", "scoring", "training")
     took = {phase: float(last[f"seconds_{phase}"]) / updates for phase in phases}
     return took, float(table["length"].mean())
+
+
+def stored(network: Network, samples: int = 4, length: int = 64) -> float:
+    """Bytes per token that PyTorch keeps for the backward pass of the hidden states, counted.
+
+    Storages that several tensors share count once, parameters not at all.
+    Args: network: with weights that train; its own dtype of products.
+    """
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (at := tensor.untyped_storage().data_ptr()) not in own:
+            kept[at] = tensor  # held, so that its place is not given to another one
+        return tensor
+
+    tokens = torch.arange(samples * length, device=network.device) % network.vocabulary
+    tokens = tokens.view(samples, length)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / tokens.numel()
 
 
 def beside(preset: Preset, machine: Machine, took: Mapping[str, float]) -> pd.DataFrame:

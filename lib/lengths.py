@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lib import stats
 from lib.lm.batches import padded, unpadded
-from lib.lm.config import TINY
+from lib.lm.config import PRESETS, TINY, prepared_folder
 from lib.lm.length import TASKS, gold
 from lib.lm.models import load_policy, load_tokenizer
 from lib.lm.network import Network
@@ -46,7 +46,8 @@ PARTS = ("policy", "pairs.parquet", *(f"reward-{task}" for task in TASKS))
 class Prepared:
     """A prepared folder as this chapter reads it; each part is loaded at first use.
 
-    Args: name: "tiny", which is shipped, or a folder that `lib.lm.prepare` made.
+    Args: name: "tiny", which is shipped, one of `lib.lm.config.PRESETS`, or a folder that
+        `lib.lm.prepare` made of prompts: preferences of your own follow no rule.
     Raises: FileNotFoundError that names what is missing and how it is made.
     """
 
@@ -55,14 +56,15 @@ class Prepared:
     def __post_init__(self) -> None:
         if absent := [part for part in PARTS if not (self.folder / part).exists()]:
             raise FileNotFoundError(
-                f"prepared must be 'tiny' or a folder that lib.lm.prepare made; {self.name!r} "
-                f"({self.folder}) lacks {', '.join(absent)}. Make it: python -m lib.lm.prepare "
-                "--policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out FOLDER"
+                f"prepared must be 'tiny', one of {PRESETS} or a folder that lib.lm.prepare made "
+                f"of prompts; {self.name!r} ({self.folder}) lacks {', '.join(absent)}. Make it: "
+                "python -m lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out "
+                f"{self.folder}"
             )
 
     @property
     def folder(self) -> Path:
-        return TINY if self.name == "tiny" else Path(self.name)
+        return prepared_folder(self.name)
 
     @property
     def device(self) -> str:
@@ -390,27 +392,33 @@ def overlap(prepared: Prepared) -> pd.DataFrame:
 
 
 def table_2(prepared: Prepared, covered: pd.DataFrame) -> pd.DataFrame:
-    """The paper's Table 2 beside the numbers. Args: covered: of `coverage`."""
-    near, lengths, rows = geometry(prepared), overlap(prepared), []
+    """The paper's Table 2 beside the numbers, a column per task. Args: covered: of `coverage`."""
+    near, lengths, columns = geometry(prepared), overlap(prepared), {}
     for task in TASKS:
         of, where = covered[covered["task"] == task], near.loc[task]
-        both = {name: of[[f"chosen_{name}", f"rejected_{name}"]].to_numpy().ravel()
+        mean = {name: np.nanmean(of[[f"chosen_{name}", f"rejected_{name}"]].to_numpy())
                 for name in ("logp", "token", "end")}  # fmt: skip
-        rows.append({
-            "": TITLES[task], "peaks (paper)": TABLE_2[task][0],
-            "pi_ref near the peak": f"{100 * where.near:.1f}%", "nats": f"{where.nats:.1f}",
-            "D_pref and pi_ref (paper)": TABLE_2[task][1],
-            "overlap of lengths": f"{lengths.overlap[task]:.2f}",
-            "data near the peak": f"{100 * lengths.near[task]:.1f}%",
-            **{f"log pi_ref {unit}": f"{np.nanmean(both[name]):.{digits}f}" for name, unit, digits
-               in (("logp", "a response", 0), ("token", "a token", 2), ("end", "of EOS", 2))},
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+        columns[TITLES[task]] = {
+            "[C1] peaks of reward and policy, in the paper": TABLE_2[task][0],
+            f"the policy's responses within {NEAR} tokens of the peak": f"{100 * where.near:.1f}%",
+            "the least KL of staying there, nats": f"{where.nats:.1f}",
+            "[C2] overlap of data and policy, in the paper": TABLE_2[task][1],
+            "overlap of their lengths": f"{lengths.overlap[task]:.2f}",
+            f"the data's responses within {NEAR} tokens of it": f"{100 * lengths.near[task]:.1f}%",
+            "log-probability of a response of the data": f"{mean['logp']:.0f}",
+            "of a token": f"{mean['token']:.2f}",
+            "of its EOS": f"{mean['end']:.2f}",
+        }  # fmt: skip
+    return pd.DataFrame(columns).rename_axis("").reset_index()
 
 
 def numbers(prepared: Prepared, covered: pd.DataFrame) -> dict[str, Any]:
     """What the prose quotes of this room, by name. Args: covered: of `coverage`."""
-    found: dict[str, Any] = {"target": prepared.target, "cap": prepared.cap}
+    table = pd.read_parquet(TINY / "responses.parquet", columns=["topic", "template"])
+    found: dict[str, Any] = {
+        "target": prepared.target, "sft_pairs": f"{len(table):,}",
+        "sft_topics": table["topic"].nunique(), "sft_templates": table["template"].nunique(),
+    }  # fmt: skip
     for task, row in geometry(prepared).iterrows():
         found |= {f"{name}_{task}": float(row[name]) for name in ("nats", "reward", "best")}
         near, low, high = (100 * row[name] for name in ("near", "low", "high"))

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from lib import footprint
 from lib.footprint import GIB, MACHINES, PRESETS, Machine, Preset, Shape
+from lib.lm.config import TINY
+from lib.lm.models import load_policy
+from lib.lm.network import Network
 from tests.lm_folder import prepared_folder
 
 SMALL = Shape("small", 1000, width=8, layers=2, inner=32, keys=8, vocabulary=50)
@@ -120,6 +123,17 @@ def test_tables_have_every_preset_and_machine():
 def test_estimates_are_written_with_two_digits():
     table = pd.DataFrame({"a": [123.4, 1.234, 0.0234, 0.0002, 0.0], "b": ["x"] * 5})
     assert footprint.written(table)["a"].tolist() == ["123", "1.2", "0.023", "< 0.001", "0"]
+
+
+def test_pytorch_keeps_about_what_the_formula_says():
+    """On the shipped policy in float32, within a quarter; twice the layers keep twice as much."""
+    model, _ = load_policy(TINY / "policy")
+    kept = footprint.stored(Network(model))
+    assert kept == pytest.approx(4 * PRESETS["tiny"].policy.activations(), rel=0.25)
+    small = dict(vocab_size=64, hidden_size=32, intermediate_size=128, num_attention_heads=2)
+    configs = [GPTNeoXConfig(num_hidden_layers=layers, **small) for layers in (2, 4)]
+    two, four = (footprint.stored(Network(AutoModelForCausalLM.from_config(c))) for c in configs)
+    assert four / two == pytest.approx(2, rel=0.15)
 
 
 def test_a_run_is_measured_beside_its_estimate(tmp_path):

@@ -212,8 +212,10 @@ def test_overlap_is_one_for_the_policys_own_lengths(have):
 
 def test_table_2_holds_the_papers_words(have, covered):
     table = lengths.table_2(have, covered)
-    assert table["peaks (paper)"].tolist() == ["disjoint", "overlap", "disjoint"]
-    assert table["D_pref and pi_ref (paper)"].tolist() == ["high", "high", "low"]
+    assert list(table.columns[1:]) == ["Min", "Mode", "Skew"]
+    assert table.iloc[0, 1:].tolist() == ["disjoint", "overlap", "disjoint"]
+    assert table.iloc[3, 1:].tolist() == ["high", "high", "low"]
+    assert table.iloc[4, 1:3].tolist() == ["1.00", "1.00"]
 
 
 def test_numbers_are_plain(have, covered):
@@ -225,3 +227,12 @@ def test_numbers_are_plain(have, covered):
 
 def test_prose_is_for_the_shipped_policy(have):
     assert "may not hold here" in lengths.reading(have)
+
+
+def test_the_shipped_tasks_differ_as_table_2_says():
+    """What the later chapters' comparisons rest on."""
+    have = lengths.Prepared("tiny")
+    near, cover = lengths.geometry(have), lengths.overlap(have)
+    assert near.loc["mode", "low"] > 5 * near.loc["min", "high"]
+    assert near.loc["min", "nats"] > near.loc["mode", "nats"] + 1
+    assert cover.loc["skew", "overlap"] < 0.5 < cover.loc["min", "overlap"]
