@@ -130,14 +130,14 @@ MACHINES = (T4, A100, H100)
 
 def memory(
     preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
-    micro_batch: int = TOKEN_BUDGET,
+    micro_batch: int = TOKEN_BUDGET["cuda"],
 ) -> dict[str, float]:
     """GiB by use, and the larger of training and decoding as `total`.
 
     With LoRA the weights are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
     Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
-        once, padding included (`TOKEN_BUDGET` in the loop).
+        once, padding included (`TOKEN_BUDGET` of a GPU in the loop).
     """
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
