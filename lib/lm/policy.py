@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lib.finetune import exact_div
 from lib.lm import parallel
@@ -270,8 +269,3 @@ def _gathered(x: Tensor | None, groups: Tensor) -> Tensor | None:
     if x is None or parallel.place()[1] == 1:
         return x
     return parallel.total(_without(x, ~groups)) + _without(x, groups)
-
-
-def gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Trade a second forward pass for the memory of the activations."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
