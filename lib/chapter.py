@@ -21,7 +21,6 @@ from lib.experiments import Setting
 from lib.publish import STORE
 
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
-INTERPRETED = "full"  # the profile whose published results the chapters' prose interprets
 BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
           "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
 
@@ -170,8 +169,8 @@ class Chapter(Page):
     def is_interpreted(self) -> bool:
         """Whether these are the published results that the chapter's prose was written for."""
         own = self.methods is not None or self.extra_seeds
-        full = experiments.CHAPTERS[self.name].profiles[INTERPRETED]
-        standard = self.profile_name == INTERPRETED and self.profile == full
+        grid = experiments.CHAPTERS[self.name]
+        standard = self.profile_name == grid.prose and self.profile == grid.profiles[grid.prose]
         return self.published is not None and standard and not own
 
     def reading(self) -> str:
@@ -179,8 +178,9 @@ class Chapter(Page):
         sentences = "The sentences that interpret figures and tables were written for"
         if self.is_interpreted:
             return f"{sentences} these results."
-        written = _published(self.name, INTERPRETED)
-        about = f"`{INTERPRETED}` results"
+        profile = experiments.CHAPTERS[self.name].prose
+        written = _published(self.name, profile)
+        about = f"`{profile}` results"
         if written is not None:
             commit, date = written.meta["commit"][:10], written.meta["published"][:10]
             about = f"the published {about} (commit `{commit}`, {date})"

@@ -259,3 +259,19 @@ def spent(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                for phase in ("sampling", "scoring", "training")},
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def endless(results: pd.DataFrame) -> pd.DataFrame:
+    """Per method and task, over all runs: how many end with a policy that mostly does not stop.
+
+    Such a policy writes up to the cap: less than half of its completions end in EOS.
+    """
+    last = experiments.final(results)
+    rows = [
+        {"method": methods.get(name).title, "task": task, "runs": len(part),
+         "no longer stops": int((part["ended"] < 0.5).sum()),
+         "longest mean length": float(part["length"].max()),
+         "largest KL, nats": float(part["kl_ref"].max())}
+        for (name, task), part in last.groupby(["method", "task"], observed=True, sort=False)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

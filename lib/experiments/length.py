@@ -172,7 +172,7 @@ def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     return results
 
 
-_grid = partial(Grid, PROFILES, engine=LengthEngine)
+_grid = partial(Grid, PROFILES, engine=LengthEngine, prose="cpu")
 
 CHAPTERS: dict[str, Grid] = {
     "on_policy_length": _grid(_on_policy),
