@@ -53,7 +53,7 @@ FULL = LengthProfile(
     dial_sweep_seeds=(),
     dial_seeds=tuple(range(5, 10)),
     updates=96,
-    options=(("evaluations", 12),),
+    options=(("evaluations", 24),),
     select_by="final proxy",
 )
 GPU_RATES = (1e-5, 5e-6, 1e-6)
