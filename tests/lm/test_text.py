@@ -732,7 +732,7 @@ def test_example_of_prompts(lines):
 
 def real_preferences() -> Path:
     """The file that PREFBOOK_PREFERENCES names, else the one beside the checkout; or skips."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     path = Path(os.environ.get("PREFBOOK_PREFERENCES",
                                beside / "alpaca_eval_preferences.jsonl.gz"))  # fmt: skip
     if not path.is_file():
