@@ -67,7 +67,7 @@ def test_lock_satisfies_pyproject(requirement):
 def test_environment_yml_asks_for_what_pyproject_asks_for():
     pinned, *asked = environment_pip()
     assert pinned == "-c requirements.lock"
-    assert set(map(Requirement, asked)) == set(BASE + EXTRAS["book"])
+    assert set(map(Requirement, asked)) == set(BASE + EXTRAS["book"] + EXTRAS["llm"])
 
 
 def test_environment_yml_packages_are_locked():

@@ -95,5 +95,5 @@ def test_setup_cell_clones_elsewhere_and_upgrades_nothing(tmp_path, monkeypatch)
     exec(text.replace("{repository_url}", "https://github.com/owner/book"), {})
     clone, install = calls
     assert clone == ["git", "clone", "--depth=1", "https://github.com/owner/book", "prefbook"]
-    assert install[1:] == ["-m", "pip", "install", "--quiet", "./prefbook"]
+    assert install[1:] == ["-m", "pip", "install", "--quiet", "./prefbook[llm]"]
     assert Path.cwd() == tmp_path / "prefbook"

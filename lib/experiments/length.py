@@ -15,8 +15,8 @@ import pandas as pd
 
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
 from lib.lm.config import MINIBATCH, LengthRun, length_run, prepared_tasks
-from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
+from lib.runs import Engine
 
 OFFLINE = ("pref_ft", "rwr_offline", "dpo_offline", "ipo_offline")
 ON_POLICY = ("best_of_n", "rwr", "reinforce", "ppo_token", "dpo", "ipo")
@@ -172,7 +172,15 @@ def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     return results
 
 
-_grid = partial(Grid, PROFILES, engine=LengthEngine, prose="cpu")
+
+def _engine(device: str = "cpu") -> Engine:
+    """Imported when it is wanted: the bandit's chapters need no language-model library."""
+    from lib.lm.engine import LengthEngine
+
+    return LengthEngine(device)
+
+
+_grid = partial(Grid, PROFILES, engine=_engine, prose="cpu")
 
 CHAPTERS: dict[str, Grid] = {
     "on_policy_length": _grid(_on_policy),

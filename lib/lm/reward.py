@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import (
     GPTNeoXConfig,
@@ -17,7 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import RewardConfig, RewardTrainer
 
 from lib.lm import parallel
 from lib.lm.pairs import Pairs
@@ -105,6 +103,8 @@ def train(
     Returns: losses and accuracies by epoch, and the epoch that was kept. Saves model and tokenizer
         to `folder`.
     """
+    from trl import RewardConfig, RewardTrainer  # for training alone: runs need only scores
+
     how = how or RewardTraining()
     data = {split: _ids(pairs[split], preferred[split]) for split in ("train", "validation")}
     arguments = RewardConfig(
@@ -136,8 +136,10 @@ def train(
             "kept": best, "seconds": seconds}  # fmt: skip
 
 
-def _ids(pairs: Pairs, preferred: np.ndarray) -> Dataset:
-    """Prompt and response together, chosen and rejected; ties are left out."""
+def _ids(pairs: Pairs, preferred: np.ndarray) -> Any:
+    """Prompt and response together, chosen and rejected, as a data set; ties are left out."""
+    from datasets import Dataset
+
     rows = []
     for i in np.flatnonzero(preferred.any(-1)):
         both = (pairs.first[i], pairs.second[i])
