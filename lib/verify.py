@@ -3,7 +3,9 @@
 On a machine like the one that published (processor, versions, threads) every metric must be
 bit-equal. On another one, the first two evaluated updates must agree within tolerance, and the
 final reward must lie in the range of the published seeds of the same setting: rounding flips a
-sampled token sooner or later, and from there on a run is another seed of its setting.
+sampled token sooner or later, and from there on a run is another seed of its setting. Another seed
+is the lowest or the highest of n + 1 with chance 2 / (n + 1): a few runs of a large sample may lie
+outside, and the table fails only where there are more than chance would give.
 
 When a table's whole sample passes although the code changed since, the table is stamped with the
 present code; otherwise the exit status is 1 and the runs and values that differ are named.
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from lib import runs
 from lib.publish import chapter_engine, check_chapter, configurations
@@ -34,15 +37,20 @@ FIRST_ROWS = 2  # evaluated updates that other machines must reproduce
 RELATIVE, ABSOLUTE = 1e-2, 1e-3  # their tolerance: one step amplifies float32's rounding
 OUTCOME = "reward"
 MINIMUM_SEEDS = 3  # for a range of seeds to say anything
+PLAUSIBLE = 0.01  # chance below which runs outside their range are a failure
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one recomputed run compares: which test decided, and what differed if it failed."""
+    """How one recomputed run compares: which test decided, and what differed if it failed.
+
+    Args: chance: that a right run fails the test, 0 for all but the range of the seeds.
+    """
 
     run: str
     passed: bool
     test: str
+    chance: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.run}  {'passed' if self.passed else 'FAILED'}: {self.test}"
@@ -98,10 +106,23 @@ def verify(
         verdicts += _recompute(published, [configs[run] for run in known], engine, jobs)
     print(f"{published.chapter}/{published.profile}: {published.notice() or 'code as published'}")
     print("\n".join(map(str, verdicts)))
-    passed = all(verdict.passed for verdict in verdicts)
+    passed = all(verdict.passed for verdict in verdicts) or _by_chance(verdicts)
     if passed and published.stale():
         _stamp(published, verdicts, seed)
     return passed
+
+
+def _by_chance(verdicts: Sequence[Verdict]) -> bool:
+    """Whether all failures are runs outside their seeds' range, and no more than chance gives."""
+    ranged = [verdict for verdict in verdicts if verdict.chance]
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if not all(verdict.chance for verdict in failed):
+        return False
+    likely = max(verdict.chance for verdict in ranged)
+    chance = float(stats.binom.sf(len(failed) - 1, len(ranged), likely))
+    print(f"{len(failed)} of {len(ranged)} runs outside their seeds' range, "
+          f"by chance with probability {chance:.2g} (failed below {PLAUSIBLE})")  # fmt: skip
+    return chance >= PLAUSIBLE
 
 
 def compare(
@@ -179,6 +200,7 @@ def _within_seeds(published: runs.Published, run: str, outcome: float) -> Verdic
         run,
         inside,
         f"first updates within tolerance, final {OUTCOME} {outcome:.4f} {word} {range_of}",
+        chance=2 / (len(seeds) + 1),
     )
 
 

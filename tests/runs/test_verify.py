@@ -157,3 +157,20 @@ def test_a_table_of_a_missing_device_is_passed_over_and_told(published, monkeypa
     assert verify.main(["--jobs", "1"]) == 0
     assert "walks/cpu: not verified: needs a CUDA device" in capsys.readouterr().out
     assert not engine.computed()
+
+
+def outside(count, of, seeds=24):
+    chance = 2 / (seeds + 1)
+    return [verify.Verdict(str(i), i >= count, "range", chance) for i in range(of)]
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "passes"), [(1, 3, True), (2, 10, True), (3, 3, False), (6, 10, False)]
+)
+def test_as_many_runs_outside_as_chance_gives_are_no_failure(count, of, passes, capsys):
+    assert verify._by_chance(outside(count, of)) is passes
+    assert f"{count} of {of} runs outside their seeds' range" in capsys.readouterr().out
+
+
+def test_another_failure_is_never_chance():
+    assert not verify._by_chance([*outside(1, 10), verify.Verdict("x", False, "not bit-equal")])
