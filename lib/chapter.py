@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -19,6 +20,9 @@ from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
 from lib.experiments import Setting
 from lib.publish import STORE
+
+# said by tqdm, for bars that are not drawn here, when a language-model library is imported
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
 BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
@@ -104,11 +108,15 @@ class Chapter(Page):
         self.extra_seeds = _checked_seeds(seeds, max(full.report_seeds) + 1)
         self.recompute = _flag("recompute", recompute)
         self.store = runs.Store(store or STORE)
-        self.engine = experiments.engine(name, self.profile.device)
         self.published = None if recompute else _published(name, profile)
         if _flag("plan_only", plan_only):
             print(self.plan())
             _skip_the_rest()
+
+    @cached_property
+    def engine(self) -> runs.Engine:
+        """What computes the chapter's runs; it may import a language-model library."""
+        return experiments.engine(self.name, self.profile.device)
 
     @property
     def jobs(self) -> int | None:
