@@ -154,7 +154,10 @@ class Store:
     def record_bytes(self) -> float:
         """Mean size of a stored run's file (of up to 100), or an assumed one in an empty store."""
         files = itertools.islice(self.root.glob("records/*/*"), 100)
-        sizes = [path.stat().st_size for path in files]
+        sizes = []
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):  # another process just renamed or took it
+                sizes.append(path.stat().st_size)
         return sum(sizes) / len(sizes) if sizes else RECORD_BYTES
 
     def prepare(self, needed: float) -> None:
