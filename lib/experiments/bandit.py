@@ -69,15 +69,18 @@ PROFILES: dict[str, BanditProfile] = {
         updates=2,
         options=(("prompts", 4), ("completions", 4), ("evaluations", 2), ("held_out", False)),
     ),
+    # Few seeds fill a tenth of a stack, so that a dial's cost is its number of settings.
     "cpu": BanditProfile(
         rates=(0.01, 0.003, 0.001),
         sweep_seeds=(0,),
         report_seeds=(5, 6, 7),
         dial_sweep_seeds=(),
         dial_seeds=(5, 6),
-        sets=(10, 50),
-        inner_steps=(2, 5),
-        prompts=(50,),
+        sets=(10,),
+        inner_steps=(2,),
+        prompts=(20,),
+        switches=1,
+        updates=40,
     ),
     "full": FULL,
     # The same grid on one GPU; the paper's own: five seeds, every rate, the best of the sweep.

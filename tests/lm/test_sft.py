@@ -48,12 +48,12 @@ def test_labels_cover_the_response_and_nothing_else(batch):
         assert [token for token, on in masked if on] == response
 
 
-def test_trainer_sees_the_labels_that_the_loss_counts(tokenizer):
+def test_trainer_sees_the_labels_that_the_loss_counts(tokenizer, tmp_path):
     """TRL's batches carry the response and its EOS, though EOS and padding may coincide."""
     examples = [*TOY[:3], Example([2, 5, 6, 7], [0])]
     for pad in ("<|padding|>", "<|endoftext|>"):
         tokenizer.pad_token = pad
-        trainer = sft._trainer(policy(), tokenizer, examples, examples, FAST, "unused")
+        trainer = sft._trainer(policy(), tokenizer, examples, examples, FAST, str(tmp_path))
         batch = trainer.data_collator([trainer.train_dataset[n] for n in range(4)])
         found = [[t for t in row if t != IGNORED] for row in batch["labels"].tolist()]
         assert found == [example.response for example in examples]
