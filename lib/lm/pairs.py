@@ -1,7 +1,4 @@
-"""Preference data of the length problems: pairs of the SFT policy's own responses, and labels.
-
-`python -m lib.lm.pairs` samples the shipped pairs again.
-"""
+"""Preference data of the length problems: pairs of the SFT policy's own responses, and labels."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ def prepare(options: argparse.Namespace) -> None:
     folder, _ = resolve(options.policy, options.revision)
     if folder.resolve() != (out / "policy").resolve() and not (out / "policy").exists():
         shutil.copytree(folder, out / "policy", symlinks=False)
+        tokenizer.save_pretrained(out / "policy")  # with the EOS that was named, if one was
     if not (out / "pairs.parquet").exists():
         make = _pairs if options.prompts else _given
         record["pairs"] = make(options, model, tokenizer)

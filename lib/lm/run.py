@@ -21,7 +21,7 @@ from lib import methods
 from lib.lm import parallel
 from lib.lm.config import LABELS, LengthRun, length_run
 from lib.lm.engine import LengthEngine
-from lib.lm.length import TASKS
+from lib.lm.length import GIVEN, TASKS
 from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
 
 
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--method", required=True, choices=methods.METHODS)
-    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--task", required=True, choices=(*TASKS, GIVEN))
     parser.add_argument("--rate", type=float, required=True, help="learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=100)

@@ -13,7 +13,7 @@ from lib.lm.config import length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.problem import LengthProblem
 from tests.lm.test_problem import Silent
-from tests.tiny_lm import save_tiny_policy
+from tests.tiny_lm import save_tiny_policy, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,6 @@ def test_a_reward_model_learns_which_of_two_is_shorter(prepared):
 
 def test_padding_that_is_eos_is_replaced_for_training(tmp_path):
     from lib.lm.reward import _pad_that_ends_nothing
-    from tests.tiny_lm import tiny_tokenizer
 
     assert _pad_that_ends_nothing(tiny_tokenizer()) == "<pad>"
     same = tiny_tokenizer(pad="<eos>")
@@ -125,3 +124,15 @@ def test_preferences_of_ones_own_are_the_task_given(tmp_path, capsys):
 def test_given_preferences_have_no_rule_to_train_on():
     with pytest.raises(ValueError, match="follow no rule: label must be 'learned'"):
         length_run("dpo", "given", 1e-3, 0, label="rule")
+
+
+def test_an_eos_that_was_named_is_kept_for_the_runs(tmp_path):
+    policy = save_tiny_policy(tmp_path / "sft", tokenizer=tiny_tokenizer(eos=None))
+    table = pd.DataFrame({"prompt": [f"say {i}" for i in range(30)]})
+    table.to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
+    arguments = ["--policy", str(policy), "--prompts", str(tmp_path / "prompts.jsonl"), "--out",
+                 str(tmp_path / "out"), "--max-tokens", "12", "--max-prompt", "32", "--epochs", "1",
+                 "--tasks", "min", "--eos", "<eos>"]  # fmt: skip
+    assert prepare.main(arguments) == 0
+    run = length_run("dpo", "min", 1e-3, 0, prepared=str(tmp_path / "out"), max_tokens=12)
+    assert LengthProblem(run).data.ids.eos == (256,)
