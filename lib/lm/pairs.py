@@ -98,6 +98,14 @@ def load(path: Path, split: str, eos: tuple[int, ...]) -> Pairs:
     return Pairs(*columns, eos)
 
 
+def of_task(pairs: dict[str, Pairs], task: str) -> dict[str, Pairs]:
+    """A task's own data, by split: as sampled, or cut short for Skew."""
+    if task != "skew":
+        return pairs
+    mean = skew_mean(pairs["train"])
+    return {split: p.skewed(mean, SEED + i) for i, (split, p) in enumerate(pairs.items())}
+
+
 def skew_mean(pairs: Pairs) -> float:
     """The exponential's mean of the Skew data: a quarter of the SFT policy's mean length."""
     return SKEW_MEAN * float(pairs.lengths.mean())

@@ -144,9 +144,7 @@ def _reward(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains one task's reward model; returns its record."""
     target = float(splits["train"].lengths.mean())
-    if task == "skew":
-        mean = pairs.skew_mean(splits["train"])
-        splits = {s: p.skewed(mean, pairs.SEED + i) for i, (s, p) in enumerate(splits.items())}
+    splits = pairs.of_task(splits, task)
     preferred = {s: p.preferred(task, target) for s, p in splits.items()}
     if options.reward_model == "tiny":
         rows = policy.get_input_embeddings().weight.shape[0]

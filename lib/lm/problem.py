@@ -17,7 +17,7 @@ from lib.lm.batches import padded
 from lib.lm.config import LengthRun
 from lib.lm.models import TokenIds, ids, load_policy, load_reward_model, load_tokenizer
 from lib.lm.network import Network
-from lib.lm.pairs import SEED, SPLITS, Pairs, as_tensors, load, skew_mean
+from lib.lm.pairs import SPLITS, Pairs, as_tensors, load, of_task
 from lib.lm.policy import CausalPolicy, Scorer
 from lib.lm.reward import RewardModel
 from lib.methods import Method, get
@@ -50,10 +50,7 @@ def task_data(folder: Path, task: str) -> Data:
     pairs = {s: load(folder / "pairs.parquet", s, found.eos) for s in SPLITS}
     prompts = {split: p.prompts for split, p in pairs.items()}
     target = float(pairs["train"].lengths.mean())
-    if task == "skew":
-        mean = skew_mean(pairs["train"])
-        pairs = {s: p.skewed(mean, SEED + i) for i, (s, p) in enumerate(pairs.items())}
-    return Data(found, prompts, pairs, target)
+    return Data(found, prompts, of_task(pairs, task), target)
 
 
 @lru_cache(maxsize=4)
