@@ -95,7 +95,7 @@ class Prepared:
 
     def data(self, task: str) -> Data:
         """Prompts and pairs of a task, as every run on this folder reads them."""
-        return task_data(self.folder, task)
+        return task_data(self.folder / "policy", self.folder / "pairs.parquet", task)
 
     @property
     def target(self) -> float:

@@ -1,5 +1,8 @@
 """Train the tokenizer and the tiny policy on the pairs: `python data/length/train.py`.
 
+The full-scale chapter's other widths: `python data/length/train.py --width 256 --tokenizer
+data/length/policy --output data/full_scale/policy-256`.
+
 Writes policy/ (weights as safetensors, configuration, tokenizer) and in it training.json (command,
 commit, machine, settings, losses by epoch, lengths of samples). Run make.py first.
 """
@@ -10,6 +13,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +23,13 @@ import torch
 from transformers import set_seed
 
 from lib.lm import tiny
+from lib.lm.models import load_tokenizer
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, settings, sft
 from lib.runs import provenance
 
 RUN = SFTRun(learning_rate=1e-3, schedule="linear", batch=16, epochs=10, patience=2, dropout=0.1)
 SAMPLES = 256  # validation prompts that the trained policy answers
+BFLOAT16_FROM = 2_000_000  # parameters above which weights ship in two bytes each
 CHECKED = 64  # validation pairs on which the tests compute the loss again
 LIBRARIES = ("transformers", "tokenizers", "trl", "datasets", "accelerate")
 
@@ -60,7 +66,7 @@ def origin(run: SFTRun) -> dict:
     environment = provenance.environment(run.device, "float32")
     environment["versions"] |= {name: metadata.version(name) for name in LIBRARIES}
     return {
-        "command": "python data/length/train.py",
+        "command": " ".join(["python", *sys.argv]),
         "settings": dataclasses.asdict(run),
         "commit": provenance.commit(),
         "date": provenance.now(),
@@ -90,20 +96,25 @@ def outcome(trained: Trained, model, tokenizer, validation: list[Example], seed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=tiny.POLICY, help="folder of the policy")
+    parser.add_argument("--width", type=int, default=tiny.WIDTH, help="of the policy")
+    parser.add_argument("--tokenizer", help="folder of one that is kept (default: a new one)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
                         help="settings of lib.lm.sft.SFTRun other than the book's")  # fmt: skip
     options = parser.parse_args()
     changes = {name: json.loads(value) for name, value in (s.split("=") for s in options.set)}
     run = settings(dataclasses.asdict(RUN) | changes)
     torch.set_num_threads(1)
-    tokenizer = tiny.train_tokenizer(texts())
+    tokenizer = load_tokenizer(options.tokenizer)[0] if options.tokenizer else \
+        tiny.train_tokenizer(texts())  # fmt: skip
     train, validation = (tiny.examples(tokenizer, split) for split in ("train", "validation"))
-    model, source = tiny.new_policy(tokenizer, run.seed), origin(run)
+    model, source = tiny.new_policy(tokenizer, run.seed, options.width), origin(run)
     trained = sft(model, tokenizer, train, validation, run)
+    if model.num_parameters() > BFLOAT16_FROM:
+        model.to(torch.bfloat16)  # what is written is what was measured
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     source["pairs"] = {"train": len(train), "validation": len(validation)}
-    source |= outcome(trained, model, tokenizer, validation, run.seed)
+    source |= outcome(trained, model.float(), tokenizer, validation, run.seed)
     (options.output / "training.json").write_text(json.dumps(source, indent=1) + "\n")
     print(f"validation loss {source['validation_loss']:.4f} nats a token: {options.output}")
 

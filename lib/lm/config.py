@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lib import methods
 from lib.finetune import Schedule, exact_div
 from lib.lm.length import GIVEN, TASKS, check_task
@@ -146,11 +148,29 @@ class LengthRun:
         """Where policy, pairs and reward models lie."""
         return prepared_folder(self.prepared)
 
+    @property
+    def policy_folder(self) -> Path:
+        return self.folder / "policy"
+
+    @property
+    def pairs_file(self) -> Path:
+        return self.folder / "pairs.parquet"
+
+    @property
+    def reward_folder(self) -> Path:
+        return self.folder / f"reward-{self.task}"
+
+    @property
+    def points(self) -> list[int]:
+        """The updates that get a row: 0 and `evaluations`, evenly to the last."""
+        points = np.linspace(0, self.updates, min(self.updates, self.evaluations) + 1)
+        return sorted({int(round(p)) for p in points})
+
     def data_files(self) -> tuple[Path, ...]:
         """The files that the run reads: part of its identity."""
-        files = [*weights(self.folder / "policy"), self.folder / "pairs.parquet"]
+        files = [*weights(self.policy_folder), self.pairs_file]
         if self.label == "learned":
-            files += weights(self.folder / f"reward-{self.task}")
+            files += weights(self.reward_folder)
         return tuple(files)
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
+import torch
 
 from lib.lm.config import LengthRun
 from lib.lm.problem import LengthProblem
 from lib.training import Training, run
 
 
-def evaluated(updates: int, evaluations: int) -> list[int]:
-    """0 and `evaluations` updates, evenly to the last."""
-    points = np.linspace(0, updates, min(updates, evaluations) + 1)
-    return sorted({int(round(p)) for p in points})
-
-
 class LengthEngine:
     """How `lib.runs` computes length runs: one at a time, each in a process of its own."""
 
     block_size = 1
-    modules = ("lib.lm.engine",)
+    modules: tuple[str, ...] = ("lib.lm.engine",)
+    problem: type[LengthProblem] = LengthProblem
 
     def __init__(self, device: str = "cpu"):
         self.device = device
@@ -39,6 +34,6 @@ class LengthEngine:
     def run(self, configs: Sequence[LengthRun], checkpoint) -> list[pd.DataFrame]:
         """Trains `configs` (one run) and returns its table. Raises: ValueError for several."""
         (config,) = configs
-        points = evaluated(config.updates, config.evaluations)
-        problem = LengthProblem(config, self.device)
-        return run(Training(problem, config.schedule, config.hyper, points), checkpoint)
+        torch.set_flush_denormal(True)  # a policy that collapses would slow down threefold
+        problem = self.problem(config, self.device)
+        return run(Training(problem, config.schedule, config.hyper, config.points), checkpoint)

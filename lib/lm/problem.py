@@ -42,12 +42,12 @@ class Data:
 
 
 @lru_cache(maxsize=4)
-def task_data(folder: Path, task: str) -> Data:
-    """Prompts and pairs of a task in a prepared folder."""
-    tokenizer, _ = load_tokenizer(folder / "policy")
-    model, _ = load_policy(folder / "policy")
+def task_data(policy: Path, file: Path, task: str) -> Data:
+    """Prompts and pairs of a task: a policy's folder, and the file of its pairs."""
+    tokenizer, _ = load_tokenizer(policy)
+    model, _ = load_policy(policy)
     found = ids(tokenizer, model)
-    pairs = {s: load(folder / "pairs.parquet", s, found.eos) for s in SPLITS}
+    pairs = {s: load(file, s, found.eos) for s in SPLITS}
     prompts = {split: p.prompts for split, p in pairs.items()}
     target = float(pairs["train"].lengths.mean())
     return Data(found, prompts, of_task(pairs, task), target)
@@ -55,15 +55,15 @@ def task_data(folder: Path, task: str) -> Data:
 
 @lru_cache(maxsize=4)
 def reference_scores(
-    folder: Path, task: str, temperature: float, dtype: str, device: str
+    policy: Path, file: Path, task: str, temperature: float, dtype: str, device: str
 ) -> tuple[Tensor, float]:
     """log pi_ref of a task's training pairs (N, 2, L), nats per token, and the seconds it took.
 
     The data are fixed and all offline runs of a process share them: they are scored once.
     """
     started = perf_counter()
-    data = task_data(folder, task)
-    model, _ = load_policy(folder / "policy", device=device)
+    data = task_data(policy, file, task)
+    model, _ = load_policy(policy, device=device)
     scorer = Scorer(Network(model, temperature, dtype=dtype), data.ids.eos, data.ids.pad)
     everything = torch.arange(len(data.pairs["train"]))
     batch = unlabelled(data.pairs["train"], everything, data.ids.pad, device)
@@ -89,16 +89,16 @@ class LengthProblem:
     def __init__(self, config: LengthRun, device: str = "cpu"):
         self.config, self.device, self.clock = config, device, Clock()
         self.method: Method = get(config.method)
-        self.data = task_data(config.folder, config.task)
+        self.data = task_data(config.policy_folder, config.pairs_file, config.task)
         self.reference = self._scorer()
         self.reward = None
         if config.label == "learned":
-            model, _ = load_reward_model(config.folder / f"reward-{config.task}", device=device)
+            model, _ = load_reward_model(config.reward_folder, device=device)
             self.reward = RewardModel(model)
         self.held_out = self._held_out()
 
     def _network(self, value_head: bool = False) -> Network:
-        model, _ = load_policy(self.config.folder / "policy", device=self.device)
+        model, _ = load_policy(self.config.policy_folder, device=self.device)
         return Network(model, self.config.sampling_temperature, value_head, self.config.dtype)
 
     def _scorer(self) -> Scorer:
@@ -169,9 +169,10 @@ class LengthProblem:
     def _offline(self, method: Method) -> Rollout:
         """The pairs of the run in its own order, repeated where it has more updates than pairs."""
         pairs, groups = self.data.pairs["train"], self.config.batch // 2
-        walk = [uniforms([self.config.seed], PROMPTS, e, (len(pairs),))[0].argsort()
-                for e in range(-(-groups // len(pairs)))]  # fmt: skip
-        index = torch.cat(walk)[:groups]
+        pool = self._pool(len(pairs))
+        walk = [uniforms([self.config.seed], PROMPTS, e, (len(pool),))[0].argsort()
+                for e in range(-(-groups // len(pool)))]  # fmt: skip
+        index = pool[torch.cat(walk)[:groups]]
         batch = self._labelled_pairs(pairs, index)
         logp = self._reference_scores(batch, index)
         batch = replace(batch, logp=logp, ref=logp)
@@ -179,6 +180,10 @@ class LengthProblem:
             with self.clock.measure("scoring"):
                 batch = replace(batch, rewards=self.proxy(batch))
         return batch
+
+    def _pool(self, count: int) -> Tensor:
+        """Indices of the training pairs that the run may see: all `count` of them."""
+        return torch.arange(count)
 
     def _reference_scores(self, batch: Rollout, index: Tensor) -> Tensor:
         """log pi_ref of the pairs at `index`, read from what this process has scored already.
@@ -192,8 +197,10 @@ class LengthProblem:
         # Min and Mode label the same responses; who comes first does not pay for the others
         data = "min" if config.task == "mode" else config.task
         with self.clock.aside():
-            known, seconds = reference_scores(config.folder, data, config.sampling_temperature,
-                                              config.dtype, self.device)  # fmt: skip
+            known, seconds = reference_scores(
+                config.policy_folder, config.pairs_file, data, config.sampling_temperature,
+                config.dtype, self.device,
+            )  # fmt: skip
         self.clock.charge("scoring", seconds * len(index) / total)
         return known[index, :, : batch.mask.shape[-1]]
 
@@ -253,7 +260,12 @@ class LengthProblem:
             "kl_ref": kl.sum(-1).mean(),
             "entropy": spread.sum(-1).mean(),
             **self._pair_metrics(state.policy),
+            **self._judged(batch, state.updates),
         }
+
+    def _judged(self, batch: Rollout, update: int) -> dict[str, Tensor]:
+        """Metrics of the sampled completions that a kind of problem adds."""
+        return {}
 
     def _pair_metrics(self, policy: Scorer) -> dict[str, Tensor]:
         """Held-out pairs: log pi - log pi_ref (nats) of y_w and y_l, and how often y_w's is larger.

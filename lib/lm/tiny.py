@@ -83,8 +83,8 @@ def examples(tokenizer, split: str, path: Path = PAIRS) -> list[Example]:
     return encode(tokenizer, list(table["prompt"]), list(table["response"]))
 
 
-def policy_config(tokenizer):
-    """Pythia's architecture with 1.3 million parameters: width 128, 4 layers of 4 heads.
+def policy_config(tokenizer, width: int = WIDTH):
+    """Pythia's architecture, 4 layers of 4 heads: 1.3 million parameters at width 128.
 
     Rotary positions on a quarter of each head, attention and MLP in parallel, embeddings untied.
     Initial weights have standard deviation sqrt(2 / (5 width)), as Pythia's: at this width the
@@ -94,12 +94,12 @@ def policy_config(tokenizer):
 
     return GPTNeoXConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
+        hidden_size=width,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=512,
+        intermediate_size=4 * width,
         max_position_embeddings=POSITIONS,
-        initializer_range=math.sqrt(2 / (5 * WIDTH)),
+        initializer_range=math.sqrt(2 / (5 * width)),
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -107,8 +107,8 @@ def policy_config(tokenizer):
     )
 
 
-def new_policy(tokenizer, seed: int):
-    """The untrained policy of a seed, in float32, ready to be fine-tuned and to sample.
+def new_policy(tokenizer, seed: int, width: int = WIDTH):
+    """The untrained policy of a seed and width, in float32, ready to be fine-tuned and to sample.
 
     Its generation settings draw from the policy's own distribution: temperature 1, nothing cut.
     """
@@ -117,7 +117,7 @@ def new_policy(tokenizer, seed: int):
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = GPTNeoXForCausalLM(policy_config(tokenizer))
+        model = GPTNeoXForCausalLM(policy_config(tokenizer, width))
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=CAP,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip

@@ -1,0 +1,72 @@
+"""The full-scale chapter's runs: preferences that a judge gave, and policies of several sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.lm.config import PREPARED, TINY, LengthRun, weights
+from lib.lm.length import GIVEN
+
+DATA = Path(__file__).parents[2] / "data" / "full_scale"
+KINDS = ("similar", "distinct")
+SIZES = ("64", "128", "256")  # widths of the policies that ship
+JUDGE = "smollm2"  # the gold model of the shipped data
+
+
+@dataclass(frozen=True)
+class FullScaleRun(LengthRun):
+    """A run on preferences that a gold model gave (sections 3.2 and 4.2, appendices J.4, J.5).
+
+    Args:
+        kind: "similar", two samples of one policy, as AlpacaFarm's pairs; "distinct", samples of
+            two models of different strength, as UltraFeedback's.
+        policy: which of the folder's policies is trained: of the shipped ones, its width.
+        pairs: how many of the training pairs a run sees, drawn by its seed; None for all.
+        gold: what judges completions at the start, the middle and the end: None for nothing,
+            "smollm2" for the model that labelled the shipped pairs, or a folder or hub name.
+    Raises: ValueError that names the value and the allowed ones.
+    """
+
+    task: str = GIVEN
+    kind: str = "similar"
+    policy: str = "128"
+    pairs: int | None = None
+    gold: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.task != GIVEN:
+            raise ValueError(f"the pairs come with their labels: task must be {GIVEN!r}, "
+                             f"got {self.task!r}")  # fmt: skip
+        if self.prepared == "tiny" and self.policy not in SIZES:
+            raise ValueError(f"policy must be one of {SIZES}, got {self.policy!r}")
+        if self.pairs is not None and self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
+
+    @property
+    def folder(self) -> Path:
+        return DATA if self.prepared == "tiny" else super().folder
+
+    @property
+    def policy_folder(self) -> Path:
+        """The policy that the length problems start from is the shipped one of width 128."""
+        if self.prepared == "tiny" and self.policy == "128":
+            return TINY / "policy"
+        return self.folder / f"policy-{self.policy}"
+
+    @property
+    def pairs_file(self) -> Path:
+        return self.folder / f"{self.kind}.parquet"
+
+    @property
+    def reward_folder(self) -> Path:
+        return self.folder / f"reward-{self.kind}"
+
+    @property
+    def judged(self) -> tuple[int, ...]:
+        """The updates at which the judge looks: the first, the middle and the last with a row."""
+        points = self.points
+        return (points[0], points[len(points) // 2], points[-1]) if self.gold else ()

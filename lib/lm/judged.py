@@ -1,0 +1,70 @@
+"""A full-scale run for `lib.training`: a length problem's loop, with a judge that looks on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lib.lm.engine import LengthEngine
+from lib.lm.full_scale import FullScaleRun, judge_source
+from lib.lm.gold import kept_judge
+from lib.lm.models import load_tokenizer
+from lib.lm.problem import LengthProblem
+from lib.randomness import uniforms
+from lib.rollouts import Rollout
+
+SUBSET = 3  # stream of random numbers: which pairs a run sees (after those of `lib.lm.problem`)
+
+
+class JudgedProblem(LengthProblem):
+    """One run on preferences that a gold model gave. Methods are trained on the learned reward."""
+
+    shown = ("proxy", "gold")
+
+    def __init__(self, config: FullScaleRun, device: str = "cpu"):
+        self.judge = None  # found first: a missing one is said before anything is loaded
+        if config.gold:
+            self.judge = kept_judge(*judge_source(config.gold), device)
+        super().__init__(config, device)
+        self.tokenizer, _ = load_tokenizer(config.policy_folder)
+
+    def _pool(self, count: int) -> Tensor:
+        """The training pairs that the run's seed draws, or all of them.
+
+        Raises: ValueError if there are fewer than it asks for.
+        """
+        wanted = self.config.pairs
+        if wanted is None:
+            return super()._pool(count)
+        if wanted > count:
+            raise ValueError(f"pairs={wanted}: {self.config.pairs_file} has only {count}")
+        return uniforms([self.config.seed], SUBSET, 0, (count,))[0].argsort()[:wanted]
+
+    def _judged(self, batch: Rollout, update: int) -> dict[str, Tensor]:
+        """`gold`: the judge's mean score, NaN at the updates it does not look at."""
+        if self.judge is None:
+            return {}
+        if update not in self.config.judged:
+            return {"gold": torch.tensor(math.nan)}
+        prompts = [self._text(row[keep]) for row, keep
+                   in zip(batch.prompts, batch.prompt_mask, strict=True)]  # fmt: skip
+        responses = [self._text(row[keep]) for row, keep
+                     in zip(batch.completions[:, 0], batch.mask[:, 0], strict=True)]  # fmt: skip
+        return {"gold": torch.tensor(self.judge.score(prompts, responses)).mean()}
+
+    def _text(self, tokens: Tensor) -> str:
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+
+
+class FullScaleEngine(LengthEngine):
+    """How `lib.runs` computes full-scale runs: one at a time, each in a process of its own."""
+
+    modules = ("lib.lm.judged",)
+    problem = JudgedProblem
+
+    def cost(self, config: FullScaleRun) -> float:
+        """Seconds of one run of a shipped policy on one core."""
+        size = {"64": 0.5, "256": 2.5}.get(config.policy, 1.0)
+        return super().cost(config) * size + 15.0 * len(config.judged)
