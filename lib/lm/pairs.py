@@ -78,12 +78,14 @@ def sample_pairs(
     return Pairs(prompts, first, second, tuple(policy.eos.tolist()))
 
 
-def save(path: Path, splits: dict[str, Pairs]) -> None:
-    """One parquet file with a row per pair."""
+def save(path: Path, splits: dict[str, Pairs], more: dict[str, pd.DataFrame] | None = None) -> None:
+    """One parquet file with a row per pair; `more`: other columns of each split."""
     tables = [
         pd.DataFrame({"split": name, "prompt": p.prompts, "first": p.first, "second": p.second})
         for name, p in splits.items()
     ]
+    if more:
+        tables = [t.assign(**more[n]) for n, t in zip(splits, tables, strict=True)]
     pd.concat(tables, ignore_index=True).to_parquet(path, compression="zstd", index=False)
 
 

@@ -52,7 +52,7 @@ def prepare(options: argparse.Namespace) -> None:
     """All steps, each skipped where its result exists."""
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    record = _read(out)
+    record = read_record(out)
     model, source = load_policy(options.policy, options.revision, device=options.device)
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
     record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
@@ -68,9 +68,11 @@ def prepare(options: argparse.Namespace) -> None:
     splits = {s: pairs.load(out / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
     for task in options.tasks:
         if not (out / f"reward-{task}" / "model.safetensors").exists():
-            record[f"reward-{task}"] = _reward(options, task, splits, tokenizer, model)
-            _write(out, record)
-    _write(out, record)
+            record[f"reward-{task}"] = train_reward(
+                options, task, splits, tokenizer, model, out / f"reward-{task}"
+            )
+            write_record(out, record)
+    write_record(out, record)
     print(f"prepared: {out}")
 
 
@@ -122,7 +124,7 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
                         split=options.split, revision=options.prompts_revision)  # fmt: skip
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
-    split = _split_of(options.prompts, len(read.prompts))
+    split = split_of(options.prompts, len(read.prompts))
     if split is None:
         last = uniforms([options.seed], 0, 0, (len(read.prompts),))[0] < VALIDATION
         split = ["validation" if x else "train" for x in last.tolist()]
@@ -131,18 +133,22 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
             for name in pairs.SPLITS}  # fmt: skip
 
 
-def _split_of(prompts: str, count: int) -> list[str] | None:
+def split_of(prompts: str, count: int) -> list[str] | None:
+    """The column `split` of a parquet file of `count` prompts, where it has one."""
     if not prompts.endswith(".parquet"):
         return None
     table = pd.read_parquet(prompts)
     return table["split"].tolist() if "split" in table and len(table) == count else None
 
 
-def _reward(
+def train_reward(
     options: argparse.Namespace, task: str, splits: dict[str, pairs.Pairs], tokenizer: Any,
-    policy: Any,
+    policy: Any, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains one task's reward model; returns its record."""
+    """Trains the reward model of one task's pairs; returns its record.
+
+    Args: options: reward_model, max_prompt, max_tokens, rate, epochs, seed, device.
+    """
     target = float(splits["train"].lengths.mean())
     splits = pairs.of_task(splits, task)
     preferred = {s: p.preferred(task, target) for s, p in splits.items()}
@@ -153,20 +159,21 @@ def _reward(
     else:
         model, _ = load_reward_model(options.reward_model, device=options.device, new_head=True)
     how = reward.RewardTraining(options.rate, options.epochs, seed=options.seed)
-    folder = options.out / f"reward-{task}"
     made = reward.train(model, tokenizer, splits, preferred, folder, how, options.device)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
-    print(f"reward-{task}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs")
+    print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs")
     return {**made, "ties": ties, "target": target}
 
 
-def _read(out: Path) -> dict[str, Any]:
+def read_record(out: Path) -> dict[str, Any]:
+    """What is known of a folder's making: its prepared.json, or nothing."""
     path = out / "prepared.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _write(out: Path, record: dict[str, Any]) -> None:
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """prepared.json of a folder."""
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(out / "prepared.json", lambda temporary: temporary.write_text(text))
 

@@ -1,0 +1,324 @@
+"""From policies and a judge to a folder that the full-scale chapter can run on.
+
+Pairs made here: the first policy answers every prompt twice, `--strong` once, and `--judge` says
+which answer of two is better:
+
+    python -m lib.lm.prepare_full --policy 128=data/length/policy --policy 64=FOLDER \\
+        --prompts FILE_OR_NAME --strong FOLDER_OR_NAME --judge FOLDER_OR_NAME --out FOLDER
+
+Pairs that exist, such as the relabelled AlpacaFarm pairs and UltraFeedback's:
+
+    python -m lib.lm.prepare_full --policy 1.4b=FOLDER_OR_NAME --similar FILE_OR_NAME \\
+        --distinct FILE_OR_NAME --out FOLDER
+
+The folder then holds policy-NAME/ for each, similar.parquet, distinct.parquet (the first response
+is the preferred one), a reward model for each, and prepared.json, which says what it was made of.
+What is there already is kept, and so are the judge's scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from lib.lm import pairs as files
+from lib.lm.batches import padded, unpadded
+from lib.lm.full_scale import KINDS, SCORES
+from lib.lm.gold import Judge, Kept, load_judge
+from lib.lm.length import GIVEN
+from lib.lm.models import ids, load_policy, load_tokenizer, resolve
+from lib.lm.network import Network
+from lib.lm.pairs import SPLITS, Pairs
+from lib.lm.policy import Scorer
+from lib.lm.prepare import read_record, split_of, train_reward, write_record
+from lib.lm.text import (
+    Prompt,
+    encode_prompts,
+    encode_responses,
+    example,
+    load_preferences,
+    load_prompts,
+)
+from lib.randomness import uniforms
+from lib.runs import provenance
+
+BATCH = 64  # prompts answered, and responses judged, at once
+WEAK, STRONG, SPLIT = range(3)  # streams of random numbers
+ANSWERERS = {"similar": ("first", "second"), "distinct": ("strong", "first")}
+SHORT = "You are a helpful assistant who gives short answers in plain English."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        prepare(_parser().parse_args(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """All steps, each skipped where its result exists. Raises: ValueError for what does not fit."""
+    made = (options.prompts, options.strong, options.judge)
+    given = (options.similar, options.distinct)
+    if all(made) == any(given) or (any(made) and not all(made)):
+        raise ValueError("give --prompts, --strong and --judge to make pairs, or --similar and/or "
+                         "--distinct to read them")  # fmt: skip
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    record = read_record(out) | {"commit": provenance.commit(), "arguments": {
+        k: str(v) for k, v in vars(options).items()}}  # fmt: skip
+    weak = options.policy[0][1]
+    model, source = load_policy(weak, device=options.device)
+    tokenizer, _ = load_tokenizer(weak)
+    record["policy"] = asdict(source)
+    _copy_policies(options)
+    if all(made):
+        _make(options, model, tokenizer, record)
+    else:
+        _read(options, model, tokenizer, record)
+    for kind in KINDS:
+        if (out / f"{kind}.parquet").exists() and not (out / f"reward-{kind}").exists():
+            splits = {s: files.load(out / f"{kind}.parquet", s, ids(tokenizer, model).eos)
+                      for s in SPLITS}  # fmt: skip
+            record[f"reward-{kind}"] = train_reward(
+                options, GIVEN, splits, tokenizer, model, out / f"reward-{kind}"
+            )
+            write_record(out, record)
+    write_record(out, record)
+    print(f"prepared: {out}")
+
+
+def _copy_policies(options: argparse.Namespace) -> None:
+    for name, source in options.policy:
+        folder, _ = resolve(source)
+        to = options.out / f"policy-{name}"
+        if options.copy and folder.resolve() != to.resolve() and not to.exists():
+            shutil.copytree(folder, to, symlinks=False)
+
+
+# --- pairs made here ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to the prompts of a split, by the name of who answered: token ids and texts.
+
+    An answer of the strong model that did not end by itself is None: it cannot be compared.
+    """
+
+    prompts: list[list[int]]
+    instructions: list[Prompt]
+    ids: dict[str, list[list[int]]]
+    texts: dict[str, list[str | None]]
+
+
+def _make(
+    options: argparse.Namespace, model: Any, tokenizer: Any, record: dict[str, Any]
+) -> None:
+    """similar.parquet and distinct.parquet by the judge's labels."""
+    if all((options.out / f"{kind}.parquet").exists() for kind in KINDS):
+        return
+    started = perf_counter()
+    judge = Kept(load_judge(options.judge, device=options.device), options.scores)
+    found = ids(tokenizer, model)
+    splits = {s: _answers(options, s, p, model, tokenizer)
+              for s, p in _prompts(options, tokenizer).items()}  # fmt: skip
+    scores = {s: {name: _judged(judge, a.instructions, texts) for name, texts in a.texts.items()}
+              for s, a in splits.items()}  # fmt: skip
+    for kind, (one, two) in ANSWERERS.items():
+        labelled = {s: _labelled(a, scores[s], one, two, found.eos) for s, a in splits.items()}
+        files.save(options.out / f"{kind}.parquet", {s: p for s, (p, _) in labelled.items()},
+                   {s: more for s, (_, more) in labelled.items()})  # fmt: skip
+        wins = {s: float((more["answerer"] == one).mean()) for s, (_, more) in labelled.items()}
+        record[kind] = {"count": {s: len(p) for s, (p, _) in labelled.items()},
+                        f"share preferred: {one}": wins}  # fmt: skip
+    record |= {"judge": asdict(judge.source), "seed": options.seed,
+               "seconds": round(perf_counter() - started, 1)}  # fmt: skip
+    write_record(options.out, record)
+
+
+def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[list, list[Prompt]]]:
+    """Ids and texts of the prompts by split, `--pairs` and `--held-out` of them, drawn by seed."""
+    read = load_prompts(options.prompts)
+    print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
+    coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
+    split = split_of(options.prompts, len(read.prompts))
+    order = uniforms([options.seed], SPLIT, 0, (len(coded.ids),))[0].argsort().tolist()
+    wanted = {"train": options.pairs, "validation": options.held_out}
+    chosen: dict[str, list[int]] = {}
+    for name, count in wanted.items():
+        taken = {i for rows in chosen.values() for i in rows}
+        rows = [i for i in order if i not in taken
+                and (split is None or split[coded.kept[i]] == name)][:count]  # fmt: skip
+        if len(rows) < count:
+            raise ValueError(f"{options.prompts!r} has {len(rows)} {name} prompts left, "
+                             f"{count} were asked for")  # fmt: skip
+        chosen[name] = rows
+    return {name: ([coded.ids[i] for i in rows], [read.prompts[coded.kept[i]] for i in rows])
+            for name, rows in chosen.items()}  # fmt: skip
+
+
+def _answers(
+    options: argparse.Namespace, split: str, prompts: tuple[list, list[Prompt]], model: Any,
+    tokenizer: Any,
+) -> Answers:  # fmt: skip
+    """Two answers of the policy and one of the strong model to every prompt, as text."""
+    coded, texts = prompts
+    found = ids(tokenizer, model)
+    number = SPLITS.index(split)
+    weak = Scorer(Network(model), found.eos, found.pad)
+    sampled = files.sample_pairs(weak, coded, options.max_tokens, options.seed + 1 + number)
+    coded_answers = {"first": sampled.first, "second": sampled.second}  # as they were sampled
+    answers = {name: tokenizer.batch_decode(side, skip_special_tokens=True)
+               for name, side in coded_answers.items()}  # fmt: skip
+    kept = options.out / f".strong-{split}.parquet"
+    if not kept.exists():
+        pd.DataFrame({"text": list(_strong(options, texts, number))}).to_parquet(kept)
+    strong = [text or None for text in pd.read_parquet(kept)["text"]]
+    coded_answers["strong"] = encode_responses(
+        tokenizer, [text or "" for text in strong], options.max_tokens
+    ).ids
+    return Answers(coded, texts, coded_answers, answers | {"strong": strong})
+
+
+def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> Iterator[str]:
+    """The strong model's answers, told to be short, at its temperature; "" for one that was cut."""
+    model, _ = load_policy(options.strong, device=options.device)
+    tokenizer, _ = load_tokenizer(options.strong)
+    found = ids(tokenizer, model)
+    scorer = Scorer(Network(model, options.strong_temperature), found.eos, found.pad)
+    system = [{"role": "system", "content": SHORT}]
+    asked = [system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)
+             for p in prompts]  # fmt: skip
+    for start in tqdm(range(0, len(asked), BATCH), desc="strong answers", unit="batch"):
+        part = encode_prompts(tokenizer, asked[start : start + BATCH], 10 * options.max_prompt).ids
+        heads, mask = padded(part, found.pad, "left", options.device)
+        numbers = uniforms([options.seed], STRONG, 1000 * number + start // BATCH,
+                           (len(part), options.max_tokens))[0].to(options.device)  # fmt: skip
+        out = scorer.sample(heads, mask, numbers)
+        for row in unpadded(out.completions, out.mask):
+            ended = row[-1] in found.eos
+            yield tokenizer.decode(row, skip_special_tokens=True).strip() if ended else ""
+
+
+def _judged(judge: Judge, prompts: list[Prompt], texts: list[str | None]) -> np.ndarray:
+    """(N,) gold rewards, NaN for no answer; kept batch by batch, so that a second call goes on."""
+    rows = [i for i, text in enumerate(texts) if text is not None]
+    rows.sort(key=lambda i: len(texts[i]))  # alike lengths together: little padding
+    scores = np.full(len(texts), np.nan)
+    for start in tqdm(range(0, len(rows), BATCH), desc="judging", unit="batch"):
+        part = rows[start : start + BATCH]
+        scores[part] = judge.score([prompts[i] for i in part], [texts[i] for i in part])
+    return scores
+
+
+def _labelled(
+    answers: Answers, scores: dict[str, np.ndarray], one: str, two: str, eos: tuple[int, ...]
+) -> tuple[Pairs, pd.DataFrame]:
+    """Pairs with the better answer first, and what is known of them; ties are dropped."""
+    different = np.nan_to_num(scores[one] - scores[two]) != 0
+    rows = np.flatnonzero(different).tolist()
+    order = [(one, two) if scores[one][i] > scores[two][i] else (two, one) for i in rows]
+    sides = [[answers.ids[names[side]][i] for i, names in zip(rows, order, strict=True)]
+             for side in (0, 1)]  # fmt: skip
+    gold = [[scores[names[side]][i] for i, names in zip(rows, order, strict=True)]
+            for side in (0, 1)]  # fmt: skip
+    more = pd.DataFrame({
+        "instruction": [as_text(answers.instructions[i]) for i in rows],
+        "answerer": [names[0] for names in order], "gold_first": gold[0], "gold_second": gold[1],
+    })  # fmt: skip
+    return Pairs([answers.prompts[i] for i in rows], *sides, eos), more
+
+
+# --- pairs that exist -----------------------------------------------------------------------------
+
+
+def _read(
+    options: argparse.Namespace, model: Any, tokenizer: Any, record: dict[str, Any]
+) -> None:
+    """The pairs of files or data sets; the first response is the preferred one."""
+    for kind in KINDS:
+        name, path = getattr(options, kind), options.out / f"{kind}.parquet"
+        if not name or path.exists():
+            continue
+        read = load_preferences(name, split=options.split, revision=options.revision)
+        print(example(tokenizer, read, max_prompt_tokens=options.max_prompt,
+                      max_response_tokens=options.max_tokens))  # fmt: skip
+        coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
+        sides = [encode_responses(tokenizer, [side[i] for i in coded.kept], options.max_tokens).ids
+                 for side in (read.chosen, read.rejected)]  # fmt: skip
+        share = options.held_out / (options.pairs + options.held_out)
+        last = (uniforms([options.seed], SPLIT, 0, (len(coded.ids),))[0] < share).tolist()
+        splits, more = {}, {}
+        for split, held_out in zip(SPLITS, (False, True), strict=True):
+            rows = [i for i, x in enumerate(last) if x is held_out]
+            columns = ([column[i] for i in rows] for column in (coded.ids, *sides))
+            splits[split] = Pairs(*columns, ids(tokenizer, model).eos)
+            more[split] = pd.DataFrame({
+                "instruction": [as_text(read.prompts[coded.kept[i]]) for i in rows]})  # fmt: skip
+        files.save(path, splits, more)
+        record[kind] = {"source": asdict(read.source), "dropped": read.counts,
+                        "too long": coded.too_long,
+                        "count": {s: len(p) for s, p in splits.items()}}  # fmt: skip
+        write_record(options.out, record)
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt as one column holds it: text, or its messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise argparse.ArgumentTypeError(f"a policy is NAME=FOLDER_OR_NAME, got {text!r}")
+    return name, source
+
+
+def _parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = argparse.ArgumentParser(prog="python -m lib.lm.prepare_full", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=_named, action="append", required=True,
+                        help="NAME=FOLDER_OR_NAME; the first answers the prompts")
+    parser.add_argument("--no-copy", dest="copy", action="store_false",
+                        help="the policies stay where they are")
+    # fmt: on
+    parser.add_argument("--prompts", help="JSONL, CSV or parquet file, or a data set")
+    parser.add_argument("--strong", help="the stronger model: folder or hub name")
+    parser.add_argument("--strong-temperature", type=float, default=0.8)
+    parser.add_argument("--judge", help="a language model, or a reward model: folder or hub name")
+    parser.add_argument("--scores", type=Path, default=SCORES, help="file that keeps its scores")
+    parser.add_argument("--similar", help="pairs of one policy's samples: a file or a data set")
+    parser.add_argument("--distinct", help="pairs of models of different strength")
+    parser.add_argument("--split", help="of a data set that has several")
+    parser.add_argument("--revision", help="of a data set on the hub (default: newest, recorded)")
+    parser.add_argument("--pairs", type=int, default=2048, help="training pairs that are made")
+    parser.add_argument("--held-out", type=int, default=256, help="pairs for evaluation")
+    parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
+    parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')
+    parser.add_argument("--rate", type=float, default=1e-3, help="of the reward models")
+    parser.add_argument("--epochs", type=int, default=6, help="of the reward models, at most")
+    parser.add_argument("--max-tokens", type=int, default=96, help="cap of a response")
+    parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are dropped")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
