@@ -21,6 +21,7 @@ class FullScaleRun(LengthRun):
     """A run on preferences that a gold model gave (sections 3.2 and 4.2, appendices J.4, J.5).
 
     Args:
+        task: "given": the pairs come with their labels.
         kind: "similar", two samples of one policy, as AlpacaFarm's pairs; "distinct", samples of
             two models of different strength, as UltraFeedback's.
         policy: which of the folder's policies is trained: of the shipped ones, its width.
@@ -30,7 +31,6 @@ class FullScaleRun(LengthRun):
     Raises: ValueError that names the value and the allowed ones.
     """
 
-    task: str = GIVEN
     kind: str = "similar"
     policy: str = "128"
     pairs: int | None = None
