@@ -88,6 +88,8 @@ STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
     "change of mass on tokens of the data": lambda c: change(c, "support_share"),
     "final proxy": lambda c: final(c, "proxy"),
     "mean proxy over updates": lambda c: area(c, "proxy"),
+    "final gold": lambda c: final(c, "gold"),
+    "gain in gold": lambda c: change(c, "gold"),
     "final length": lambda c: final(c, "length"),
     "final margin": lambda c: final(c, "chosen_logratio") - final(c, "rejected_logratio"),
     "speed to target": lambda c: 1 / reaching(c, c["target"].iloc[0], "seconds"),
@@ -95,8 +97,8 @@ STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
 
 
 # The columns that a statistic may read; a curve holds no others, which makes it cheap to cut out.
-CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "length", "kl_ref", "kl_gen",
-         "chosen_logratio", "rejected_logratio", "support_share")  # fmt: skip
+CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "gold", "length", "kl_ref",
+         "kl_gen", "chosen_logratio", "rejected_logratio", "support_share")  # fmt: skip
 
 
 def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:

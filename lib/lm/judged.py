@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from lib.lm.batches import unpadded
 from lib.lm.engine import LengthEngine
-from lib.lm.full_scale import FullScaleRun, judge_source
+from lib.lm.full_scale import SCORES, FullScaleRun, judge_source
 from lib.lm.gold import kept_judge
 from lib.lm.models import load_tokenizer
 from lib.lm.problem import LengthProblem
+from lib.lm.text import Prompt, from_text
 from lib.randomness import uniforms
 from lib.rollouts import Rollout
 
@@ -26,9 +31,10 @@ class JudgedProblem(LengthProblem):
     def __init__(self, config: FullScaleRun, device: str = "cpu"):
         self.judge = None  # found first: a missing one is said before anything is loaded
         if config.gold:
-            self.judge = kept_judge(*judge_source(config.gold), device)
+            self.judge = kept_judge(str(judge_source(config)), device, SCORES)
         super().__init__(config, device)
         self.tokenizer, _ = load_tokenizer(config.policy_folder)
+        self.instructions = instructions(config.pairs_file)
 
     def _pool(self, count: int) -> Tensor:
         """The training pairs that the run's seed draws, or all of them.
@@ -48,14 +54,20 @@ class JudgedProblem(LengthProblem):
             return {}
         if update not in self.config.judged:
             return {"gold": torch.tensor(math.nan)}
-        prompts = [self._text(row[keep]) for row, keep
-                   in zip(batch.prompts, batch.prompt_mask, strict=True)]  # fmt: skip
-        responses = [self._text(row[keep]) for row, keep
-                     in zip(batch.completions[:, 0], batch.mask[:, 0], strict=True)]  # fmt: skip
+        rows = unpadded(batch.prompts, batch.prompt_mask)
+        prompts = [self.instructions[tuple(row)] for row in rows]
+        responses = self.tokenizer.batch_decode(
+            unpadded(batch.completions[:, 0], batch.mask[:, 0]), skip_special_tokens=True
+        )
         return {"gold": torch.tensor(self.judge.score(prompts, responses)).mean()}
 
-    def _text(self, tokens: Tensor) -> str:
-        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+
+@lru_cache(maxsize=4)
+def instructions(file: Path) -> dict[tuple[int, ...], Prompt]:
+    """The prompts of a file of pairs as the judge reads them, by their token ids."""
+    table = pd.read_parquet(file, columns=["prompt", "instruction"])
+    return {tuple(map(int, ids)): from_text(text)
+            for ids, text in zip(table["prompt"], table["instruction"], strict=True)}  # fmt: skip
 
 
 class FullScaleEngine(LengthEngine):

@@ -19,7 +19,6 @@ What is there already is kept, and so are the judge's scores.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +44,7 @@ from lib.lm.policy import Scorer
 from lib.lm.prepare import read_record, split_of, train_reward, write_record
 from lib.lm.text import (
     Prompt,
+    as_text,
     encode_prompts,
     encode_responses,
     example,
@@ -275,11 +275,6 @@ def _read(
                         "too long": coded.too_long,
                         "count": {s: len(p) for s, p in splits.items()}}  # fmt: skip
         write_record(options.out, record)
-
-
-def as_text(prompt: Prompt) -> str:
-    """A prompt as one column holds it: text, or its messages as JSON."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _named(text: str) -> tuple[str, str]:

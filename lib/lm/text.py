@@ -7,6 +7,7 @@ without EOS. A prompt that is too long is dropped and counted, never cut.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -176,6 +177,16 @@ def load_preferences(
         [pair.prompt for pair in kept], [pair.chosen for pair in kept],
         [pair.rejected for pair in kept], scores, origin, len(rows), dict(counts),
     )  # fmt: skip
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt as one column holds it: text, or its messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def from_text(text: str) -> Prompt:
+    """The prompt that `as_text` wrote."""
+    return json.loads(text) if text.startswith('[{"') else text
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

@@ -1,0 +1,140 @@
+"""The full-scale chapter's profiles and grid: kinds of pairs, policies by size, amounts of data.
+
+Learning rates are chosen as for the length problems: by the final proxy reward on seeds that are
+not reported, for the base policy and all pairs. Everything else keeps that rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from lib.experiments.length import GPU_RATES, PAPER_RATES
+from lib.experiments.settings import Grid, Profile, Setting
+from lib.lm.config import MINIBATCH, length_run
+from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
+from lib.lm.length import GIVEN
+from lib.runs import Engine
+
+OFFLINE = ("pref_ft", "dpo_offline")
+ON_POLICY = ("rwr", "reinforce", "dpo")
+BATCHED = ("rwr", "reinforce")  # Figure 7's
+
+
+@dataclass(frozen=True)
+class FullScaleProfile(Profile):
+    """The full-scale dials beside what every profile has.
+
+    Args:
+        sets: values of B as multiples of M. policies: the smallest, the base one, the largest.
+        few: pairs of the small data set. judge: the gold model.
+    """
+
+    sets: tuple[int, ...] = (2, 4)
+    policies: tuple[str, ...] = ("64", "128", "256")
+    few: int = 192
+    judge: str = JUDGE
+
+    def configuration(self, setting: Setting, rate: float, seed: int) -> FullScaleRun:
+        options = {**dict(self.options), **dict(setting.options)}
+        minibatch = options.get("minibatch", MINIBATCH)
+        options["batch"] = options.pop("sets", 1) * minibatch
+        options.setdefault("policy", self.policies[1])
+        if options.pop("judged", False):
+            options["gold"] = self.judge
+        return length_run(
+            setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
+            kind=setting.reward_function, **options,
+        )  # fmt: skip
+
+
+FULL = FullScaleProfile(
+    rates=(1e-3, 3e-4, 1e-4),
+    sweep_seeds=(0, 1),
+    report_seeds=tuple(range(5, 10)),
+    dial_sweep_seeds=(),
+    dial_seeds=tuple(range(5, 10)),
+    updates=64,
+    options=(("evaluations", 8),),
+    select_by="final proxy",
+)
+PROFILES: dict[str, FullScaleProfile] = {
+    "smoke": FullScaleProfile(
+        rates=(1e-3,),
+        sweep_seeds=(0,),
+        report_seeds=(5,),
+        dial_sweep_seeds=(),
+        dial_seeds=(5,),
+        sets=(2,),
+        few=16,
+        judge="tiny",  # the policy itself: only to see that it works
+        updates=2,
+        options=(("evaluations", 2), ("prompts", 4), ("minibatch", 8), ("max_tokens", 24)),
+        select_by="final proxy",
+    ),
+    "cpu": replace(
+        FULL,
+        rates=(3e-4,),
+        sweep_seeds=(0,),
+        report_seeds=(5, 6),
+        dial_seeds=(5, 6),
+        sets=(4,),
+        updates=32,
+        options=(("evaluations", 4), ("prompts", 32)),
+    ),
+    "full": FULL,
+    # SmolLM2-135M and 360M with a judge of the user's; then the paper's policies and gold model.
+    "gpu": replace(
+        FULL,
+        rates=GPU_RATES,
+        device="cuda",
+        policies=("135m", "360m", "1.7b"),
+        judge="judge",
+        options=(("prepared", "full_scale"), ("dtype", "bfloat16"), ("max_tokens", 128)),
+    ),
+    "paper": replace(
+        FULL,
+        rates=PAPER_RATES,
+        device="cuda",
+        sets=(2, 4, 16),
+        policies=("1.4b", "1.4b", "7b"),
+        few=2000,
+        judge="judge",
+        options=(("prepared", "full_scale_paper"), ("dtype", "bfloat16"), ("max_tokens", 256)),
+    ),
+}
+
+
+def settings(p: FullScaleProfile) -> list[Setting]:
+    """Base runs; judged ones, on-policy by B; size of the policy by data by kind of pair."""
+    base = [Setting(name, kind) for kind in KINDS for name in OFFLINE]
+    base += [Setting(name, KINDS[0]) for name in ON_POLICY]
+    judged = [_kept(s, judged=True) for s in base]
+    judged += [_kept(Setting(name, KINDS[0]), judged=True, sets=k)
+               for name in BATCHED for k in p.sets]  # fmt: skip
+    return base + judged + factorial(p)
+
+
+def factorial(p: FullScaleProfile) -> list[Setting]:
+    """2 x 2 x 2: smallest or largest policy, few or all pairs, similar or distinct ones."""
+    ends, data = (p.policies[0], p.policies[-1]), ({"pairs": p.few}, {})
+    return [
+        _kept(Setting(name, kind), policy=policy, **pairs)
+        for name, kind, policy, pairs in product(OFFLINE, KINDS, ends, data)
+    ]
+
+
+def _kept(setting: Setting, **options: Any) -> Setting:
+    """A base setting with options, at the learning rate that the base chose."""
+    return replace(setting, options=tuple(options.items()), sweep="base", seeds="dial")
+
+
+def _engine(device: str = "cpu") -> Engine:
+    """Imported when it is wanted: other chapters need no language-model library."""
+    from lib.lm.judged import FullScaleEngine
+
+    return FullScaleEngine(device)
+
+
+CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine)}
