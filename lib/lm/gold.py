@@ -68,9 +68,7 @@ class Likelihood:
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """(N,) nats a token."""
-        given, without, copied, mask = self.parts(prompts, responses)
-        value = (2 * given - without).masked_fill(copied, COPY)
-        return ((value * mask).sum(-1) / mask.sum(-1)).double().numpy()
+        return mean_value(*self.parts(prompts, responses))
 
     def parts(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -98,6 +96,12 @@ class Likelihood:
         """log p of every response token after its head, (N, L) nats."""
         batch = as_rollout(heads, tokens, mask, self.scorer.pad, str(self.scorer.network.device))
         return self.scorer.score(batch)[:, 0]
+
+
+def mean_value(given: Tensor, without: Tensor, copied: Tensor, mask: Tensor) -> np.ndarray:
+    """(N,) what `Likelihood` scores, from its parts (N, L)."""
+    value = (2 * given - without).masked_fill(copied, COPY)
+    return ((value * mask).sum(-1) / mask.sum(-1)).double().numpy()
 
 
 class Score:

@@ -8,7 +8,7 @@ import torch
 
 from lib.finetune import Schedule
 from lib.lm.config import LengthRun, length_run
-from lib.lm.engine import LengthEngine, evaluated
+from lib.lm.engine import LengthEngine
 from lib.lm.problem import LengthProblem, task_data
 from lib.methods import METHODS
 from lib.runs import identity
@@ -137,7 +137,9 @@ def test_offline_methods_of_one_seed_see_the_same_pairs(folder):
 
 
 def test_skew_data_are_shorter_and_min_data_are_not(folder):
-    plain, short = task_data(folder, "min"), task_data(folder, "skew")
+    plain, short = (
+        task_data(folder / "policy", folder / "pairs.parquet", task) for task in ("min", "skew")
+    )
     assert short.pairs["train"].lengths.mean() < 0.6 * plain.pairs["train"].lengths.mean()
     assert short.target == plain.target
 
@@ -205,5 +207,9 @@ class _KillWhenSaved(Checkpoint):
 
 
 def test_evaluated_updates_are_even():
-    assert evaluated(100, 4) == [0, 25, 50, 75, 100]
-    assert evaluated(3, 20) == [0, 1, 2, 3]
+    def points(updates, evaluations):
+        run = length_run("dpo", "min", 1e-3, 0, updates=updates, evaluations=evaluations)
+        return run.points
+
+    assert points(100, 4) == [0, 25, 50, 75, 100]
+    assert points(3, 20) == [0, 1, 2, 3]

