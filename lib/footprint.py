@@ -122,6 +122,12 @@ PRESETS = {
     "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
     "pythia": Preset(PYTHIA_14, PYTHIA_410, 128, 256),
 }
+MISTRAL = Shape("Mistral-7B", 7_241_732_096, 4096, 32, 14_336, 1024, 32_000, gated=True)
+LLAMA_13 = Shape("LLaMA-13B", 13_015_864_320, 5120, 40, 13_824, 5120, 32_000, gated=True)
+FULL_SCALE = {
+    "similar pairs: Pythia-1.4B": PRESETS["pythia"],
+    "distinct pairs: Mistral-7B, UltraRM-13B": Preset(MISTRAL, LLAMA_13, 256, 512),
+}
 T4 = Machine("T4", 16, 8.1e12, 320e9, size=4, half=65e12)  # it has no bfloat16
 A100 = Machine("A100", 80, 312e12, 2039e9)
 H100 = Machine("H100", 80, 989e12, 3350e9)

@@ -1,6 +1,6 @@
 """What the judge measures: its scores of good answers, bad ones and tricks.
 
-`python data/full_scale/calibrate.py --judge .prepared/smollm2/policy` writes calibration.parquet:
+`python data/full_scale/calibrate.py --judge .prepared/smollm2-model` writes calibration.parquet:
 64 validation prompts, each with its own answer (by the model that wrote the instruction data), two
 samples of the tiny policy, and answers made from these that a good judge should tell apart.
 """

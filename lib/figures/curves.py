@@ -33,6 +33,7 @@ AXES = {
     "pushed_share": "share of the answers",
     "length": "response length, tokens",
     "proxy": "proxy reward",
+    "gold": "gold reward, nats a token",
     "ended": "share that ends in EOS",
     "held_out_accuracy": "pair accuracy",
     "chosen_logratio": r"$\log \pi/\pi_\mathrm{ref}$ of $y_w$, nats",

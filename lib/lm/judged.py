@@ -26,7 +26,7 @@ SUBSET = 3  # stream of random numbers: which pairs a run sees (after those of `
 class JudgedProblem(LengthProblem):
     """One run on preferences that a gold model gave. Methods are trained on the learned reward."""
 
-    shown = ("proxy", "gold")
+    shown = ("proxy", "kl_ref")
 
     def __init__(self, config: FullScaleRun, device: str = "cpu"):
         self.judge = None  # found first: a missing one is said before anything is loaded

@@ -16,12 +16,12 @@ from lib.runs import identity
 from tests.lm.test_problem import Silent
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
-SMALL = dict(updates=4, minibatch=8, max_tokens=16, prompts=6, evaluations=4)
+SMALL = dict(policy="small", updates=4, batch=8, minibatch=8, max_tokens=16, prompts=6, evaluations=4)
 
 
 def run(folder, method="dpo_offline", **options):
-    return length_run(method, "given", 1e-3, 5, run=FullScaleRun, prepared=str(folder),
-                      policy="small", **SMALL | options)  # fmt: skip
+    options = {"prepared": str(folder)} | SMALL | options
+    return length_run(method, "given", 1e-3, 5, run=FullScaleRun, **options)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,6 @@ def test_pairs_that_exist_are_read_in_the_hubs_layouts(layout, tmp_path):
     assert prepare_full.main(arguments) == 0
     table = pd.read_parquet(out / "distinct.parquet")
     assert len(table) == 80 and set(table["split"]) == {"train", "validation"}
-    decoded = bytes(i for i in table["first"].iloc[0] if i < 256).decode()
-    assert decoded.startswith("good")
+    assert tiny_tokenizer().decode(list(table["first"].iloc[0])).startswith("good")
     (curve,) = FullScaleEngine().run([run(out, kind="distinct")], Silent())
     assert np.isfinite(curve["chosen_logratio"]).all()

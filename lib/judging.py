@@ -1,0 +1,150 @@
+"""What the full-scale chapter shows: the judge, the pairs, and what makes y_w fall.
+
+Tables here are made from shipped data and result tables alone; nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib import stats
+from lib.chapter import Chapter
+from lib.experiments.full_scale import FullScaleProfile
+from lib.lengths import Prepared
+from lib.lm.batches import padded
+from lib.lm.full_scale import DATA, KINDS
+from lib.lm.gold import as_rollout
+
+FACTORS = {"policy": "large policy", "pairs": "much data", "kind": "distinct pairs"}
+SCORED = 128  # pairs whose log-probability under the reference policy is shown
+ANSWERERS = {"first": "the tiny policy", "second": "the tiny policy", "strong": "SmolLM2"}
+
+
+def calibration(path: Path = DATA / "calibration.parquet") -> pd.DataFrame:
+    """Per kind of answer: mean gold reward with its 95% interval, the likelihoods that it is made
+    of (nats a token), the share of copied tokens, and how often the prompt's own answer beats it.
+    """
+    table = pd.read_parquet(path)
+    own = table[table["answer"] == table["answer"].iloc[0]].set_index("prompt")["score"]
+    rows = []
+    for name, part in table.groupby("answer", sort=False):
+        better = own.loc[part["prompt"]].to_numpy() > part["score"].to_numpy()
+        mean, low, high = stats.interval(part["score"])
+        rows.append({
+            "answer": name, "effect": mean, "low": low, "high": high, "n": len(part),
+            "given": part["given"].mean(), "without": part["without"].mean(),
+            "copied": part["copied"].mean(),
+            "loses to its own answer": float("nan") if name == own.name else better.mean(),
+        })  # fmt: skip
+    found = pd.DataFrame(rows).sort_values("effect", ascending=False, ignore_index=True)
+    return found.rename(columns={"answer": "label"})
+
+
+def shipped(kind: str, folder: Path = DATA) -> pd.DataFrame:
+    """The pairs of a kind with their gold rewards: a row a pair, the preferred response first."""
+    return pd.read_parquet(folder / f"{kind}.parquet")
+
+
+def pairs_table(prepared: Prepared, folder: Path = DATA) -> pd.DataFrame:
+    """Per kind of pair: how many, who wrote what is preferred, how far the two are apart in gold
+    reward, their lengths, and log pi_ref of either, nats a token: how near they lie to the policy.
+    """
+    rows = []
+    for kind in KINDS:
+        table = shipped(kind, folder)
+        train = table[table["split"] == "train"]
+        wrote = train["answerer"].map(ANSWERERS).value_counts(normalize=True)
+        gap = train["gold_first"] - train["gold_second"]
+        rows.append({
+            "pairs": kind, "to train on": len(train), "held out": len(table) - len(train),
+            "preferred is by": f"{wrote.index[0]} ({wrote.iloc[0]:.0%})",
+            "gold reward of y_w": train["gold_first"].mean(),
+            "gold reward of y_l": train["gold_second"].mean(), "median gap": gap.median(),
+            "log pi_ref of y_w": density(prepared, train, "first"),
+            "log pi_ref of y_l": density(prepared, train, "second"),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def density(prepared: Prepared, table: pd.DataFrame, side: str) -> float:
+    """Mean log pi_ref of the first `SCORED` responses of a side, nats a token."""
+    part = table.head(SCORED)
+    pad = prepared.policy.pad
+    tokens, mask = padded([list(map(int, row)) for row in part[side]], pad)
+    heads = [list(map(int, row)) for row in part["prompt"]]
+    logp = prepared.policy.score(as_rollout(heads, tokens, mask, pad, "cpu"))[:, 0]
+    return float(logp.sum() / mask.sum())
+
+
+def examples(prepared: Prepared, count: int = 2, folder: Path = DATA) -> pd.DataFrame:
+    """Some held-out pairs in words, with their gold rewards."""
+    rows = []
+    for kind in KINDS:
+        table = shipped(kind, folder)
+        for row in table[table["split"] == "validation"].head(count).itertuples():
+            texts = (prepared.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+                     for ids in (row.first, row.second))  # fmt: skip
+            better, worse = texts
+            rows.append({"pairs": kind, "instruction": row.instruction, "preferred": better,
+                         "gold": row.gold_first, "other": worse,
+                         "its gold": row.gold_second})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# --- what makes y_w fall --------------------------------------------------------------------------
+
+
+def cells(chapter: Chapter, method: str, statistic: str) -> dict[tuple[int, ...], pd.Series]:
+    """The factorial's results: levels (policy, pairs, kind), each 0 or 1 -> a statistic by seed."""
+    profile: FullScaleProfile = chapter.profile
+    sizes, data = (profile.policies[0], profile.policies[-1]), (f",pairs={profile.few}", "")
+    found = {}
+    for i, j, k in product((0, 1), repeat=3):
+        name = f"{method}@{KINDS[k]}[policy={sizes[i]}{data[j]}]"
+        if chapter.has(name):
+            found[i, j, k] = stats.per_run(chapter.reported(name), statistic)
+    return found
+
+
+def effects(found: Mapping[tuple[int, ...], pd.Series]) -> pd.DataFrame:
+    """What each factor, and each combination of factors, adds to a statistic.
+
+    The effect of a factor is the mean over the four cells with it less that over the four without,
+    within each seed; that of a combination is half the difference between a factor's effect with
+    and without the others, and so on (the usual contrasts of a 2 x 2 x 2 design).
+    Args: found: all eight cells, as `cells` gives them. Returns: label, effect, low, high, n.
+    Raises: ValueError if a cell is missing.
+    """
+    if len(found) != 8:
+        raise ValueError(f"a 2 x 2 x 2 design has 8 cells, got {sorted(found)}")
+    names, rows = list(FACTORS.values()), []
+    for size in (1, 2, 3):
+        for chosen in combinations(range(3), size):
+            total = sum(np.prod([2 * levels[i] - 1 for i in chosen]) * by_seed
+                        for levels, by_seed in found.items())  # fmt: skip
+            by_seed = (total / 4).dropna()
+            label = " with ".join(names[i] for i in chosen)
+            rows.append((label, *stats.interval(by_seed), len(by_seed)))
+    return pd.DataFrame(rows, columns=["label", "effect", "low", "high", "n"])
+
+
+def cell_table(chapter: Chapter, statistics: Mapping[str, str]) -> pd.DataFrame:
+    """One row for each method and cell of the factorial: means of statistics over seeds."""
+    profile: FullScaleProfile = chapter.profile
+    rows = []
+    for method, title in chapter.names().items():
+        columns = {name: cells(chapter, method, s) for name, s in statistics.items()}
+        for levels in next(iter(columns.values())):
+            i, j, k = levels
+            rows.append({
+                "method": title, "policy": profile.policies[-i], "pairs": KINDS[k],
+                "data": "all" if j else str(profile.few),
+                **{name: found[levels].mean() for name, found in columns.items()},
+                "seeds": len(found := next(iter(columns.values()))[levels]),
+            })  # fmt: skip
+    return pd.DataFrame(rows)

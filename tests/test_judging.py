@@ -1,0 +1,70 @@
+"""The full-scale chapter's tables: effects of the factorial, calibration, pairs."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import judging
+
+SEEDS = range(5, 10)
+
+
+def made(value):
+    """Eight cells whose value by seed is `value(policy, pairs, kind, seed)`."""
+    return {levels: pd.Series({s: float(value(*levels, s)) for s in SEEDS})
+            for levels in product((0, 1), repeat=3)}  # fmt: skip
+
+
+def test_effects_are_the_coefficients_that_the_cells_were_made_of():
+    """y = 3 policy - 2 kind + 8 policy kind + seed: with half levels the interaction's share goes
+    to the main effects, as the usual contrasts define them."""
+    found = judging.effects(made(lambda p, d, k, s: 3 * p - 2 * k + 8 * p * k + s))
+    effect = found.set_index("label")["effect"]
+    assert effect["large policy"] == pytest.approx(3 + 4)
+    assert effect["distinct pairs"] == pytest.approx(-2 + 4)
+    assert effect["large policy with distinct pairs"] == pytest.approx(4)
+    rest = effect.drop(["large policy", "distinct pairs", "large policy with distinct pairs"])
+    assert np.allclose(rest, 0) and len(effect) == 7
+    assert (found["n"] == len(SEEDS)).all()
+
+
+def test_what_differs_between_seeds_alone_has_no_effect_and_no_spread():
+    found = judging.effects(made(lambda p, d, k, s: 100 * s))
+    assert np.allclose(found[["effect", "low", "high"]], 0)
+
+
+def test_the_interval_is_that_of_the_seeds():
+    found = judging.effects(made(lambda p, d, k, s: p * s))
+    row = found.set_index("label").loc["large policy"]
+    assert row["effect"] == pytest.approx(np.mean(SEEDS))
+    assert row["high"] - row["low"] == pytest.approx(2 * 2.776 * np.std(SEEDS, ddof=1) / 5**0.5,
+                                                     abs=1e-2)  # fmt: skip
+
+
+def test_a_missing_cell_is_named():
+    cells = made(lambda *_: 0)
+    del cells[0, 1, 0]
+    with pytest.raises(ValueError, match="8 cells, got"):
+        judging.effects(cells)
+
+
+def test_the_judge_puts_its_own_answer_first_and_repetition_far_below():
+    found = judging.calibration().set_index("label")
+    assert found.index[0] == "its own answer" and (found["n"] == 64).all()
+    for worse in ("the answer to another prompt", "its words shuffled", "it, said twice",
+                  "the prompt, three times", "one stock refusal", "yes", "nothing"):  # fmt: skip
+        assert found.loc[worse, "effect"] < found.loc["its own answer", "effect"] - 0.5, worse
+        assert found.loc[worse, "loses to its own answer"] > 0.75, worse
+
+
+@pytest.mark.parametrize("kind", judging.KINDS)
+def test_shipped_pairs_have_the_better_answer_first_and_share_no_prompt(kind):
+    table = judging.shipped(kind)
+    assert (table["gold_first"] > table["gold_second"]).all()
+    texts = {split: set(part["instruction"]) for split, part in table.groupby("split")}
+    assert not texts["train"] & texts["validation"]
+    assert min(map(len, texts.values())) >= 150
