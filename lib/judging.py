@@ -139,12 +139,12 @@ def cell_table(chapter: Chapter, statistics: Mapping[str, str]) -> pd.DataFrame:
     rows = []
     for method, title in chapter.names().items():
         columns = {name: cells(chapter, method, s) for name, s in statistics.items()}
-        for levels in next(iter(columns.values())):
+        for levels, by_seed in next(iter(columns.values())).items():
             i, j, k = levels
             rows.append({
                 "method": title, "policy": profile.policies[-i], "pairs": KINDS[k],
                 "data": "all" if j else str(profile.few),
                 **{name: found[levels].mean() for name, found in columns.items()},
-                "seeds": len(found := next(iter(columns.values()))[levels]),
+                "seeds": len(by_seed),
             })  # fmt: skip
     return pd.DataFrame(rows)

@@ -55,8 +55,8 @@ FULL = FullScaleProfile(
     report_seeds=tuple(range(5, 10)),
     dial_sweep_seeds=(),
     dial_seeds=tuple(range(5, 10)),
-    updates=64,
-    options=(("evaluations", 8),),
+    updates=48,  # all pairs once, or the few ones eight times
+    options=(("evaluations", 6),),
     select_by="final proxy",
 )
 PROFILES: dict[str, FullScaleProfile] = {
@@ -80,7 +80,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         report_seeds=(5, 6),
         dial_seeds=(5, 6),
         sets=(4,),
-        updates=32,
+        updates=24,
         options=(("evaluations", 4), ("prompts", 32)),
     ),
     "full": FULL,
@@ -107,9 +107,9 @@ PROFILES: dict[str, FullScaleProfile] = {
 
 
 def settings(p: FullScaleProfile) -> list[Setting]:
-    """Base runs; judged ones, on-policy by B; size of the policy by data by kind of pair."""
-    base = [Setting(name, kind) for kind in KINDS for name in OFFLINE]
-    base += [Setting(name, KINDS[0]) for name in ON_POLICY]
+    """Pilots; judged runs, on-policy ones by B; size of the policy by data by kind of pair."""
+    base = [Setting(name, kind, seeds="none") for kind in KINDS for name in OFFLINE]
+    base += [Setting(name, KINDS[0], seeds="none") for name in ON_POLICY]
     judged = [_kept(s, judged=True) for s in base]
     judged += [_kept(Setting(name, KINDS[0]), judged=True, sets=k)
                for name in BATCHED for k in p.sets]  # fmt: skip

@@ -53,7 +53,8 @@ class Setting:
         reward_function: "R1" or "R2" of the bandit, or a length task: "min", "mode", "skew".
         sweep: which learning rates compete: "all", "neighbours" (the base setting's and the next
             on either side) or "base" (the base setting's, without a sweep of its own).
-        seeds: how many are reported: "report" (20 at full), "dial" (10) or "few" (5).
+        seeds: how many are reported: "report" (20 at full), "dial" (10), "few" (5) or "none" (the
+            setting only chooses the rate of others).
     """
 
     method: str
@@ -153,7 +154,8 @@ def _sweep_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
 def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
     """The seeds whose results are reported."""
     few = profile.dial_seeds[:5]
-    return {"report": profile.report_seeds, "dial": profile.dial_seeds, "few": few}[setting.seeds]
+    named = {"report": profile.report_seeds, "dial": profile.dial_seeds, "few": few, "none": ()}
+    return named[setting.seeds]
 
 
 def reported(

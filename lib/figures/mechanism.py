@@ -40,7 +40,7 @@ DASHES = ("-", "--", ":", "-.")
 def log_ratios(
     panels: Mapping[str, pd.DataFrame], ratios: Ratios = RATIOS
 ) -> tuple[Figure, pd.DataFrame]:
-    """Figures 9 and 18: mean log pi - log pi_ref of y_w and y_l during training, one panel per setting.
+    """Figures 9 and 18: mean log pi - log pi_ref of y_w and y_l, one panel per setting.
 
     Not trained on: fresh completions of ten prompts that are not trained on either, as long as
     there are such (with 100 prompts trained on, there are none).

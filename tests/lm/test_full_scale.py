@@ -16,7 +16,8 @@ from lib.runs import identity
 from tests.lm.test_problem import Silent
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
-SMALL = dict(policy="small", updates=4, batch=8, minibatch=8, max_tokens=16, prompts=6, evaluations=4)
+SMALL = dict(policy="small", updates=4, batch=8, minibatch=8, max_tokens=16, prompts=6,
+             evaluations=4)  # fmt: skip
 
 
 def run(folder, method="dpo_offline", **options):
