@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
+from lib.lm.static import StaticDecoder
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
 
@@ -24,6 +27,13 @@ def token_budget(device: torch.device) -> int:
     return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
 
 
+def compiles(network: Network) -> bool:
+    """Whether the one-token step can be compiled: a GPU, and one that has its dtype."""
+    if network.device.type != "cuda":
+        return False
+    return network.dtype != "bfloat16" or torch.cuda.get_device_capability(network.device) >= (8, 0)
+
+
 class Scorer:
     """A frozen language model that samples and scores.
 
@@ -32,13 +42,21 @@ class Scorer:
         eos: ids that end a completion. pad: id that stands where nothing counts (masks are never
             derived from it, so it may be an EOS).
         budget: tokens that pass through the network at once; None for the device's.
+        decoder: "growing" (`lib.lm.decode`), "static" or "compiled" (`lib.lm.static`); None for
+            "compiled" where the device and dtype can be compiled for, else "growing".
     """
 
     def __init__(
-        self, network: Network, eos: tuple[int, ...], pad: int, budget: int | None = None
+        self,
+        network: Network,
+        eos: tuple[int, ...],
+        pad: int,
+        budget: int | None = None,
+        decoder: str | None = None,
     ):
         self.network, self.pad = network, pad
         self.budget = budget or token_budget(network.device)
+        self.decoder = decoder or ("compiled" if compiles(network) else "growing")
         self.eos = torch.tensor(eos, device=network.device)
 
     def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
@@ -49,10 +67,17 @@ class Scorer:
         count = exact_div(len(uniforms), len(prompts), "completions of the prompts")
         own = parallel.mine(torch.arange(len(prompts), device=prompts.device))
         rows = (own[:, None] * count + torch.arange(count, device=own.device)).flatten()
-        with self.network.autocast():  # one context: weights are cast once, not at every token
-            part = sample(self.network, prompts[own], prompt_mask[own], uniforms[rows], self.eos,
-                          self.pad)  # fmt: skip
+        inputs = (prompts[own], prompt_mask[own], uniforms[rows], self.eos, self.pad)
+        if self.decoder == "growing":
+            with self.network.autocast():  # one context: weights are cast once, not at every token
+                part = sample(self.network, *inputs)
+        else:
+            part = self._static.sample(*inputs)
         return part.placed(rows, len(uniforms))
+
+    @cached_property
+    def _static(self) -> StaticDecoder:
+        return StaticDecoder(self.network, compiled=self.decoder == "compiled")
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
@@ -155,8 +180,9 @@ class CausalPolicy(Scorer):
         rate: float,
         clip_norm: float = 1.0,
         budget: int | None = None,
+        decoder: str | None = None,
     ):
-        super().__init__(network, eos, pad, budget)
+        super().__init__(network, eos, pad, budget, decoder)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=rate, fused=True)
         self.clip_norm = clip_norm
@@ -239,7 +265,8 @@ class CausalPolicy(Scorer):
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes, by name: parameters, moments, whether it is alive."""
-        tensors = {f"network.{k}": v.detach() for k, v in self.network.named_parameters()}
+        named = self.network.named_parameters()
+        tensors = {f"network.{k}": v.detach() for k, v in named if v.requires_grad}
         for i, p in enumerate(self.parameters):
             moments = self.optimiser.state.get(p, {})
             tensors |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
