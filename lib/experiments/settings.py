@@ -117,14 +117,15 @@ def matching(results: pd.DataFrame, setting: Setting, profile: Profile) -> pd.Da
 
 
 def _equal(runs: pd.DataFrame, field: dataclasses.Field, value: Any) -> pd.Series:
-    """Which runs have `value` in a field. A later field has no column where all have its default.
+    """Which runs have `value` in a field. A later field at its default may have no value, nor a
+    column where that is so in all runs.
 
     Raises: KeyError for any other field without a column.
     """
     if field.metadata.get("later") and field.name not in runs:
         return pd.Series(value == field.default, runs.index)
-    empty = value is None or is_default_of_later(field, value)
-    return runs[field.name].isna() if empty else runs[field.name] == value
+    unset = value is None or is_default_of_later(field, value)
+    return runs[field.name].isna() if unset else runs[field.name] == value
 
 
 def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
 """LoRA: small matrices that train beside frozen weights (Hu et al. 2022). Chapter: length.
 
-A linear layer W x becomes W x + s B A x with A (r, inputs), B (outputs, r) and s = `SCALE`. B is 0 at
-the start, so the policy then is the reference, and the reference stays what the layers compute with
-the adapters off: nothing is held twice.
+A linear layer W x becomes W x + s B A x with A (r, inputs), B (outputs, r) and s = `SCALE`. B is 0
+at the start, so the policy then is the reference, and the reference stays what the layers compute
+with the adapters off: nothing is held twice.
 """
 
 from __future__ import annotations

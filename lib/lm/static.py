@@ -1,7 +1,8 @@
 """Decoding with a cache of fixed shape: what a compiler, and a CUDA graph, can take.
 
-Every step has the same shapes: all rows, one token, all places of the cache. Finished rows go on and
-are not noted. The host waits for the device once in `LOOK` tokens, to see whether all have finished.
+Every step has the same shapes: all rows, one token, all places of the cache. Finished rows go on
+and are not noted. The host waits for the device once in `LOOK` tokens, to see whether all have
+finished.
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ def test_runs_of_all_kinds(folder, method):
 
 
 def test_a_seed_draws_its_own_matrices(tmp_path):
-    one, same, other = (by_name(attached(tmp_path / str(i), seed=s)) for i, s in enumerate((0, 0, 1)))
+    made = (attached(tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    one, same, other = map(by_name, made)
     assert all(torch.equal(one[name], same[name]) for name in one)
     changed = {name for name in one if not torch.equal(one[name], other[name])}
     assert changed == {name for name in one if "lora_A" in name}
