@@ -29,7 +29,7 @@ class Network(nn.Module):
             hidden state.
         temperature: logits are divided by it, in sampling and in scoring alike.
         value_head: add a linear head for values, zero at the start.
-        dtype: "bfloat16" computes in it (weights stay float32), "float32" does not.
+        dtype: of the matrix products, "float32", "bfloat16" or "float16"; weights are as they come.
         checkpointing: of a layer, keep what went in for the backward pass, and compute the rest
             again (Chen et al. 2016).
     Raises: ValueError if the head is not where it should be, or for checkpointing if transformers

@@ -16,8 +16,11 @@ from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
 
 # Log-probabilities recomputed by the full pass against those of the cached decoder, as a share of
-# the largest logit: float32 rounding, and bfloat16's (8 bits of mantissa).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+# the largest logit: float32 rounding, and that of bfloat16 (8 bits of mantissa) and float16 (11).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+# float16 has no numbers below 6e-8, where many gradients are: the loss is multiplied by this before
+# the backward pass and the gradient divided after it (Micikevicius et al. 2018).
+LOSS_SCALE = 2.0**16
 # Tokens, padding included, that pass through the network at once. On a CPU a small bucket pads less
 # and keeps activations in the cache (an update of the tiny policy: 0.5 s at 1,024, 0.8 s at 8,192).
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
@@ -187,6 +190,9 @@ class CausalPolicy(Scorer):
         self.optimiser = torch.optim.Adam(self.parameters, lr=rate, fused=True)
         self.clip_norm = clip_norm
         self.alive = torch.tensor(True, device=network.device)
+        self.loss_scale: Tensor | None = None
+        if network.dtype == "float16":
+            self.loss_scale = torch.tensor(LOSS_SCALE, device=network.device)
         self.tolerance = TOLERANCE[network.dtype]
 
     def frozen(self) -> CausalPolicy:
@@ -200,7 +206,8 @@ class CausalPolicy(Scorer):
 
         Completions that carry no loss (`method.active`) do not pass through the network; their
         log-probabilities are returned as those of the sampling. A step whose gradient is not
-        finite is not taken, and no later one.
+        finite is not taken, and no later one; in float16 later ones are, with half the loss scale,
+        as long as that is above 1.
         """
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
@@ -208,7 +215,8 @@ class CausalPolicy(Scorer):
         for groups in self._micro_batches(batch, method):
             part = batch.pick(groups)
             new, predicted = self._forward(part, method.active(part))
-            self._loss(method, part, new, predicted, hyper, items).backward()
+            loss = self._loss(method, part, new, predicted, hyper, items)
+            (loss if self.loss_scale is None else loss * self.loss_scale).backward()
             logp[groups] = new.detach()
             if values is not None:
                 values[groups] = predicted.detach()
@@ -257,9 +265,17 @@ class CausalPolicy(Scorer):
 
     def _step(self) -> Tensor:
         """Clips and applies the gradient; returns its norm before clipping. No host waits here."""
+        if self.loss_scale is not None:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_div_(grads, self.loss_scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.alive = self.alive & norm.isfinite()
-        self.optimiser.found_inf = (~self.alive).float()  # a fused step is then left out
+        taken = self.alive & norm.isfinite()
+        if self.loss_scale is None:
+            self.alive = taken
+        else:
+            self.loss_scale = self.loss_scale.where(taken, self.loss_scale / 2)
+            self.alive = self.alive & (self.loss_scale >= 1)
+        self.optimiser.found_inf = (~taken).float()  # a fused step is then left out
         self.optimiser.step()
         return norm.detach()
 
@@ -270,7 +286,8 @@ class CausalPolicy(Scorer):
         for i, p in enumerate(self.parameters):
             moments = self.optimiser.state.get(p, {})
             tensors |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
-        return tensors | {"alive": self.alive}
+        tensors["alive"] = self.alive
+        return tensors if self.loss_scale is None else tensors | {"loss_scale": self.loss_scale}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -284,6 +301,8 @@ class CausalPolicy(Scorer):
                 parameter = self.parameters[int(number)]
                 self.optimiser.state[parameter][moment] = value.to(parameter.device).clone()
         self.alive = tensors["alive"].to(self.network.device)
+        if self.loss_scale is not None:
+            self.loss_scale = tensors["loss_scale"].to(self.network.device)
 
 
 def _without(x: Tensor | None, groups: Tensor) -> Tensor | None:

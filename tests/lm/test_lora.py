@@ -77,7 +77,7 @@ def test_a_update_matches_the_formula(tmp_path):
     assert all(p.requires_grad for p in (a, b))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_start_is_the_reference_bit_for_bit(folder, dtype):
     problem = LengthProblem(small(folder, dtype=dtype))
     alone = problem.reference  # a model of its own, without adapters
@@ -117,10 +117,11 @@ def test_the_value_head_trains_whole(folder):
     assert network.value.weight.abs().min() > 0 and network.value.bias.abs() > 0
 
 
-@pytest.mark.parametrize("method", ["dpo", "ppo_token", "dpo_offline"])
-def test_runs_of_all_kinds(folder, method):
+@pytest.mark.parametrize(("method", "dtype"), [("dpo", "float16"), ("ppo_token", "float32"),
+                                               ("dpo_offline", "float32")])  # fmt: skip
+def test_runs_of_all_kinds(folder, method, dtype):
     """The invariants of `lib.finetune` hold throughout; a second run has the same numbers."""
-    options = {} if method == "dpo_offline" else {"decoder": "static"}
+    options = {"dtype": dtype, "checkpointing": True, "decoder": "static"}
     one, two = (trained(small(folder, method, **options)) for _ in range(2))
     columns = [c for c in one if not c.startswith("seconds_")]
     assert one[columns].equals(two[columns])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.footprint import stored
 from lib.lm import network as network_module
+from lib.lm import policy as policy_module
 from lib.lm.batches import padded
 from lib.lm.network import Network
 from lib.lm.policy import CausalPolicy, Scorer
@@ -291,9 +292,49 @@ def test_state_is_saved_and_put_back(folder):
     assert all(map(torch.equal, final, other.parameters))
 
 
-def test_bfloat16_keeps_float32_weights_and_is_near(folder):
-    policy, data, results = updated(folder, METHODS["dpo"], dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_in_16_bits_keep_float32_weights_and_are_near(folder, dtype):
+    policy, data, results = updated(folder, METHODS["dpo"], dtype=dtype)
     exact, _, expected = updated(folder, METHODS["dpo"])
     assert {p.dtype for p in policy.parameters} == {torch.float32}
     difference = (results[0][0] - expected[0][0]).abs().max()
     assert 0 < difference < policy.tolerance * 20
+    norm, other = (found[0][1]["grad_norm"].item() for found in (results, expected))
+    assert norm == pytest.approx(other, rel=0.05)
+
+
+def test_float16_has_the_gradients_of_a_loss_too_small_for_it(folder, monkeypatch):
+    """A millionth of the loss; without its scale most of the gradient would be 0."""
+    small = replace(METHODS["reinforce"])
+    loss = small.loss
+    object.__setattr__(small, "loss", lambda *args: (1e-6 * loss(*args)[0], {}))
+    exact, _, _ = updated(folder, small, steps=1)
+    scaled, _, _ = updated(folder, small, steps=1, dtype="float16")
+    monkeypatch.setattr(policy_module, "LOSS_SCALE", 1.0)
+    bare, _, _ = updated(folder, small, steps=1, dtype="float16")
+
+    def off(policy):
+        pairs = zip(policy.parameters, exact.parameters, strict=True)
+        return torch.cat([(p.grad - q.grad).flatten() for p, q in pairs]).norm()
+
+    size = torch.cat([p.grad.flatten() for p in exact.parameters]).norm()
+    assert off(scaled) < 0.05 * size and off(bare) > 0.2 * size
+
+
+def test_in_float16_a_step_that_overflows_is_left_out_and_the_next_is_taken(folder):
+    method = METHODS["reinforce"]
+    policy, data, _ = updated(folder, method, steps=1, dtype="float16")
+    before, scale = [p.detach().clone() for p in policy.parameters], policy.loss_scale
+    bad = data.labelled({"advantage": torch.full_like(data.rewards, torch.inf)})
+    policy.update(bad, method, method.hyper, method.items(bad))
+    assert policy.alive and policy.loss_scale == scale / 2
+    assert all(map(torch.equal, before, policy.parameters))
+    saved = policy.state()
+    policy.update(data, method, method.hyper, method.items(data))
+    assert not all(map(torch.equal, before, policy.parameters))
+    other, _, _ = updated(folder, method, steps=0, dtype="float16")
+    other.load_state(saved)
+    assert other.loss_scale == scale / 2
+    policy.loss_scale = torch.tensor(1.0)
+    policy.update(bad, method, method.hyper, method.items(bad))
+    assert not policy.alive
