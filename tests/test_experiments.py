@@ -7,6 +7,9 @@ import pytest
 
 from lib import claims, experiments
 from lib.experiments import length
+from lib.experiments.settings import matching
+from lib.publish import configurations
+from lib.runs import Published, columns, results_folder
 
 LENGTH = tuple(length.CHAPTERS)
 GRIDS = [(c, p) for c in experiments.CHAPTERS for p in experiments.PROFILES]
@@ -53,15 +56,40 @@ def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
     assert (run.batch, run.sets, run.updates, run.iterations) == (256, 4, 96, 24)
 
 
-def rows(method, task, rate, seed, ends, proxy=0.0):
+def rows(method, task, rate, seed, ends, proxy=0.0, **options):
     """A run's table as `lib.runs.compute` gives it: configuration, identity, two rows."""
     profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
-    config = experiments.Setting(method, task).run(profile, rate, seed)
-    return pd.DataFrame([vars(config)] * 2).assign(
-        run=f"{method}{task}{rate}{seed}", update=[0, 96], reward=[-50.0, ends],
+    config = experiments.Setting(method, task, tuple(options.items())).run(profile, rate, seed)
+    return pd.DataFrame([columns(config)] * 2).assign(
+        run=f"{method}{task}{rate}{seed}{options or ''}", update=[0, 96], reward=[-50.0, ends],
         proxy=[0.0, proxy], length=[50.0, -ends], samples=[0, 6144],
         seconds_sampling=[0.0, 1.0], seconds_scoring=[0.0, 1.0], seconds_training=[0.0, 2.0],
     )  # fmt: skip
+
+
+def test_options_added_later_are_told_apart_and_older_tables_have_none():
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    rate = profile.rates[0]
+    old = rows("dpo", "min", rate, 0, ends=-1.0)
+    new = [rows("dpo", "min", rate, 0, ends=-1.0, **o)
+           for o in ({"lora_rank": 8}, {"lora_rank": 16}, {"checkpointing": True})]  # fmt: skip
+    assert not {"lora_rank", "checkpointing", "decoder"} & set(old)
+    for table in (old, pd.concat([old, *new], ignore_index=True)):
+        plain = matching(table, experiments.Setting("dpo", "min"), profile)
+        assert set(plain["run"]) == set(old["run"])
+    for option, one in zip((("lora_rank", 8), ("lora_rank", 16), ("checkpointing", True)), new,
+                           strict=True):  # fmt: skip
+        found = matching(table, experiments.Setting("dpo", "min", (option,)), profile)
+        assert set(found["run"]) == set(one["run"])
+        assert matching(old, experiments.Setting("dpo", "min", (option,)), profile).empty
+
+
+@pytest.mark.parametrize("chapter", LENGTH)
+def test_published_runs_keep_their_identity(chapter):
+    """Fields that were added since leave the runs that were computed before as they are."""
+    published = Published.load(results_folder() / chapter / "cpu.parquet")
+    stages = experiments.stages(published.chapter, published.profile)
+    assert set(published.runs) == set(configurations(stages, published.table))
 
 
 def test_the_pilot_chooses_by_proxy_and_not_by_gold():

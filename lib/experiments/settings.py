@@ -6,6 +6,7 @@ does not flatter the result. Hence stages: a later one needs the results of thos
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import pandas as pd
 
 from lib import stats
 from lib.runs import Engine
+from lib.runs.configurations import is_default_of_later
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,23 @@ def matching(results: pd.DataFrame, setting: Setting, profile: Profile) -> pd.Da
     """The rows of a setting, at every learning rate and seed."""
     runs = results.drop_duplicates("run")  # a thirtieth of the rows: compared field by field
     keep = pd.Series(True, runs.index)
-    for name, value in vars(setting.run(profile, 0.1, 0)).items():
-        if name not in ("learning_rate", "seed"):
-            keep &= runs[name].isna() if value is None else runs[name] == value
+    run = setting.run(profile, 0.1, 0)
+    for field in dataclasses.fields(run):
+        if field.name not in ("learning_rate", "seed"):
+            keep &= _equal(runs, field, getattr(run, field.name))
     return results[results["run"].isin(runs.loc[keep, "run"])]
+
+
+def _equal(runs: pd.DataFrame, field: dataclasses.Field, value: Any) -> pd.Series:
+    """Which runs have `value` in a field. A later field at its default may have no value, nor a
+    column where that is so in all runs.
+
+    Raises: KeyError for any other field without a column.
+    """
+    if field.metadata.get("later") and field.name not in runs:
+        return pd.Series(value == field.default, runs.index)
+    unset = value is None or is_default_of_later(field, value)
+    return runs[field.name].isna() if unset else runs[field.name] == value
 
 
 def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ TINY = Path(__file__).parents[2] / "data" / "length"
 PREPARED = Path(__file__).parents[2] / ".prepared"  # of the larger presets, made where they run
 PRESETS = ("smollm2", "pythia")
 LABELS = ("learned", "rule")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+DECODERS = (None, "growing", "static", "compiled")
+LATER = {"later": True}  # see lib.runs.identity
 MINIBATCH = 64  # M, completions of one update (Table 4)
 
 # Fields that override a hyperparameter of the method; None keeps the method's default.
@@ -47,6 +49,11 @@ class LengthRun:
         max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
         dtype: of the matrix products; weights are float32 in either case.
         beta ... lam: hyperparameters of the method, None for its default.
+        lora_rank: train matrices of this rank beside every linear layer (LoRA) in place of the
+            weights; None trains the weights.
+        checkpointing: keep each layer's input for the backward pass, and compute the rest again.
+        decoder: how keys and values are kept while sampling (`lib.lm.decode`), None for the
+            device's own.
     Raises: ValueError that names the value and the allowed ones.
     """
 
@@ -78,11 +85,15 @@ class LengthRun:
     kl_target: float | None = None
     value_weight: float | None = None
     lam: float | None = None
+    lora_rank: int | None = field(default=None, metadata=LATER)
+    checkpointing: bool = field(default=False, metadata=LATER)
+    decoder: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         method = methods.get(self.method)
         check_task(self.task)
-        for name, allowed in {"label": LABELS, "dtype": DTYPES}.items():
+        named = {"label": LABELS, "dtype": DTYPES, "decoder": DECODERS}
+        for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.task == GIVEN and self.label == "rule":
@@ -113,6 +124,8 @@ class LengthRun:
         }
         if self.top_k is not None:
             limits["top_k"] = (1, self.completions)
+        if self.lora_rank is not None:
+            limits["lora_rank"] = (1, 10_000)
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN

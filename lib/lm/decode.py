@@ -7,10 +7,10 @@ does not depend on batching, on the number of processes, or on how often a run w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 from lib.lm import parallel
 from lib.lm.cache import growing_cache
@@ -47,39 +47,37 @@ def sample(
     uniforms: Tensor,
     eos: Tensor,
     pad: int,
-    static: bool = False,
 ) -> Samples:
     """Ancestral sampling until EOS or `L` tokens; EOS counts as a token, a capped row has none.
 
-    A prompt is read once, and its keys and values copied to its completions.
+    A prompt is read once, and its keys and values copied to its completions. The cache grows, and
+    finished rows are left out.
     Args:
         prompts, prompt_mask: (P, *), padded on the left.
         uniforms: (S, L) in [0, 1), S a multiple of P: completions of a prompt stand together.
         eos: (k,) ids that end a completion.
-        static: a cache of fixed shape, for a compiled decoder; else one that grows, and finished
-            rows are left out.
     """
     rows, length = uniforms.shape
-    trace = _Trace(network, rows, length, pad)
+    trace = Trace(network, rows, length, pad)
     if rows == 0:
         return trace.samples()
     count = rows // len(prompts)
-    if static:  # the fixed shape is that of the completions
-        prompts, prompt_mask, count = *_repeated(count, prompts, prompt_mask), 1
     active = torch.ones(rows, dtype=torch.bool, device=prompts.device)
     index = torch.arange(rows, device=prompts.device)
-    cache = _cache(network, prompts.shape[1] + length, static)
+    cache = growing_cache(network.model.config)
     state = network.hidden(prompts, prompt_mask, cache)[:, -1]
-    mask, state = _repeated(count, prompt_mask, state)
+    mask, state = repeated(count, prompt_mask, state)
     if count > 1:
         cache.batch_repeat_interleave(count)
     for t in range(length):
-        tokens = trace.draw(t, index, active, state, uniforms)
+        drawn = draw(network, state, uniforms[index, t])
+        trace.note(t, index, active, drawn)
+        tokens = drawn.tokens
         active = active & ~torch.isin(tokens, eos)
         if t % LOOK == LOOK - 1:
             if not active.any():
                 break
-            if not static and active.float().mean() < 1 - DROP:
+            if active.float().mean() < 1 - DROP:
                 keep = active.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 index, tokens, mask, active = (x[keep] for x in (index, tokens, mask, active))
@@ -89,44 +87,50 @@ def sample(
     return trace.samples()
 
 
-def _repeated(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+def repeated(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Every row `count` times, the copies together."""
     return tuple(x if count == 1 else x.repeat_interleave(count, 0) for x in tensors)
 
 
-def _cache(network: Network, length: int, static: bool) -> DynamicCache | StaticCache:
-    config = network.model.config
-    if static:
-        return StaticCache(config=config, max_cache_len=length)
-    return growing_cache(config)
+class Drawn(NamedTuple):
+    """One token of each row: tokens (n,), logp (n,) nats, values (n,) or None; scale (n,), the
+    largest logit."""
+
+    tokens: Tensor
+    logp: Tensor
+    values: Tensor | None
+    scale: Tensor
 
 
-class _Trace:
+def draw(network: Network, state: Tensor, uniforms: Tensor) -> Drawn:
+    """The next tokens from the states before them, (n, d) and (n,)."""
+    raw = network.logits(state)
+    logp = raw.log_softmax(-1)
+    tokens = invert_cdf(logp.exp(), uniforms)
+    return Drawn(tokens, logp.gather(-1, tokens[:, None])[:, 0], network.values(state),
+                 raw.abs().amax(-1))  # fmt: skip
+
+
+class Trace:
     """What has been sampled so far."""
 
     def __init__(self, network: Network, rows: int, length: int, pad: int):
         options = {"device": network.device}
-        self.network = network
         self.completions = torch.full((rows, length), pad, **options)
         self.mask = torch.zeros(rows, length, dtype=torch.bool, **options)
         self.logp = torch.zeros(rows, length, **options)
         self.values = torch.zeros(rows, length, **options) if network.value else None
         self.scale = torch.zeros((), **options)
 
-    def draw(
-        self, t: int, index: Tensor, active: Tensor, state: Tensor, uniforms: Tensor
-    ) -> Tensor:
-        """Draws token t of the rows `index`; notes it for those that are active."""
-        raw = self.network.logits(state)
-        self.scale = torch.maximum(self.scale, raw.abs().amax())
-        logp = raw.log_softmax(-1)
-        tokens = invert_cdf(logp.exp(), uniforms[index, t])
-        drawn = logp.gather(-1, tokens[:, None])[:, 0]
-        self.completions[index, t] = torch.where(active, tokens, self.completions[index, t])
-        self.logp[index, t] = drawn.where(active, 0.0)
+    def note(self, t: int, index: Tensor, active: Tensor, drawn: Drawn) -> None:
+        """Keeps token t of those rows of `index` that are active."""
+        self.scale = torch.maximum(self.scale, drawn.scale.where(active, 0.0).amax())
+        kept = self.completions[index, t]
+        self.completions[index, t] = torch.where(active, drawn.tokens, kept)
+        self.logp[index, t] = drawn.logp.where(active, 0.0)
         self.mask[index, t] = active
         if self.values is not None:
-            self.values[index, t] = self.network.values(state).where(active, 0.0)
-        return tokens
+            self.values[index, t] = drawn.values.where(active, 0.0)
 
     def samples(self) -> Samples:
         return Samples(self.completions, self.mask, self.logp, self.values, self.scale)

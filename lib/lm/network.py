@@ -6,12 +6,14 @@ hidden states and head apart keeps them to the tokens that count, and in chunks 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lib.divergences import categorical_kl, entropy
 
@@ -27,8 +29,11 @@ class Network(nn.Module):
             hidden state.
         temperature: logits are divided by it, in sampling and in scoring alike.
         value_head: add a linear head for values, zero at the start.
-        dtype: "bfloat16" computes in it (weights stay float32), "float32" does not.
-    Raises: ValueError if the head is not where it should be.
+        dtype: of the matrix products, "float32", "bfloat16" or "float16"; weights are as they come.
+        checkpointing: of a layer, keep what went in for the backward pass, and compute the rest
+            again (Chen et al. 2016).
+    Raises: ValueError if the head is not where it should be, or for checkpointing if transformers
+        knows no layers of the model.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Network(nn.Module):
         temperature: float = 1.0,
         value_head: bool = False,
         dtype: str = "float32",
+        checkpointing: bool = False,
     ):
         super().__init__()
         self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
@@ -46,6 +52,9 @@ class Network(nn.Module):
             nn.init.zeros_(self.value.weight)
             nn.init.zeros_(self.value.bias)
             self.value.to(model.device)
+        self.checkpointing = checkpointing
+        if checkpointing:
+            _enable_checkpointing(model)
         self._check_head()
 
     @property
@@ -76,16 +85,26 @@ class Network(nn.Module):
             raise ValueError(f"{name} does more to its logits than its output embedding does: "
                              "the book's loop cannot take it apart")  # fmt: skip
 
-    def hidden(self, tokens: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor, cache: Cache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Last hidden states. tokens (S, n); mask (S, m) bool of all m >= n tokens so far, those
-        in the cache included; positions count the tokens that are not padding. -> (S, n, d)."""
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        with self.autocast():
+        in the cache included; positions (S, n) count the tokens that are not padding, and need not
+        be given where m is no more than that. -> (S, n, d)."""
+        if positions is None:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        with self.autocast(), self._layers_checkpointed(cache):
             out = self.model.base_model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions,
                 past_key_values=cache, use_cache=cache is not None,
             )  # fmt: skip
         return out.last_hidden_state
+
+    def _layers_checkpointed(self, cache: Cache | None) -> AbstractContextManager:
+        """Where gradients are wanted; a layer that reads a cache cannot be computed again."""
+        wanted = self.checkpointing and cache is None and torch.is_grad_enabled()
+        return _training_layers(self.model) if wanted else nullcontext()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V) float32, at the temperature."""
@@ -125,3 +144,34 @@ class Network(nn.Module):
     @property
     def _chunk(self) -> int:
         return max(1, LOGIT_BUDGET // self.vocabulary)
+
+
+def matrices(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose weight is theirs alone: not a head that is tied to the embedding."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = (m for m in model.modules() if isinstance(m, nn.Linear))
+    return [m for m in linear if id(m.weight) not in embeddings]
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    """Nothing in a pass is random, so no random state is kept with a layer's input. A layer's
+    input needs no gradient of its own, and a compiled step could not give it one."""
+    if not any(isinstance(m, GradientCheckpointingLayer) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no layers that transformers can checkpoint: "
+                         "checkpointing must be False")  # fmt: skip
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.disable_input_require_grads()
+
+
+@contextmanager
+def _training_layers(model: nn.Module) -> Iterator[None]:
+    """Layers in training mode, which is when they are checkpointed; what is inside them, dropout
+    among it, stays in evaluation mode."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,16 @@ from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
+from lib.lm.static import StaticDecoder
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
 
 # Log-probabilities recomputed by the full pass against those of the cached decoder, as a share of
-# the largest logit: float32 rounding, and bfloat16's (8 bits of mantissa).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+# the largest logit: float32 rounding, and that of bfloat16 (8 bits of mantissa) and float16 (11).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+# float16 has no numbers below 6e-8, where many gradients are: the loss is multiplied by this before
+# the backward pass and the gradient divided after it (Micikevicius et al. 2018).
+LOSS_SCALE = 2.0**16
 # Tokens, padding included, that pass through the network at once. On a CPU a small bucket pads less
 # and keeps activations in the cache (an update of the tiny policy: 0.5 s at 1,024, 0.8 s at 8,192).
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
@@ -22,6 +28,13 @@ TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
 
 def token_budget(device: torch.device) -> int:
     return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
+
+
+def compiles(network: Network) -> bool:
+    """Whether the one-token step can be compiled: a GPU, and one that has its dtype."""
+    if network.device.type != "cuda":
+        return False
+    return network.dtype != "bfloat16" or torch.cuda.get_device_capability(network.device) >= (8, 0)
 
 
 class Scorer:
@@ -32,13 +45,21 @@ class Scorer:
         eos: ids that end a completion. pad: id that stands where nothing counts (masks are never
             derived from it, so it may be an EOS).
         budget: tokens that pass through the network at once; None for the device's.
+        decoder: "growing" (`lib.lm.decode`), "static" or "compiled" (`lib.lm.static`); None for
+            "compiled" where the device and dtype can be compiled for, else "growing".
     """
 
     def __init__(
-        self, network: Network, eos: tuple[int, ...], pad: int, budget: int | None = None
+        self,
+        network: Network,
+        eos: tuple[int, ...],
+        pad: int,
+        budget: int | None = None,
+        decoder: str | None = None,
     ):
         self.network, self.pad = network, pad
         self.budget = budget or token_budget(network.device)
+        self.decoder = decoder or ("compiled" if compiles(network) else "growing")
         self.eos = torch.tensor(eos, device=network.device)
 
     def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
@@ -49,10 +70,17 @@ class Scorer:
         count = exact_div(len(uniforms), len(prompts), "completions of the prompts")
         own = parallel.mine(torch.arange(len(prompts), device=prompts.device))
         rows = (own[:, None] * count + torch.arange(count, device=own.device)).flatten()
-        with self.network.autocast():  # one context: weights are cast once, not at every token
-            part = sample(self.network, prompts[own], prompt_mask[own], uniforms[rows], self.eos,
-                          self.pad)  # fmt: skip
+        inputs = (prompts[own], prompt_mask[own], uniforms[rows], self.eos, self.pad)
+        if self.decoder == "growing":
+            with self.network.autocast():  # one context: weights are cast once, not at every token
+                part = sample(self.network, *inputs)
+        else:
+            part = self._static.sample(*inputs)
         return part.placed(rows, len(uniforms))
+
+    @cached_property
+    def _static(self) -> StaticDecoder:
+        return StaticDecoder(self.network, compiled=self.decoder == "compiled")
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
@@ -155,12 +183,16 @@ class CausalPolicy(Scorer):
         rate: float,
         clip_norm: float = 1.0,
         budget: int | None = None,
+        decoder: str | None = None,
     ):
-        super().__init__(network, eos, pad, budget)
+        super().__init__(network, eos, pad, budget, decoder)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=rate, fused=True)
         self.clip_norm = clip_norm
         self.alive = torch.tensor(True, device=network.device)
+        self.loss_scale: Tensor | None = None
+        if network.dtype == "float16":
+            self.loss_scale = torch.tensor(LOSS_SCALE, device=network.device)
         self.tolerance = TOLERANCE[network.dtype]
 
     def frozen(self) -> CausalPolicy:
@@ -174,7 +206,8 @@ class CausalPolicy(Scorer):
 
         Completions that carry no loss (`method.active`) do not pass through the network; their
         log-probabilities are returned as those of the sampling. A step whose gradient is not
-        finite is not taken, and no later one.
+        finite is not taken, and no later one; in float16 later ones are, with half the loss scale,
+        as long as that is above 1.
         """
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
@@ -182,7 +215,8 @@ class CausalPolicy(Scorer):
         for groups in self._micro_batches(batch, method):
             part = batch.pick(groups)
             new, predicted = self._forward(part, method.active(part))
-            self._loss(method, part, new, predicted, hyper, items).backward()
+            loss = self._loss(method, part, new, predicted, hyper, items)
+            (loss if self.loss_scale is None else loss * self.loss_scale).backward()
             logp[groups] = new.detach()
             if values is not None:
                 values[groups] = predicted.detach()
@@ -231,19 +265,29 @@ class CausalPolicy(Scorer):
 
     def _step(self) -> Tensor:
         """Clips and applies the gradient; returns its norm before clipping. No host waits here."""
+        if self.loss_scale is not None:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_div_(grads, self.loss_scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.alive = self.alive & norm.isfinite()
-        self.optimiser.found_inf = (~self.alive).float()  # a fused step is then left out
+        taken = self.alive & norm.isfinite()
+        if self.loss_scale is None:
+            self.alive = taken
+        else:
+            self.loss_scale = self.loss_scale.where(taken, self.loss_scale / 2)
+            self.alive = self.alive & (self.loss_scale >= 1)
+        self.optimiser.found_inf = (~taken).float()  # a fused step is then left out
         self.optimiser.step()
         return norm.detach()
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes, by name: parameters, moments, whether it is alive."""
-        tensors = {f"network.{k}": v.detach() for k, v in self.network.named_parameters()}
+        named = self.network.named_parameters()
+        tensors = {f"network.{k}": v.detach() for k, v in named if v.requires_grad}
         for i, p in enumerate(self.parameters):
             moments = self.optimiser.state.get(p, {})
             tensors |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
-        return tensors | {"alive": self.alive}
+        tensors["alive"] = self.alive
+        return tensors if self.loss_scale is None else tensors | {"loss_scale": self.loss_scale}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -257,6 +301,8 @@ class CausalPolicy(Scorer):
                 parameter = self.parameters[int(number)]
                 self.optimiser.state[parameter][moment] = value.to(parameter.device).clone()
         self.alive = tensors["alive"].to(self.network.device)
+        if self.loss_scale is not None:
+            self.loss_scale = tensors["loss_scale"].to(self.network.device)
 
 
 def _without(x: Tensor | None, groups: Tensor) -> Tensor | None:

@@ -128,9 +128,15 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
     if split is None:
         last = uniforms([options.seed], 0, 0, (len(read.prompts),))[0] < VALIDATION
         split = ["validation" if x else "train" for x in last.tolist()]
-    chosen = [split[i] for i in coded.kept]
-    return {name: [row for row, s in zip(coded.ids, chosen, strict=True) if s == name]
-            for name in pairs.SPLITS}  # fmt: skip
+    few = _evenly(len(coded.ids), options.limit)
+    rows = [(coded.ids[i], split[coded.kept[i]]) for i in few]
+    return {name: [row for row, s in rows if s == name] for name in pairs.SPLITS}
+
+
+def _evenly(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spread: of every split its share."""
+    size = count if limit is None else min(count, limit)
+    return [i * count // size for i in range(size)]
 
 
 def split_of(prompts: str, count: int) -> list[str] | None:
@@ -152,6 +158,10 @@ def train_reward(
     target = float(splits["train"].lengths.mean())
     splits = pairs.of_task(splits, task)
     preferred = {s: p.preferred(task, target) for s, p in splits.items()}
+    for split, labels in preferred.items():
+        if not labels.any():
+            raise ValueError(f"{task}: none of the {len(labels)} {split} pairs is without a tie: "
+                             "give more prompts")  # fmt: skip
     if options.reward_model == "tiny":
         rows = policy.get_input_embeddings().weight.shape[0]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -190,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="of a data set that has several")
     parser.add_argument("--split", help="of a data set that has several")
     parser.add_argument("--prompts-revision", help="of a data set on the hub (default: newest)")
+    parser.add_argument("--limit", type=int, help="prompts at most, evenly from the file")
     parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
     parser.add_argument("--tasks", nargs="+", default=length.TASKS, choices=length.TASKS)
     parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')

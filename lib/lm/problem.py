@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lib.finetune import State
-from lib.lm import length
+from lib.lm import length, lora
 from lib.lm.batches import padded
 from lib.lm.config import LengthRun
 from lib.lm.models import TokenIds, ids, load_policy, load_reward_model, load_tokenizer
@@ -97,20 +97,30 @@ class LengthProblem:
             self.reward = RewardModel(model)
         self.held_out = self._held_out()
 
-    def _network(self, value_head: bool = False) -> Network:
-        model, _ = load_policy(self.config.policy_folder, device=self.device)
-        return Network(model, self.config.sampling_temperature, value_head, self.config.dtype)
-
     def _scorer(self) -> Scorer:
-        network = self._network().requires_grad_(False)
-        return Scorer(network, self.data.ids.eos, self.data.ids.pad)
+        model, _ = load_policy(self.config.policy_folder, device=self.device)
+        network = Network(model, self.config.sampling_temperature, dtype=self.config.dtype)
+        return Scorer(network.requires_grad_(False), self.data.ids.eos, self.data.ids.pad)
+
+    def _policy(self) -> CausalPolicy:
+        config = self.config
+        model, _ = load_policy(config.policy_folder, device=self.device)
+        if config.lora_rank:
+            lora.attach(model, config.lora_rank, config.seed, config.dtype)
+        network = Network(model, config.sampling_temperature, "value_head" in self.method.needs,
+                          config.dtype, config.checkpointing)  # fmt: skip
+        return CausalPolicy(network, self.data.ids.eos, self.data.ids.pad, config.learning_rate,
+                            config.clip_norm, decoder=config.decoder)  # fmt: skip
 
     def initial_state(self) -> State:
-        """Policy = reference = the SFT policy."""
+        """Policy = reference = the SFT policy. With LoRA they are one network, and the reference
+        that was scored with so far is let go before the policy is loaded."""
         config, method = self.config, self.method
-        network = self._network("value_head" in method.needs)
-        policy = CausalPolicy(network, self.data.ids.eos, self.data.ids.pad, config.learning_rate,
-                              config.clip_norm)  # fmt: skip
+        if config.lora_rank:
+            self.reference = None
+        policy = self._policy()
+        if config.lora_rank:
+            self.reference = Scorer(lora.Base(policy.network), self.data.ids.eos, self.data.ids.pad)
         controller = method.controller(config.hyper) if method.controller else None
         return State(policy, self.reference, controller=controller)
 

@@ -24,7 +24,9 @@ def identity(config: Any) -> str:
     `config` is an instance of a frozen dataclass; its fields may be None, bool, int, float, str, an
     enum, tuples, lists and str-keyed dicts of these, or nested frozen dataclasses. A method
     `data_files() -> tuple[Path, ...]` names the files that it reads; their content is hashed, not
-    their place. The profile that a run belongs to is no part of it.
+    their place. The profile that a run belongs to is no part of it. A field that was added after
+    runs were published says so, `field(default=..., metadata={"later": True})`, and is left out at
+    its default: what it describes is then what these runs did.
 
     Raises TypeError, naming field and value, for a value that has no deterministic serialisation.
     """
@@ -37,18 +39,24 @@ def identity(config: Any) -> str:
 
 
 def canonical(config: Any) -> dict[str, Any]:
-    """Every field of `config` as plain JSON values, under its class name; see `identity`."""
+    """The fields of `config` as plain JSON values, under its class name; see `identity`."""
     return _dataclass(config, type(config).__name__)
 
 
 def columns(config: Any) -> dict[str, Any]:
     """The fields of `config` as one flat row: nested fields as `outer_inner`, sequences as JSON.
 
-    A None in a field that may hold a number becomes NaN, so that its column stays numeric.
+    A None in a field that may hold a number becomes NaN, so that its column stays numeric. A later
+    field (see `identity`) at its default has no column.
     """
     row: dict[str, Any] = {}
     _flatten(config, "", row)
     return row
+
+
+def is_default_of_later(field: dataclasses.Field, value: Any) -> bool:
+    """Whether `value` is the default of a field that was added later; see `identity`."""
+    return bool(field.metadata.get("later")) and value == field.default
 
 
 def data_files(config: Any) -> tuple[Path, ...]:
@@ -79,6 +87,7 @@ def _dataclass(config: Any, where: str) -> dict[str, Any]:
     fields = {
         field.name: _value(getattr(config, field.name), hints[field.name], f"{where}.{field.name}")
         for field in dataclasses.fields(config)
+        if not is_default_of_later(field, getattr(config, field.name))
     }
     return {"class": type(config).__name__, "fields": fields}
 
@@ -148,6 +157,8 @@ def _flatten(config: Any, prefix: str, row: dict[str, Any]) -> None:
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
+        if is_default_of_later(field, value):
+            continue
         if dataclasses.is_dataclass(value):
             _flatten(value, f"{name}_", row)
             continue

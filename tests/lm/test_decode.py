@@ -66,13 +66,6 @@ def test_leaving_out_finished_rows_changes_nothing(model, monkeypatch):
     torch.testing.assert_close(kept.logp, dropped.logp, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cache_of_fixed_shape_gives_the_same(model):
-    network, u = Network(model), numbers(4)
-    grown, fixed = (drawn(network, PROMPTS, u, static=static) for static in (False, True))
-    assert torch.equal(grown.completions, fixed.completions)
-    torch.testing.assert_close(grown.logp, fixed.logp, atol=1e-5, rtol=1e-5)
-
-
 def test_a_completion_ends_with_the_first_of_several_eos_or_at_the_cap(model):
     eos = tuple(range(0, 250, 10))
     found = drawn(Network(model), PROMPTS * 8, numbers(32), eos=eos)

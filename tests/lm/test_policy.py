@@ -8,14 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lib.footprint import stored
 from lib.lm import network as network_module
+from lib.lm import policy as policy_module
 from lib.lm.batches import padded
 from lib.lm.network import Network
 from lib.lm.policy import CausalPolicy, Scorer
 from lib.lm.reward import RewardModel
 from lib.methods import METHODS
 from lib.rollouts import Rollout
-from tests.tiny_lm import save_tiny_policy, save_tiny_reward_model
+from tests.tiny_lm import save_tiny_policy, save_tiny_reward_model, tiny_config
 
 EOS, PAD = 256, 257
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90], [5, 256, 7, 8], [1, 2], [9, 9, 9]]
@@ -225,6 +227,58 @@ def test_a_step_that_is_not_finite_is_not_taken_and_none_after_it(folder):
     assert not policy.alive
 
 
+@pytest.mark.parametrize("name", ["dpo", "ppo_token"])
+@pytest.mark.parametrize("budget", [8192, 1])
+def test_checkpointing_changes_no_gradient(folder, name, budget):
+    """Layers run twice in an update, and once where no gradient is wanted."""
+    plain, _, expected = updated(folder, METHODS[name], budget, steps=1)
+    policy, data, results = updated(folder, METHODS[name], budget, steps=1, checkpointing=True)
+    for p, q in zip(plain.parameters, policy.parameters, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(expected[0][0], results[0][0], atol=1e-6, rtol=1e-6)
+    method = METHODS[name]
+    once, twice = (
+        calls(p.network, lambda p=p: p.update(data, method, method.hyper, method.items(data)))
+        for p in (plain, policy)
+    )
+    assert twice == 2 * once > 0
+    scored = [calls(p.network, lambda p=p: p.score(data)) for p in (plain, policy)]
+    assert scored[0] == scored[1] > 0
+
+
+def calls(network, what):
+    """How often `what` runs the first layer's MLP."""
+    seen = []
+    layer = network.model.gpt_neox.layers[0].mlp
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(1))
+    what()
+    handle.remove()
+    return len(seen)
+
+
+def test_checkpointing_turns_no_dropout_on(folder):
+    """Layers have to be in training mode to be checkpointed; what is inside them does not."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, hidden_dropout=0.5, attention_dropout=0.5)
+    network = Network(model, checkpointing=True)
+    tokens = torch.arange(12).view(2, 6)
+    one, two = (network.hidden(tokens, tokens >= 0) for _ in range(2))
+    assert one.requires_grad and torch.equal(one, two)
+    assert not any(m.training for m in model.modules())
+
+
+def test_checkpointing_keeps_less(folder):
+    deep = [AutoModelForCausalLM.from_config(tiny_config(layers=8)) for _ in range(2)]
+    kept = [stored(Network(m, checkpointing=c)) for m, c in zip(deep, (False, True), strict=True)]
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_a_model_without_layers_to_checkpoint_is_refused(model, monkeypatch):
+    monkeypatch.setattr(network_module, "GradientCheckpointingLayer", torch.nn.Bilinear)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has no layers that transformers can"):
+        Network(model, checkpointing=True)
+
+
 def test_state_is_saved_and_put_back(folder):
     method = METHODS["ppo_token"]
     policy, data, _ = updated(folder, method, steps=2)
@@ -238,9 +292,49 @@ def test_state_is_saved_and_put_back(folder):
     assert all(map(torch.equal, final, other.parameters))
 
 
-def test_bfloat16_keeps_float32_weights_and_is_near(folder):
-    policy, data, results = updated(folder, METHODS["dpo"], dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_in_16_bits_keep_float32_weights_and_are_near(folder, dtype):
+    policy, data, results = updated(folder, METHODS["dpo"], dtype=dtype)
     exact, _, expected = updated(folder, METHODS["dpo"])
     assert {p.dtype for p in policy.parameters} == {torch.float32}
     difference = (results[0][0] - expected[0][0]).abs().max()
     assert 0 < difference < policy.tolerance * 20
+    norm, other = (found[0][1]["grad_norm"].item() for found in (results, expected))
+    assert norm == pytest.approx(other, rel=0.05)
+
+
+def test_float16_has_the_gradients_of_a_loss_too_small_for_it(folder, monkeypatch):
+    """A millionth of the loss; without its scale most of the gradient would be 0."""
+    small = replace(METHODS["reinforce"])
+    loss = small.loss
+    object.__setattr__(small, "loss", lambda *args: (1e-6 * loss(*args)[0], {}))
+    exact, _, _ = updated(folder, small, steps=1)
+    scaled, _, _ = updated(folder, small, steps=1, dtype="float16")
+    monkeypatch.setattr(policy_module, "LOSS_SCALE", 1.0)
+    bare, _, _ = updated(folder, small, steps=1, dtype="float16")
+
+    def off(policy):
+        pairs = zip(policy.parameters, exact.parameters, strict=True)
+        return torch.cat([(p.grad - q.grad).flatten() for p, q in pairs]).norm()
+
+    size = torch.cat([p.grad.flatten() for p in exact.parameters]).norm()
+    assert off(scaled) < 0.05 * size and off(bare) > 0.2 * size
+
+
+def test_in_float16_a_step_that_overflows_is_left_out_and_the_next_is_taken(folder):
+    method = METHODS["reinforce"]
+    policy, data, _ = updated(folder, method, steps=1, dtype="float16")
+    before, scale = [p.detach().clone() for p in policy.parameters], policy.loss_scale
+    bad = data.labelled({"advantage": torch.full_like(data.rewards, torch.inf)})
+    policy.update(bad, method, method.hyper, method.items(bad))
+    assert policy.alive and policy.loss_scale == scale / 2
+    assert all(map(torch.equal, before, policy.parameters))
+    saved = policy.state()
+    policy.update(data, method, method.hyper, method.items(data))
+    assert not all(map(torch.equal, before, policy.parameters))
+    other, _, _ = updated(folder, method, steps=0, dtype="float16")
+    other.load_state(saved)
+    assert other.loss_scale == scale / 2
+    policy.loss_scale = torch.tensor(1.0)
+    policy.update(bad, method, method.hyper, method.items(bad))
+    assert not policy.alive

@@ -42,6 +42,23 @@ def test_the_folder_says_what_it_was_made_of(prepared):
         assert not (out / f"reward-{task}" / "trainer").exists()
 
 
+def test_a_limit_takes_prompts_evenly():
+    assert prepare._evenly(7, 3) == [0, 2, 4]
+    assert prepare._evenly(0, 3) == []
+    for limit in (None, 7, 100):
+        assert prepare._evenly(7, limit) == list(range(7))
+
+
+def test_too_few_prompts_to_compare_are_named(tmp_path, capsys):
+    """The only validation pair of two equal lengths has nothing to teach."""
+    policy = save_tiny_policy(tmp_path / "sft")
+    table = pd.DataFrame({"prompt": ["a", "b"], "split": ["train", "validation"]})
+    table.to_parquet(tmp_path / "prompts.parquet")
+    assert prepare.main(["--policy", str(policy), "--prompts", str(tmp_path / "prompts.parquet"),
+                         "--out", str(tmp_path / "out"), "--max-tokens", "1"]) == 2  # fmt: skip
+    assert "min: none of the 1 train pairs is without a tie: give" in capsys.readouterr().err
+
+
 def test_a_run_trains_on_it(prepared):
     out, _ = prepared
     run = length_run("dpo", "min", 1e-3, 0, prepared=str(out), updates=2, minibatch=8, batch=8,

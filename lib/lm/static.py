@@ -1,0 +1,137 @@
+"""Decoding with a cache of fixed shape: what a compiler, and a CUDA graph, can take.
+
+Every step has the same shapes: all rows, one token, all places of the cache. Finished rows go on
+and are not noted. The host waits for the device once in `LOOK` tokens, to see whether all have
+finished.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, StaticCache
+
+from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, repeated
+from lib.lm.network import Network
+
+PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
+
+
+class FixedCache(StaticCache):
+    """Keys and values of one dtype, that of the products. Rotary positions leave keys in float32,
+    and attention would cast them back at every step."""
+
+    def __init__(self, config: PreTrainedConfig, places: int, dtype: torch.dtype):
+        super().__init__(config, max_cache_len=places)
+        self.dtype, self.places = dtype, places
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        cast = (x.to(self.dtype) for x in (key_states, value_states))
+        return super().update(*cast, *args, **kwargs)
+
+
+class StaticDecoder:
+    """Samples as `lib.lm.decode.sample` does, and the same tokens up to rounding.
+
+    Caches are kept from one sampling to the next, since a CUDA graph knows them by their address.
+    Args: compiled: compile the step of one token, on a GPU into a CUDA graph.
+    """
+
+    def __init__(self, network: Network, compiled: bool = False):
+        self.twin = Twin(network)
+        self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
+        self.step = step
+        if compiled:
+            torch.compiler.reset()  # the steps of other networks would count as variants of this
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, pad: int
+    ) -> Samples:
+        """See `lib.lm.decode.sample`."""
+        rows, length = uniforms.shape
+        network = self.twin.refreshed()
+        trace = Trace(network, rows, length, pad)
+        if rows == 0:
+            return trace.samples()
+        prompts, prompt_mask = repeated(rows // len(prompts), prompts, prompt_mask)
+        cache = self._cache(rows, prompts.shape[1] + length)
+        # every place after the prompt is allowed; that it is not read before it is written is
+        # what the causal mask sees to
+        rest = cache.places - prompts.shape[1]
+        mask = torch.nn.functional.pad(prompt_mask, (0, rest), value=True)
+        position = prompt_mask.sum(-1)
+        places = (prompt_mask.long().cumsum(-1) - 1).clamp(min=0)
+        state = network.hidden(prompts, mask, cache, places)[:, -1]
+        drawn, active = draw(network, state, uniforms[:, 0]), torch.ones_like(position).bool()
+        index = torch.arange(rows, device=prompts.device)
+        for t in range(length):
+            trace.note(t, index, active, drawn)
+            active = active & ~torch.isin(drawn.tokens, eos)
+            if t % LOOK == LOOK - 1 and not active.any():
+                break
+            if t + 1 < length:
+                numbers = uniforms[:, t + 1].contiguous()
+                drawn = self._next(network, drawn.tokens, position + t, mask, cache, numbers)
+        return trace.samples()
+
+    def _next(self, *inputs: Network | FixedCache | Tensor) -> Drawn:
+        """A step's results as tensors of their own: a CUDA graph writes the next ones over them."""
+        torch.compiler.cudagraph_mark_step_begin()
+        return Drawn(*(x if x is None else x.clone() for x in self.step(*inputs)))
+
+    def _cache(self, rows: int, tokens: int) -> FixedCache:
+        """An empty cache with room for `tokens`: the one in use, or a longer one in its place."""
+        cache = self.caches.get(rows)
+        if cache is None or cache.places < tokens:
+            self.caches.pop(rows, None)  # before its successor is made
+            network, places = self.twin.network, -(-tokens // PLACES) * PLACES
+            cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
+            self.caches[rows] = cache
+        cache.reset()
+        return cache
+
+
+def step(
+    network: Network, tokens: Tensor, positions: Tensor, mask: Tensor, cache: FixedCache,
+    uniforms: Tensor,
+) -> Drawn:  # fmt: skip
+    """Reads one token (S,) at its position (S,) and draws the next; mask (S, places)."""
+    state = network.hidden(tokens[:, None], mask, cache, positions[:, None])[:, 0]
+    return draw(network, state, uniforms)
+
+
+class Twin:
+    """A network whose matrices are held in the dtype of its products, cast once for a sampling.
+
+    Autocast would cast them at every token in a compiled step. All else is shared with the network;
+    where the products are in float32, or the matrices in 16 bits, the network itself is used.
+    """
+
+    def __init__(self, network: Network):
+        dtype = getattr(torch, network.dtype)
+        self.network, self.casts, self.sources = network, [], []
+        if dtype == torch.float32:
+            return
+        shared = {id(x): x for x in chain(network.parameters(), network.buffers())}
+        self.network = copy.deepcopy(network, shared)
+        layers = [m for m in self.network.model.modules() if isinstance(m, nn.Linear)]
+        for layer in layers:  # a tied head as well: the embedding keeps its own
+            for name, source in list(layer.named_parameters(recurse=False)):
+                if source.dtype != dtype:
+                    cast = nn.Parameter(source.detach().to(dtype), requires_grad=False)
+                    setattr(layer, name, cast)
+                    self.casts.append(cast)
+                    self.sources.append(source)
+
+    @torch.no_grad()
+    def refreshed(self) -> Network:
+        """The network as its weights are now."""
+        if self.casts:
+            torch._foreach_copy_(self.casts, self.sources)
+        return self.network

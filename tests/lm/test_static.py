@@ -1,0 +1,184 @@
+"""Decoding with a cache of fixed shape: the same tokens as with one that grows, compiled or not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lib.lm import decode, lora, static
+from lib.lm.batches import padded
+from lib.lm.config import TINY
+from lib.lm.models import load_policy
+from lib.lm.network import Network, matrices
+from lib.lm.pairs import load
+from lib.lm.policy import TOLERANCE, Scorer
+from lib.lm.static import StaticDecoder, Twin
+from lib.rollouts import Rollout
+from tests.tiny_lm import save_tiny_policy
+
+EOS, PAD = 256, 257
+PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90], [5, 256, 7]]  # an EOS inside a prompt
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_tiny_policy(tmp_path_factory.mktemp("policy"), initializer_range=0.3)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def numbers(rows, length=20, seed=0):
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(prompts, uniforms, eos=(EOS,)):
+    return *padded(prompts, PAD, "left"), uniforms, torch.tensor(eos), PAD
+
+
+def assert_same(one, other):
+    assert torch.equal(one.completions, other.completions)
+    assert torch.equal(one.mask, other.mask)
+    torch.testing.assert_close(one.logp, other.logp, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.scale, other.scale, atol=1e-4, rtol=1e-5)
+    if one.values is not None:
+        torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-5)
+
+
+def llama():
+    """Grouped keys, a gated MLP and a tied head, as SmolLM2 has them."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, tie_word_embeddings=True,
+        initializer_range=0.3, bos_token_id=None, eos_token_id=EOS,
+    ))  # fmt: skip
+
+
+def test_the_shipped_policy_writes_the_same_tokens_to_64_prompts():
+    model, _ = load_policy(TINY / "policy")
+    eos = (model.config.eos_token_id,)
+    prompts = load(TINY / "pairs.parquet", "validation", eos).prompts[:64]
+    given = inputs(prompts, numbers(64, 96), eos)
+    network = Network(model)
+    grown = decode.sample(network, *given)
+    assert 20 < grown.mask.sum(-1).float().mean() < 60
+    assert_same(grown, StaticDecoder(network).sample(*given))
+
+
+def test_several_completions_ends_and_values(model):
+    network = Network(model, temperature=1.5, value_head=True)
+    torch.nn.init.normal_(network.value.weight)
+    given = inputs(PROMPTS, numbers(12), eos=tuple(range(0, 260, 9)))
+    grown, fixed = decode.sample(network, *given), StaticDecoder(network).sample(*given)
+    assert 3 < grown.mask.sum(-1).unique().numel() and grown.values.abs().max() > 0.1
+    assert_same(grown, fixed)
+
+
+def test_grouped_keys_and_a_tied_head():
+    network, given = Network(llama()), inputs(PROMPTS, numbers(8))
+    assert_same(decode.sample(network, *given), StaticDecoder(network).sample(*given))
+
+
+def test_a_cache_is_kept_until_a_longer_one_is_needed(model, monkeypatch):
+    """And what an earlier sampling left in it is not read."""
+    monkeypatch.setattr(static, "PLACES", 8)
+    network = Network(model)
+    decoder = StaticDecoder(network)
+    long, short = [list(range(30))] * 2 + PROMPTS[:2], PROMPTS
+    caches = []
+    for i, prompts in enumerate([short, long, short, long]):
+        given = inputs(prompts, numbers(4, seed=i))
+        assert_same(decode.sample(network, *given), decoder.sample(*given))
+        caches.append(decoder.caches[4])
+    assert caches[0] is not caches[1] and caches[1] is caches[2] is caches[3]
+    assert [c.places for c in caches] == [32, 56, 56, 56]
+
+
+def test_it_stops_looking_when_all_rows_have_ended(model, monkeypatch):
+    seen, step = [], static.step
+    monkeypatch.setattr(static, "step", lambda *args: seen.append(1) or step(*args))
+    network = Network(model)
+    StaticDecoder(network).sample(*inputs(PROMPTS, numbers(4, 200), eos=tuple(range(264))))
+    assert len(seen) == decode.LOOK - 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_cast_once_give_what_autocast_gives(model, tied):
+    """Bit for bit, also after the weights have changed; and what was sampled can be scored."""
+    network = Network(llama() if tied else model, dtype="bfloat16")
+    decoder, given = StaticDecoder(network), inputs(PROMPTS, numbers(8))
+    tokens, mask = given[:2]
+    for _ in range(2):
+        with torch.no_grad():
+            next(iter(matrices(network.model))).weight.mul_(1.5)
+            twin = decoder.twin.refreshed()
+            states = [n.hidden(tokens, mask) for n in (network, twin)]
+            assert torch.equal(*states)
+            assert torch.equal(network.logits(states[0]), twin.logits(states[0]))
+        assert_scored(network, given[:2], decoder.sample(*given))
+
+
+def assert_scored(network, prompts, samples):
+    """The log-probabilities of a sampling are those of a pass over the whole completions."""
+    scorer = Scorer(network, (EOS,), PAD)
+    shape = (len(PROMPTS), -1, samples.mask.shape[1])
+    batch = Rollout(
+        prompts=prompts[0], prompt_mask=prompts[1], completions=samples.completions.view(shape),
+        mask=samples.mask.view(shape), logp=samples.logp.view(shape), ref=None,
+        rewards=torch.zeros(samples.mask.view(shape).shape[:2]), scale=samples.scale,
+    )  # fmt: skip
+    difference = (scorer.score(batch) - batch.logp).abs().max()
+    assert difference <= TOLERANCE[network.dtype] * (1 + samples.scale)
+
+
+def test_the_twin_shares_all_but_its_matrices():
+    network = Network(llama(), dtype="bfloat16", value_head=True)
+    twin = Twin(network).network
+    assert twin.value.weight is network.value.weight
+    assert twin.model.model.embed_tokens.weight is network.model.model.embed_tokens.weight
+    assert twin.model.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert Twin(Network(llama())).casts == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_sampled_with(dtype):
+    model = llama()
+    lora.attach(model, 2, 0, dtype)
+    network = Network(model, dtype=dtype)
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    given = inputs(PROMPTS, numbers(8))
+    found = StaticDecoder(network).sample(*given)
+    assert_scored(network, given[:2], found)
+    without = StaticDecoder(lora.Base(network)).sample(*given)
+    assert not torch.equal(found.completions, without.completions)
+
+
+def test_a_scorer_decodes_as_it_is_told(model):
+    given = (*padded(PROMPTS, PAD, "left"), numbers(8))
+    network = Network(model)
+    ways = {way: Scorer(network, (EOS,), PAD, decoder=way) for way in (None, "growing", "static")}
+    assert ways[None].decoder == "growing"  # of a CPU
+    grown, *others = (scorer.sample(*given) for scorer in ways.values())
+    for other in others:
+        assert_same(grown, other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of a CPU needs g++")
+def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model):
+    """Not for other prompts, values or weights; for another network, its own."""
+    for network in (Network(model), Network(llama(), dtype="bfloat16", checkpointing=True)):
+        decoder = StaticDecoder(network, compiled=True)
+        first = decoder.sample(*inputs(PROMPTS, numbers(8)))
+        assert_scored(network, inputs(PROMPTS, numbers(8))[:2], first)
+        if network.dtype == "float32":
+            assert_same(decode.sample(network, *inputs(PROMPTS, numbers(8))), first)
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+            next(network.parameters()).mul_(1.1)
+            again = decoder.sample(*inputs(PROMPTS[::-1], numbers(8, seed=1)))
+        assert_scored(network, padded(PROMPTS[::-1], PAD, "left"), again)
