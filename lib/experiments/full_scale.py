@@ -33,7 +33,7 @@ class FullScaleProfile(Profile):
 
     sets: tuple[int, ...] = (2, 4)
     policies: tuple[str, ...] = ("64", "128", "256")
-    few: int = 192
+    few: int = 100
     judge: str = JUDGE
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> FullScaleRun:
@@ -55,7 +55,7 @@ FULL = FullScaleProfile(
     report_seeds=tuple(range(5, 10)),
     dial_sweep_seeds=(),
     dial_seeds=tuple(range(5, 10)),
-    updates=48,  # all pairs once, or the few ones eight times
+    updates=48,
     options=(("evaluations", 6),),
     select_by="final proxy",
 )
