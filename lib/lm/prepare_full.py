@@ -196,7 +196,7 @@ def _answers(
 
 
 def _answered(answers: Answers) -> Answers:
-    """The prompts whose strong answer ended by itself: both kinds of pairs have the same prompts."""
+    """Those prompts whose strong answer ended: both kinds of pairs have the same prompts."""
     rows = [i for i, text in enumerate(answers.texts["strong"]) if text is not None]
 
     def of(column: list[Any]) -> list[Any]:
