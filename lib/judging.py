@@ -102,10 +102,10 @@ def examples(prepared: Prepared, count: int = 2, folder: Path = DATA) -> pd.Data
 def cells(chapter: Chapter, method: str, statistic: str) -> dict[tuple[int, ...], pd.Series]:
     """The factorial's results: levels (policy, pairs, kind), each 0 or 1 -> a statistic by seed."""
     profile: FullScaleProfile = chapter.profile
-    sizes, data = (profile.policies[0], profile.policies[-1]), (f",pairs={profile.few}", "")
+    sizes, data = (profile.policies[0], profile.policies[-1]), (profile.few, profile.many)
     found = {}
     for i, j, k in product((0, 1), repeat=3):
-        name = f"{method}@{KINDS[k]}[policy={sizes[i]}{data[j]}]"
+        name = f"{method}@{KINDS[k]}[policy={sizes[i]},pairs={data[j]}]"
         if chapter.has(name):
             found[i, j, k] = stats.per_run(chapter.reported(name), statistic)
     return found
@@ -143,7 +143,7 @@ def cell_table(chapter: Chapter, statistics: Mapping[str, str]) -> pd.DataFrame:
             i, j, k = levels
             rows.append({
                 "method": title, "policy": profile.policies[-i], "pairs": KINDS[k],
-                "data": "all" if j else str(profile.few),
+                "trained on": profile.many if j else profile.few,
                 **{name: found[levels].mean() for name, found in columns.items()},
                 "seeds": len(by_seed),
             })  # fmt: skip

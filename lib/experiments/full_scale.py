@@ -28,12 +28,13 @@ class FullScaleProfile(Profile):
 
     Args:
         sets: values of B as multiples of M. policies: the smallest, the base one, the largest.
-        few: pairs of the small data set. judge: the gold model.
+        few, many: pairs of the small and the large data set. judge: the gold model.
     """
 
     sets: tuple[int, ...] = (2, 4)
     policies: tuple[str, ...] = ("64", "128", "256")
     few: int = 100
+    many: int = 800
     judge: str = JUDGE
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> FullScaleRun:
@@ -68,6 +69,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         dial_seeds=(5,),
         sets=(2,),
         few=16,
+        many=32,
         judge="tiny",  # the policy itself: only to see that it works
         updates=2,
         options=(("evaluations", 2), ("prompts", 4), ("minibatch", 8), ("max_tokens", 24)),
@@ -100,6 +102,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         sets=(2, 4, 16),
         policies=("1.4b", "1.4b", "7b"),
         few=2000,
+        many=16_000,
         judge="judge",
         options=(("prepared", "full_scale_paper"), ("dtype", "bfloat16"), ("max_tokens", 256)),
     ),
@@ -117,10 +120,10 @@ def settings(p: FullScaleProfile) -> list[Setting]:
 
 
 def factorial(p: FullScaleProfile) -> list[Setting]:
-    """2 x 2 x 2: smallest or largest policy, few or all pairs, similar or distinct ones."""
-    ends, data = (p.policies[0], p.policies[-1]), ({"pairs": p.few}, {})
+    """2 x 2 x 2: smallest or largest policy, few or many pairs, similar or distinct ones."""
+    ends, data = (p.policies[0], p.policies[-1]), (p.few, p.many)
     return [
-        _kept(Setting(name, kind), policy=policy, **pairs)
+        _kept(Setting(name, kind), policy=policy, pairs=pairs)
         for name, kind, policy, pairs in product(OFFLINE, KINDS, ends, data)
     ]
 

@@ -135,7 +135,7 @@ def _make(
     started = perf_counter()
     judge = Kept(load_judge(options.judge, device=options.device), options.scores)
     found = ids(tokenizer, model)
-    splits = {s: _answered(_answers(options, s, p, model, tokenizer))
+    splits = {s: _answers(options, s, p, model, tokenizer)
               for s, p in _prompts(options, tokenizer).items()}  # fmt: skip
     scores = {s: {name: _judged(judge, a.instructions, texts) for name, texts in a.texts.items()}
               for s, a in splits.items()}  # fmt: skip
@@ -195,18 +195,6 @@ def _answers(
     return Answers(coded, texts, coded_answers, answers | {"strong": strong})
 
 
-def _answered(answers: Answers) -> Answers:
-    """Those prompts whose strong answer ended: both kinds of pairs have the same prompts."""
-    rows = [i for i, text in enumerate(answers.texts["strong"]) if text is not None]
-
-    def of(column: list[Any]) -> list[Any]:
-        return [column[i] for i in rows]
-
-    return Answers(of(answers.prompts), of(answers.instructions),
-                   {name: of(x) for name, x in answers.ids.items()},
-                   {name: of(x) for name, x in answers.texts.items()})  # fmt: skip
-
-
 def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> Iterator[str]:
     """The strong model's answers, told to be short, at its temperature; "" for one that was cut."""
     model, _ = load_policy(options.strong, device=options.device)
@@ -227,10 +215,11 @@ def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> 
             yield tokenizer.decode(row, skip_special_tokens=True).strip() if ended else ""
 
 
-def _judged(judge: Judge, prompts: list[Prompt], texts: list[str]) -> np.ndarray:
-    """(N,) gold rewards; kept batch by batch, so that a second call goes on."""
-    rows = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
-    scores = np.zeros(len(texts))
+def _judged(judge: Judge, prompts: list[Prompt], texts: list[str | None]) -> np.ndarray:
+    """(N,) gold rewards, NaN for no answer; kept batch by batch, so that a second call goes on."""
+    rows = [i for i, text in enumerate(texts) if text is not None]
+    rows.sort(key=lambda i: len(texts[i]))  # alike lengths together: little padding
+    scores = np.full(len(texts), np.nan)
     for start in tqdm(range(0, len(rows), BATCH), desc="judging", unit="batch"):
         part = rows[start : start + BATCH]
         scores[part] = judge.score([prompts[i] for i in part], [texts[i] for i in part])
@@ -241,7 +230,7 @@ def _labelled(
     answers: Answers, scores: dict[str, np.ndarray], one: str, two: str, eos: tuple[int, ...]
 ) -> tuple[Pairs, pd.DataFrame]:
     """Pairs with the better answer first, and what is known of them; ties are dropped."""
-    rows = np.flatnonzero(scores[one] != scores[two]).tolist()
+    rows = np.flatnonzero(np.nan_to_num(scores[one] - scores[two])).tolist()
     order = [(one, two) if scores[one][i] > scores[two][i] else (two, one) for i in rows]
     sides = [[answers.ids[names[side]][i] for i, names in zip(rows, order, strict=True)]
              for side in (0, 1)]  # fmt: skip
