@@ -1,11 +1,13 @@
 """Memory and time of fine-tuning a language model, by formula: every number here is an estimate.
 
-P: parameters. d, l, f, k: width, layers, width of the MLP, width of all key heads together.
-Bytes of training with Adam, float32 weights and products in 16 bits, as the book's loop does it
-(chapter length, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two moments
-8 P, a frozen reference 4 P; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2, or 4 with
-a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention scores), or,
-checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values in decoding 4 l k for each token.
+P: parameters. d, l, f, k, v: width, layers, width of the MLP, width of all key heads together,
+vocabulary. Bytes of training with Adam, float32 weights and products in 16 bits, as the book's loop
+does it (chapter length, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two
+moments 8 P, a frozen reference 4 P; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2,
+or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
+scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values 4 l k for each token of the
+completions, held by a compiled decoder from one sampling to the next. With LoRA of A parameters:
+weights 2 P + 2 v d (the embedding stays float32), adapters (4 + 2 + 4 + 8) A, no reference.
 Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
 a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
 """
@@ -13,7 +15,7 @@ a share of the peak; a decoding step also reads weights and cache, and starts ev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -30,6 +32,7 @@ GIB = 2**30
 COMPUTE = 0.4  # share of the peak that matrix products reach
 BANDWIDTH = 0.6  # share of the memory's speed that a decoding step reaches
 LAUNCH = 5e-4  # seconds to start a layer's operations one by one (one response, a CPU core)
+GRAPH = 5e-5  # the same as part of a CUDA graph: some 15 kernels of 3 microseconds
 LORA_RANK = 16
 RESERVED = 1.0  # GiB for driver, kernels and fragments
 
@@ -39,7 +42,8 @@ class Shape:
     """What the formulas need of an architecture.
 
     Args: parameters: all of them. width, layers; inner: width of the MLP; keys: width of all key
-        heads together; vocabulary. gated: whether the MLP has a gate (three matrices, not two).
+        heads together; vocabulary; sides: inputs plus outputs of all linear layers but the head.
+        gated: whether the MLP has a gate (three matrices, not two).
     """
 
     name: str
@@ -49,6 +53,7 @@ class Shape:
     inner: int
     keys: int
     vocabulary: int
+    sides: int
     gated: bool = False
 
     @classmethod
@@ -59,8 +64,11 @@ class Shape:
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         keys = size * (getattr(config, "num_key_value_heads", None) or heads)
         gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
+        head = model.get_output_embeddings()
+        linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+        sides = sum(m.in_features + m.out_features for m in linear)
         return cls(name, model.num_parameters(), config.hidden_size, config.num_hidden_layers,
-                   config.intermediate_size, keys, config.vocab_size, gated)  # fmt: skip
+                   config.intermediate_size, keys, config.vocab_size, sides, gated)  # fmt: skip
 
     @property
     def layer_numbers(self) -> int:
@@ -81,24 +89,26 @@ class Shape:
 
     @property
     def adapters(self) -> int:
-        """Parameters of LoRA on every matrix of every layer: rank (inputs + outputs) each."""
-        attention = 4 * self.width + 2 * (self.width + self.keys)  # query, output; key, value
-        mlp = (3 if self.gated else 2) * (self.width + self.inner)
-        return LORA_RANK * self.layers * (attention + mlp)
+        """Parameters of LoRA: rank (inputs + outputs) of every linear layer but the head."""
+        return LORA_RANK * self.sides
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Args: memory, GiB. flops: dense peak of matrix products, a second. bandwidth: bytes a second.
-    size: bytes of a number in products (4 where there is no bfloat16). half: peak of float16
-    products, where `size` is 4."""
+    """Args: memory, GiB. flops: dense peak of products in `dtype`, a second. bandwidth: bytes a
+    second. launch: seconds to start a layer's operations in a decoding step."""
 
     name: str
     memory: float
     flops: float
     bandwidth: float
-    size: int = 2
-    half: float | None = None
+    dtype: str = "bfloat16"
+    launch: float = GRAPH
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in products."""
+        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -112,11 +122,11 @@ class Preset:
 
 
 # Sizes by the published configurations; machines by their makers' data sheets.
-PYTHIA_14 = Shape("Pythia-1.4B", 1_414_647_808, 2048, 24, 8192, 2048, 50_304)
-PYTHIA_410 = Shape("Pythia-410M", 405_334_016, 1024, 24, 4096, 1024, 50_304)
-SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, gated=True)
-TINY = Shape("tiny", 1_317_632, 128, 4, 512, 128, 2048)
-TINY_REWARD = Shape("tiny reward model", 231_232, 64, 2, 256, 64, 2048)
+PYTHIA_14 = Shape("Pythia-1.4B", 1_414_647_808, 2048, 24, 8192, 2048, 50_304, 786_432)
+PYTHIA_410 = Shape("Pythia-410M", 405_334_016, 1024, 24, 4096, 1024, 50_304, 393_216)
+SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, 305_280, gated=True)
+TINY = Shape("tiny", 1_317_632, 128, 4, 512, 128, 2048, 8192)
+TINY_REWARD = Shape("tiny reward model", 231_232, 64, 2, 256, 64, 2048, 2048)
 PRESETS = {
     "tiny": Preset(TINY, TINY_REWARD, 24, 96),
     "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
@@ -128,7 +138,7 @@ FULL_SCALE = {
     "similar pairs: Pythia-1.4B": PRESETS["pythia"],
     "distinct pairs: Mistral-7B, UltraRM-13B": Preset(MISTRAL, LLAMA_13, 256, 512),
 }
-T4 = Machine("T4", 16, 8.1e12, 320e9, size=4, half=65e12)  # it has no bfloat16
+T4 = Machine("T4", 16, 65e12, 320e9, dtype="float16")  # it has no bfloat16
 A100 = Machine("A100", 80, 312e12, 2039e9)
 H100 = Machine("H100", 80, 989e12, 3350e9)
 MACHINES = (T4, A100, H100)
@@ -138,9 +148,9 @@ def memory(
     preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
     micro_batch: int = TOKEN_BUDGET["cuda"],
 ) -> dict[str, float]:
-    """GiB by use, and the larger of training and decoding as `total`.
+    """GiB by use, and their sum as `total`.
 
-    With LoRA the weights are frozen in 16 bits, only the adapters have gradients and moments, and
+    With LoRA the matrices are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
     Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
         once, padding included (`TOKEN_BUDGET` of a GPU in the loop).
@@ -149,8 +159,9 @@ def memory(
     size = 2 if lora else size
     drawn = MINIBATCH * (preset.prompt + preset.response)
     tokens, copies = min(micro_batch, drawn), 2 if size == 2 else 0
+    frozen = 2 * p + 2 * policy.vocabulary * policy.width
     uses = {
-        "weights": 2 * p + (4 + copies) * a if lora else (4 + copies) * p,
+        "weights": frozen + (4 + copies) * a if lora else (4 + copies) * p,
         "gradients": 4 * (a if lora else p),
         "moments": 8 * (a if lora else p),
         "reference": 0 if lora else 4 * p,
@@ -160,10 +171,7 @@ def memory(
         "logits": 3 * 4 * min(LOGIT_BUDGET, tokens * policy.vocabulary),
         "keys and values": size * drawn * policy.cache,
     }
-    found = {name: use / GIB for name, use in uses.items()}
-    step = found["activations"] + found["logits"]
-    stays = sum(found[name] for name in list(uses)[:5])
-    return found | {"total": stays + max(step, found["keys and values"])}
+    return {name: use / GIB for name, use in {**uses, "total": sum(uses.values())}.items()}
 
 
 def seconds(
@@ -172,15 +180,13 @@ def seconds(
 ) -> dict[str, float]:
     """Seconds by phase of one update on `batch` fresh responses of `preset.response` tokens.
 
-    With LoRA products are in 16 bits, and the weights' own gradients are not computed (2 P less).
+    With LoRA the weights' own gradients are not computed (2 P less).
     """
-    if lora and machine.half:
-        machine = replace(machine, flops=machine.half, size=2)
     p, cache = preset.policy.parameters, preset.policy.cache
     tokens, rate = batch * (preset.prompt + preset.response), COMPUTE * machine.flops
     read = machine.size * (p + batch * (preset.prompt + preset.response / 2) * cache)
     step = max(read / (BANDWIDTH * machine.bandwidth), 2 * p * batch / rate,
-               LAUNCH * preset.policy.layers)  # fmt: skip
+               machine.launch * preset.policy.layers)  # fmt: skip
     return {
         "sampling": preset.response * step + 2 * p * batch * preset.prompt / rate,
         "scoring": 2 * (p + preset.reward.parameters) * tokens / rate,
@@ -236,6 +242,16 @@ def time_table(presets: Mapping[str, Preset] = PRESETS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def sampling_share(preset: Preset) -> tuple[float, float]:
+    """The least and the largest share of an update that sampling takes on `MACHINES`, each in its
+    `way`; estimated."""
+    shares = []
+    for machine in MACHINES:
+        found = seconds(preset, machine, **WAYS.get(way(preset, machine), {}))
+        shares.append(found["sampling"] / sum(found.values()))
+    return min(shares), max(shares)
+
+
 def written(table: pd.DataFrame) -> pd.DataFrame:
     """Numbers with two digits that mean something: an estimate has no more."""
 
@@ -273,7 +289,7 @@ def this_core(size: int = 1024, times: int = 4) -> Machine:
     for _ in range(times):
         a @ a
     peak = 2 * size**3 * times / (perf_counter() - start)
-    return Machine("this CPU", float("inf"), peak, 2e10, size=4)
+    return Machine("this CPU", float("inf"), peak, 2e10, "float32", LAUNCH)
 
 
 def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: Any):

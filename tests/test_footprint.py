@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from lib import footprint
 from lib.footprint import GIB, MACHINES, PRESETS, Machine, Preset, Shape
-from lib.lm.config import TINY
+from lib.lm import lora
+from lib.lm.config import DTYPES, TINY
 from lib.lm.models import load_policy
 from lib.lm.network import Network
 from tests.lm_folder import prepared_folder
 
-SMALL = Shape("small", 1000, width=8, layers=2, inner=32, keys=8, vocabulary=50)
+SIDES = 2 * (4 * (8 + 8) + 2 * (8 + 32))  # query, key, value, output; two of the MLP; two layers
+SMALL = Shape("small", 1000, width=8, layers=2, inner=32, keys=8, vocabulary=50, sides=SIDES)
 
 
 def on_paper(config):
@@ -59,17 +61,45 @@ def test_memory_by_hand():
     assert found["activations"] * GIB == 2 * n * SMALL.activations()
     assert found["logits"] * GIB == 12 * n * 50
     assert found["keys and values"] * GIB == 2 * n * 2 * 2 * 8
-    total = 22_400 + 2 * n * SMALL.activations() + 12 * n * 50
+    total = 22_400 + 2 * n * SMALL.activations() + 12 * n * 50 + 2 * n * 2 * 2 * 8
     assert found["total"] * GIB == pytest.approx(total)
 
 
-def test_lora_counts_its_matrices():
-    """Rank 16: query and output 8 + 8, key and value 8 + 8, two of 8 + 32; two layers."""
-    assert SMALL.adapters == 16 * 2 * (4 * 16 + 2 * 40)
-    preset = Preset(SMALL, SMALL, 3, 5)
-    found = footprint.memory(preset, size=4, lora=True)
+def test_lora_by_hand():
+    """Rank 16; the matrices and their adapters in 16 bits, the embedding of 50 x 8 in 32."""
+    assert SMALL.adapters == 16 * SIDES
+    found = footprint.memory(Preset(SMALL, SMALL, 3, 5), size=4, lora=True)
     assert found["reference"] == 0
-    assert found["weights"] * GIB == 2 * 1000 + 6 * SMALL.adapters
+    assert found["weights"] * GIB == 2 * 1000 + 2 * 50 * 8 + 6 * SMALL.adapters
+    assert found["gradients"] * GIB == 4 * SMALL.adapters
+    assert found["moments"] * GIB == 8 * SMALL.adapters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_holds_what_the_formula_says(tied):
+    """Counted on models that have adapters: their number exactly, all bytes within 2%."""
+    configs = (
+        GPTNeoXConfig(vocab_size=512, hidden_size=64, num_hidden_layers=3, intermediate_size=256,
+                      num_attention_heads=4, tie_word_embeddings=tied),
+        LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=3, intermediate_size=128,
+                    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied),
+    )  # fmt: skip
+    for config in configs:
+        model = AutoModelForCausalLM.from_config(config)
+        shape = Shape.of("any", model)
+        lora.attach(model, footprint.LORA_RANK, 0, "bfloat16")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trained == shape.adapters
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        said = footprint.memory(Preset(shape, SMALL, 3, 5), lora=True)["weights"] * GIB
+        assert held + 2 * trained == pytest.approx(said, rel=0.02)
+
+
+def test_checkpointing_keeps_the_layers_inputs():
+    """Of four layers of width 128; and what stands before and after the layers."""
+    model, _ = load_policy(TINY / "policy")
+    kept = footprint.stored(Network(model, checkpointing=True)) / 4
+    assert 4 * 128 <= kept <= (4 + 3) * 128
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -93,6 +123,11 @@ def test_a_t4_needs_lora_for_the_papers_policy():
     assert footprint.way(PRESETS["pythia"], Machine("none", 1, 1e12, 1e9)) == "not at all"
 
 
+def test_machines_have_a_dtype_that_runs_know():
+    assert {machine.dtype for machine in MACHINES} <= set(DTYPES)
+    assert [Machine("any", 1, 1, 1, dtype).size for dtype in DTYPES] == [4, 2, 2]
+
+
 def test_seconds_by_hand():
     """A machine whose only limit is arithmetic."""
     machine = Machine("arithmetic", 1, 1e6 / footprint.COMPUTE, 1e18)
@@ -110,14 +145,22 @@ def test_decoding_waits_for_the_slowest_limit():
     slow = Machine("reads slowly", 1, 1e15, 1e3 / footprint.BANDWIDTH)
     read = 2 * (1000 + 64 * 5.5 * SMALL.cache)
     assert footprint.seconds(preset, slow)["sampling"] == pytest.approx(5 * read / 1e3, rel=1e-3)
-    fast = Machine("launches", 1, 1e18, 1e18)
-    assert footprint.seconds(preset, fast)["sampling"] == pytest.approx(5 * 2 * footprint.LAUNCH)
+    fast = Machine("launches", 1, 1e18, 1e18, launch=0.1)
+    assert footprint.seconds(preset, fast)["sampling"] == pytest.approx(5 * 2 * 0.1)
 
 
 def test_tables_have_every_preset_and_machine():
     assert list(footprint.memory_table().columns[1:]) == list(PRESETS)
     assert len(footprint.time_table()) == len(PRESETS) * len(MACHINES)
     assert footprint.fit_table()["preset"].tolist() == list(PRESETS)
+
+
+def test_shares_of_sampling_are_those_of_the_table():
+    table = footprint.time_table({"pythia": PRESETS["pythia"]})
+    phases = table[["sampling, s", "scoring, s", "training, s"]]
+    shares = phases["sampling, s"] / phases.sum(axis=1)
+    found = footprint.sampling_share(PRESETS["pythia"])
+    assert found == pytest.approx((shares.min(), shares.max()))
 
 
 def test_estimates_are_written_with_two_digits():

@@ -67,4 +67,4 @@ def test_shipped_pairs_have_the_better_answer_first_and_share_no_prompt(kind):
     assert (table["gold_first"] > table["gold_second"]).all()
     texts = {split: set(part["instruction"]) for split, part in table.groupby("split")}
     assert not texts["train"] & texts["validation"]
-    assert min(map(len, texts.values())) >= 150
+    assert min(map(len, texts.values())) >= 90

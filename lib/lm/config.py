@@ -217,9 +217,12 @@ def length_run(
     A larger B or T means fewer samplings, not more updates. C is 4 for best-of-N, 2 for pairs, and
     1 for the others (Tables 8 to 10).
     Args: run: its class, for problems with fields of their own.
-    Raises: ValueError if `updates` is not a multiple of the updates on one sampling.
+    Raises: ValueError if `updates` is not a multiple of the updates on one sampling, or for an
+        option that is no field of a run.
     """
-    entry = methods.get(method)
+    entry, known = methods.get(method), run.__dataclass_fields__.keys()
+    if unknown := options.keys() - known:
+        raise ValueError(f"unknown option {sorted(unknown)}; choose from {sorted(known)}")
     minibatch = options.get("minibatch", MINIBATCH)
     if not entry.on_policy:
         options |= {"completions": 2, "iterations": 1, "batch": updates * minibatch}

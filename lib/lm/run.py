@@ -59,13 +59,9 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
 
 def configuration(options: argparse.Namespace) -> LengthRun:
     """The run that the command line describes. Raises: ValueError for an option that is none."""
-    more = dict(_option(text) for text in options.option)
-    known = LengthRun.__dataclass_fields__.keys() | {"updates"}
-    if unknown := more.keys() - known:
-        raise ValueError(f"unknown option {sorted(unknown)}; choose from {sorted(known)}")
-    return length_run(options.method, options.task, options.rate, options.seed,
-                      updates=options.updates, label=options.label, prepared=options.prepared,
-                      **more)  # fmt: skip
+    fields = {"updates": options.updates, "label": options.label, "prepared": options.prepared}
+    fields |= dict(_option(text) for text in options.option)
+    return length_run(options.method, options.task, options.rate, options.seed, **fields)
 
 
 def _option(text: str) -> tuple[str, Any]:

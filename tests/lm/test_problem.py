@@ -69,6 +69,11 @@ def test_what_a_run_refuses(options, message):
         LengthRun(**fields)
 
 
+def test_an_option_that_is_no_field_is_named():
+    with pytest.raises(ValueError, match=r"unknown option \['lora'\]; choose from .*'lora_rank'"):
+        length_run("dpo", "min", 1e-3, 0, lora=4)
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no .safetensors in .*prepare it with"):
         LengthRun("dpo", "min", 1e-3, 0, completions=2, prepared=str(tmp_path)).data_files()
