@@ -132,8 +132,9 @@ PRESETS = {
     "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
     "pythia": Preset(PYTHIA_14, PYTHIA_410, 128, 256),
 }
-MISTRAL = Shape("Mistral-7B", 7_241_732_096, 4096, 32, 14_336, 1024, 32_000, gated=True)
-LLAMA_13 = Shape("LLaMA-13B", 13_015_864_320, 5120, 40, 13_824, 5120, 32_000, gated=True)
+MISTRAL = Shape("Mistral-7B", 7_241_732_096, 4096, 32, 14_336, 1024, 32_000, 2_621_440, gated=True)
+LLAMA_13 = Shape("LLaMA-13B", 13_015_864_320, 5120, 40, 13_824, 5120, 32_000, 3_911_680,
+                 gated=True)  # fmt: skip
 FULL_SCALE = {
     "similar pairs: Pythia-1.4B": PRESETS["pythia"],
     "distinct pairs: Mistral-7B, UltraRM-13B": Preset(MISTRAL, LLAMA_13, 256, 512),
