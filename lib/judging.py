@@ -105,7 +105,7 @@ def cells(chapter: Chapter, method: str, statistic: str) -> dict[tuple[int, ...]
     sizes, data = (profile.policies[0], profile.policies[-1]), (profile.few, profile.many)
     found = {}
     for i, j, k in product((0, 1), repeat=3):
-        name = f"{method}@{KINDS[k]}[policy={sizes[i]},pairs={data[j]}]"
+        name = f"{method}@{KINDS[k]}[policy={sizes[i]},subset={data[j]}]"
         if chapter.has(name):
             found[i, j, k] = stats.per_run(chapter.reported(name), statistic)
     return found

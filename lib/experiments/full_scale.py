@@ -43,7 +43,7 @@ class FullScaleProfile(Profile):
         options["batch"] = options.pop("sets", 1) * minibatch
         options.setdefault("policy", self.policies[1])
         if options.pop("judged", False):
-            options["gold"] = self.judge
+            options["judge"] = self.judge
         return length_run(
             setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
             kind=setting.reward_function, **options,
@@ -123,8 +123,8 @@ def factorial(p: FullScaleProfile) -> list[Setting]:
     """2 x 2 x 2: smallest or largest policy, few or many pairs, similar or distinct ones."""
     ends, data = (p.policies[0], p.policies[-1]), (p.few, p.many)
     return [
-        _kept(Setting(name, kind), policy=policy, pairs=pairs)
-        for name, kind, policy, pairs in product(OFFLINE, KINDS, ends, data)
+        _kept(Setting(name, kind), policy=policy, subset=subset)
+        for name, kind, policy, subset in product(OFFLINE, KINDS, ends, data)
     ]
 
 

