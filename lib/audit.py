@@ -8,9 +8,11 @@ What the released code does is known from reading it: it was not executed. Chapt
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from math import atan, atanh, pi, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from lib.bandit.reference import LOCATION, SCALE
 from lib.chapter import Chapter
 from lib.experiments import REWARDS, Setting
 from lib.experiments.bandit import CHAPTERS as BANDIT
+from lib.lm.config import TINY
 from lib.tables import NEAR, interval_text
 
 DEVIATIONS = claims.DATA / "deviations.csv"
@@ -68,12 +71,13 @@ MEASURES: dict[str, dict[str, Measure]] = {
 }
 STATISTICS = {name: m for measures in MEASURES.values() for name, m in measures.items()}
 # How a whole deviation is summed up, and the colour of that verdict.
-SUMMARIES = {"changes results": "partly", "no effect": "reproduced", "undecided": "inconclusive",
+SUMMARIES = {"matters": "partly", "no effect": "reproduced", "undecided": "inconclusive",
              "arithmetic": "inconclusive", "not measured here": "inconclusive"}  # fmt: skip
 
 BETAS = (0.01, 0.05, 0.1, 0.5)  # Table 6
 SUMMED = {"reference": 10, "sampler": 100}  # samples over which the released code sums a KL
 PAPER_SEEDS = 5  # I.3
+MIN_SEEDS = 5  # fewer leave an effect undecided, as they leave a claim
 
 Chapters = Mapping[str, Chapter]
 
@@ -142,7 +146,7 @@ class Effect:
     """What a switch changes: the mean of a contrast over seeds, with its 95% interval.
 
     `reading`: "no effect" (the interval within the margin), "raises" or "lowers" (beyond it),
-    else "undecided".
+    else, or with fewer than five seeds, "undecided".
     """
 
     deviation: str
@@ -216,8 +220,10 @@ def by_seed(chapters: Chapters, contrast: str, statistic: str) -> pd.Series | No
     return sum(parts[1:], parts[0]).dropna()
 
 
-def reading(low: float, high: float, margin: float) -> str:
-    """An effect's interval in words: see `Effect`."""
+def reading(low: float, high: float, margin: float, n: int) -> str:
+    """An effect's interval in a word: see `Effect`."""
+    if n < MIN_SEEDS:
+        return "undecided"
     if -margin <= low and high <= margin:
         return "no effect"
     return "raises" if low > margin else "lowers" if high < -margin else "undecided"
@@ -230,7 +236,7 @@ def effects(deviation: Deviation, chapters: Chapters) -> list[Effect]:
         values = by_seed(chapters, contrast, statistic)
         if values is not None and len(values):
             mean, low, high = stats.interval(values)
-            word = reading(low, high, STATISTICS[statistic].margin)
+            word = reading(low, high, STATISTICS[statistic].margin, len(values))
             found.append(Effect(deviation.id, contrast, statistic, mean, low, high, len(values),
                                 word))  # fmt: skip
     return found
@@ -240,7 +246,7 @@ def summary(deviation: Deviation, found: Iterable[Effect]) -> str:
     """A deviation in a word, of `SUMMARIES`."""
     readings = {effect.reading for effect in found}
     if readings & {"raises", "lowers"}:
-        return "changes results"
+        return "matters"
     if readings:
         return "no effect" if readings == {"no effect"} else "undecided"
     return "arithmetic" if deviation.arithmetic else "not measured here"
@@ -325,9 +331,9 @@ def card(deviation: Deviation, found: list[Effect]) -> str:
 
 
 def measured(deviation: Deviation, found: list[Effect]) -> str:
-    """The effects as a list under a definition, or why there are none."""
+    """The effects as a list under a definition, or why there are none; "" without contrasts."""
     if not deviation.contrasts:
-        return "" if deviation.arithmetic else "not here: no switch of this book's engine does it"
+        return ""
     if not found:
         return "not at this profile: none of the settings is in its grid"
     by_contrast: dict[str, list[Effect]] = {}
@@ -348,9 +354,9 @@ def _name(contrast: str) -> str:
 def _words(effect: Effect) -> str:
     """ "reward at the end +0.01 (-0.02 to +0.04), undecided"."""
     digits = 3 if STATISTICS[effect.statistic].margin < 0.1 else 1
-    shown = f"{effect.effect:+.{digits}f}"
-    if np.isfinite(effect.low):
-        shown += f" ({effect.low:+.{digits}f} to {effect.high:+.{digits}f})"
+    mean, low, high = (f"{round(x, digits) + 0.0:+.{digits}f}"  # no "-0.000"
+                       for x in (effect.effect, effect.low, effect.high))  # fmt: skip
+    shown = f"{mean} ({low} to {high})" if np.isfinite(effect.low) else mean
     return f"{STATISTICS[effect.statistic].words} {shown}, *{effect.reading}*"
 
 
@@ -390,8 +396,10 @@ def sources(chapters: Chapters) -> str:
 def ceiling() -> str:
     """The largest reward that a mean over prompt and completion can have."""
     best, prompt = costs.in_papers_convention(1.0), costs.in_papers_convention(0.0) * 10
-    return (f"a random prompt token is worth {prompt:.3f} under R1, so the best policy of all earns "
-            f"(9 × 1 + {prompt:.3f}) / 10 = {best:.3f}; Table 3 prints 0.92 for its best methods")
+    return (
+        f"a random prompt token is worth {prompt:.3f} under R1, so the best policy of all has "
+        f"(9 × 1 + {prompt:.3f}) / 10 = {best:.3f}; Table 3 prints 0.92 for its best methods"
+    )
 
 
 def tails(squash: Callable[[float], float]) -> tuple[float, float]:
@@ -399,6 +407,7 @@ def tails(squash: Callable[[float], float]) -> tuple[float, float]:
 
     Args: squash: the inverse of what brings a draw into (-1, 1), applied to a bin's inner edge.
     """
+
     def below(x: float) -> float:
         return 0.5 + atan((x - LOCATION) / SCALE) / pi
 
@@ -432,8 +441,10 @@ def ipo_target() -> str:
     """The margin that IPO's loss asks for, in the three forms."""
     tau = methods.get("ipo").hyper["tau"]
     target = 1 / (2 * tau)
-    return (f"1/(2τ) = {target:g} at τ = {tau:g}, so the bandit's two forms are one. With τ inside "
-            f"the square the same τ asks for h = 1/(2τ²) = {target / tau:g} nats, of every token")
+    return (
+        f"1/(2τ) = {target:g} at τ = {tau:g}, so the bandit's two forms are one. With τ inside "
+        f"the square the same τ asks for h = 1/(2τ²) = {target / tau:g} nats, of every token"
+    )
 
 
 def parameters() -> str:
@@ -450,14 +461,15 @@ def betas() -> str:
 
 @cache
 def policy_lengths() -> np.ndarray:
-    """Lengths in tokens, without the end token, of the shipped policy's responses."""
-    from lib.lengths import Prepared  # a language-model library, for this alone
-
-    return Prepared("tiny").lengths
+    """(n,) lengths in tokens, without EOS, of the shipped policy's responses."""
+    eos = json.loads((TINY / "policy" / "generation_config.json").read_text())["eos_token_id"]
+    table = pd.read_parquet(TINY / "pairs.parquet")
+    responses = chain(*(table.loc[table["split"] == "train", name] for name in ("first", "second")))
+    return np.array([len(ids) - (len(ids) > 0 and ids[-1] == eos) for ids in responses])
 
 
 def mean_and_mode() -> str:
-    """How far the mean and the mode of a policy's lengths are apart, on this book's own."""
+    """How far mean, median and mode of a policy's lengths are apart, on this book's own."""
     lengths = policy_lengths()
     counts = np.bincount(lengths)
     return (f"the shipped policy's responses have a mean length of {lengths.mean():.1f} tokens and "
