@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from myst_nb import glue
 from scipy import stats as scipy_stats
 
 from lib import claims, costs, experiments, methods, overview, stats
@@ -280,6 +281,13 @@ class Audit:
             if e.statistic == statistic and label(e.contrast)
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=["label", "effect", "low", "high", "n"])
+
+    def number(self, name: str, contrast: str, statistic: str = FINAL, digits: int = 2) -> None:
+        """Makes a contrast's mean and 95% interval available to the prose as `name`."""
+        found = by_seed(self.chapters, contrast, statistic)
+        shown = "(not run at this profile)" if found is None or found.empty else (
+            interval_text(found, len(claims.terms(contrast)) > 1, digits))  # fmt: skip
+        glue(name, shown, display=False)
 
     def tally(self) -> dict[str, dict[str, int]]:
         """How many deviations of each kind are summed up how."""

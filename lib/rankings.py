@@ -70,10 +70,10 @@ def field(chapters: Chapters, reward: str) -> dict[str, Runs]:
     return found
 
 
-def _best_of_sweep(runs: Runs) -> pd.Series:
-    """The end by seed at the rate that ends best, on the seeds that choose it."""
-    ends = runs.swept.groupby("learning_rate")["end"].mean()
-    return _at(runs, ends.idxmax())["end"]
+def _best_of_sweep(runs: Runs, column: str) -> pd.Series:
+    """A column by seed at the rate that has most of it, on the seeds that choose that rate."""
+    means = runs.swept.groupby("learning_rate")[column].mean()
+    return _at(runs, means.idxmax())[column]
 
 
 def _at(runs: Runs, rate: float) -> pd.DataFrame:
@@ -81,12 +81,13 @@ def _at(runs: Runs, rate: float) -> pd.DataFrame:
     return runs.swept[runs.swept["learning_rate"] == rate].set_index("seed")
 
 
-# Reading -> its value by seed, for every method of a field.
+# Reading -> its value by seed, for every method of a field. At the rate that learns fastest a first
+# step may go past 10 nats at once, so that reading has the rate that is best at 10 nats.
 CRITERIA: dict[str, Callable[[Runs], pd.Series]] = {
     "end": lambda runs: runs.reported.set_index("seed")["end"],
-    "best of sweep": _best_of_sweep,
+    "best of sweep": lambda runs: _best_of_sweep(runs, "end"),
     "speed": lambda runs: runs.reported.set_index("seed")["speed"],
-    "10 nats": lambda runs: runs.reported.set_index("seed")["10 nats"],
+    "10 nats": lambda runs: _best_of_sweep(runs, "10 nats"),
 }
 WORST, LOST = "worst seed", "lost runs"
 
@@ -104,6 +105,17 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
     """Ranks within each column of `values`, 1 for the best; equal to 3 decimals is a tie."""
     signs = pd.Series({name: 1 if name == LOST else -1 for name in table})
     return (table.round(LEVEL) * signs).rank(method="min").astype(int)
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`values` as text: two decimals, counts as counts."""
+    rewards = table.drop(columns=LOST).map("{:.2f}".format)
+    return rewards.assign(**{LOST: table[LOST].astype(int).astype(str)})
+
+
+def shades(ranked: pd.DataFrame) -> pd.DataFrame:
+    """`ranks` as shades: 1 for the first place, 0 for the last."""
+    return 1 - (ranked - 1) / max(len(ranked) - 1, 1)
 
 
 def tau(first: pd.Series, second: pd.Series) -> float:
@@ -149,8 +161,11 @@ def kind(first: str, second: str) -> str:
 def survival(table: pd.DataFrame) -> pd.DataFrame:
     """`signs` by kind of pair: how many pairs each criterion tells apart, and how many all do.
 
-    Columns: pairs; a criterion each; "all four, same order"; "two disagree" (told apart both ways).
+    Columns: compared, pairs; a criterion each; "all four, same order"; "two disagree" (told apart
+    both ways).
     """
+    if table.empty:
+        return pd.DataFrame()
     kinds = [kind(*pair) for pair in table.index]
     rows = []
     for name, part in table.groupby(kinds, sort=False):
@@ -162,14 +177,31 @@ def survival(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def turned(table: pd.DataFrame) -> list[tuple[str, str, list[str], list[str]]]:
-    """Pairs that two criteria order in opposite ways: first, second, criteria for either."""
-    found = []
-    for (first, second), row in table.iterrows():
-        ahead, behind = ([c for c in CRITERIA if row[c] == sign] for sign in (1, -1))
-        if ahead and behind:
-            found.append((first, second, ahead, behind))
+KEYS = {"on-policy with offline": "mixed", "two on-policy methods": "on",
+        "two offline methods": "off"}  # fmt: skip
+
+
+def numbers(fields: Mapping[str, Field]) -> dict[str, str]:
+    """For the prose: `on_speed_R1`, the pairs of two on-policy methods that speed tells apart.
+
+    Likewise `mixed` and `off`; a criterion, `kept` (all four, same order) or `pairs`; and
+    `tau_speed_R1`, Kendall's tau of a reading to the end, of all methods.
+    """
+    found = {}
+    for reward, runs in fields.items():
+        table = values(runs)
+        for name in (*CRITERIA, WORST):
+            found[f"tau_{_key(name)}_{reward}"] = f"{tau(table['end'], table[name]):.2f}"
+        for row in survival(signs(runs)).to_dict("records"):
+            key = KEYS[row["compared"]]
+            found[f"{key}_pairs_{reward}"] = str(row["pairs"])
+            found[f"{key}_kept_{reward}"] = str(row["all four, same order"])
+            found |= {f"{key}_{_key(name)}_{reward}": str(row[name]) for name in CRITERIA}
     return found
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_")
 
 
 # What a ranking hangs on
@@ -218,8 +250,8 @@ def moved(chapters: Chapters, reward: str, runs: Field) -> dict[str, dict[str, p
     """
     changes: dict[str, dict[str, pd.DataFrame]] = {
         "": {name: _at(own, own.rate) for name, own in runs.items()},
-        "each rate one smaller": {name: neighbour(own, -1) for name, own in runs.items()},
-        "each rate one larger": {name: neighbour(own, 1) for name, own in runs.items()},
+        "rates one lower": {name: neighbour(own, -1) for name, own in runs.items()},
+        "rates one higher": {name: neighbour(own, 1) for name, own in runs.items()},
     }
     for rate in shared_rates(runs):
         changes[f"all at {rate:g}"] = {name: _at(own, rate) for name, own in runs.items()}
@@ -230,7 +262,7 @@ def moved(chapters: Chapters, reward: str, runs: Field) -> dict[str, dict[str, p
             if (chapter := home(chapters, setting)) is not None:
                 found[name] = scored(chapter.reported(setting)).set_index("seed")
         if len(found) == len(ON_POLICY):
-            changes[f"k = {k} (B = {100 * k})"] = found
+            changes[f"k = {k}"] = found
     return changes
 
 
@@ -250,8 +282,9 @@ def sensitivity(
 ) -> pd.DataFrame:
     """Kendall's tau of each changed ranking to the ranking as it is, by family and criterion.
 
-    Columns: change, family, criterion ("end" or "speed"), tau, low, high (2.5% and 97.5% of the
-    draws for other seeds, else NaN), first (the leader), n (methods ranked).
+    Columns: change, family, criterion ("end" or "speed"), tau (for other seeds its median), low,
+    high (2.5% and 97.5% of the draws for other seeds, else NaN), first (the leader), n (methods
+    ranked).
     """
     rows = []
     changes = moved(chapters, reward, runs)
@@ -294,15 +327,15 @@ def leaders(means: pd.Series) -> str:
 def _under_seeds(
     runs: Mapping[str, pd.DataFrame], names: Sequence[str], column: str, draws: int, seed: int
 ) -> tuple[float, float, float, str]:
-    """Mean tau under other seeds, 2.5% and 97.5% of it, and the leader as it is."""
+    """Median tau under other seeds, 2.5% and 97.5% of it, and the leader as it is."""
     by_seed = pd.DataFrame({n: runs[n][column] for n in names if n in runs})
     base = by_seed.dropna().mean()
     found = [tau(base, pd.Series(m, base.index)) for m in _resampled(by_seed, draws, seed)]
     kept = np.array(found)[~np.isnan(found)]
     if not len(kept):
         return (np.nan, np.nan, np.nan, leaders(base))
-    low, high = np.quantile(kept, [0.025, 0.975])
-    return float(kept.mean()), float(low), float(high), leaders(base)
+    low, median, high = np.quantile(kept, [0.025, 0.5, 0.975]).tolist()
+    return median, low, high, leaders(base)
 
 
 def under_hyperparameters(chapters: Chapters) -> pd.DataFrame:
