@@ -289,6 +289,23 @@ class Audit:
             interval_text(found, len(claims.terms(contrast)) > 1, digits))  # fmt: skip
         glue(name, shown, display=False)
 
+    def numbers(self) -> dict[str, str]:
+        """For the prose: counts of deviations, and of the seeds that figures show."""
+        counts = self.tally()
+        total = sum(sum(found.values()) for found in counts.values())
+        unmeasured = sum(found["not measured here"] for found in counts.values())
+        found = {"n_deviations": total, "n_measured": total - unmeasured,
+                 "n_convention": sum(counts["convention"].values()),
+                 **{f"n_convention_{word}": counts["convention"][word]
+                    for word in ("matters", "undecided")}}  # fmt: skip
+        profile = next((c.profile for c in self.chapters.values()), None)
+        found |= {
+            "report_seeds": len(profile.report_seeds) if profile else 0,
+            "sweep_seeds": len(profile.sweep_seeds) if profile else 0,
+            "switch_seeds": _range(self.forest("convention", FINAL)["n"]),
+        }
+        return {name: str(number) for name, number in found.items()}
+
     def tally(self) -> dict[str, dict[str, int]]:
         """How many deviations of each kind are summed up how."""
         counts = {kind: dict.fromkeys(SUMMARIES, 0) for kind in KINDS}
@@ -333,7 +350,9 @@ def card(deviation: Deviation, found: list[Effect]) -> str:
         "Measured": measured(deviation, found),
     }
     items = [f"{term}\n: {words}" for term, words in terms.items() if words]
-    title = f"{deviation.topic} ({deviation.where}) {badge(summary(deviation, found))}"
+    word = summary(deviation, found)
+    shown = "" if word == "not measured here" and deviation.kind != "convention" else badge(word)
+    title = f"{deviation.topic} ({deviation.where}) {shown}".rstrip()
     name = f":name: deviation-{deviation.id}"
     return f"````{{dropdown}} {title}\n{name}\n\n" + "\n\n".join(items) + "\n````"
 
@@ -353,6 +372,14 @@ def measured(deviation: Deviation, found: list[Effect]) -> str:
     if missing:
         lines.append(f"- {missing} more: not at this profile")
     return "\n".join(lines).replace("\n", "\n  ")
+
+
+def _range(counts: pd.Series) -> str:
+    """ "5 to 10" of the numbers in a column."""
+    if counts.empty:
+        return "no"
+    low, high = counts.min(), counts.max()
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _name(contrast: str) -> str:

@@ -13,11 +13,10 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
 
 from lib import experiments, methods, stats
 from lib.audit import Chapters, home
-from lib.experiments import OFFLINE, ON_POLICY
+from lib.experiments import OFFLINE, ON_POLICY, REWARDS
 from lib.tables import CEILING, COLLAPSED, NEAR
 
 FAMILIES = {"all": (*ON_POLICY, *OFFLINE), "on-policy": ON_POLICY, "offline": OFFLINE}
@@ -123,8 +122,18 @@ def tau(first: pd.Series, second: pd.Series) -> float:
 
     Means that agree to 3 decimals are ties. NaN where one reading has ties only.
     """
-    both = pd.concat([first, second], axis=1).dropna().round(LEVEL)
-    return float(scipy_stats.kendalltau(both.iloc[:, 0], both.iloc[:, 1]).statistic)
+    both = pd.concat([first, second], axis=1).dropna().to_numpy(float)
+    return float(_tau(both[:, 0], both[None, :, 1])[0])
+
+
+def _tau(first: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """tau-b of (n,) values to each row of (draws, n): concordant less discordant pairs, over the
+    geometric mean of the numbers of untied ones."""
+    i, j = np.triu_indices(len(first), 1)
+    x, y = (np.sign(v[..., i] - v[..., j])
+            for v in (first.round(LEVEL), others.round(LEVEL)))  # fmt: skip
+    untied = np.sqrt(np.abs(x).sum() * np.abs(y).sum(-1))
+    return np.divide((x * y).sum(-1), untied, np.full(len(y), np.nan), where=untied > 0)
 
 
 # Which orderings survive
@@ -187,7 +196,10 @@ def numbers(fields: Mapping[str, Field]) -> dict[str, str]:
     Likewise `mixed` and `off`; a criterion, `kept` (all four, same order) or `pairs`; and
     `tau_speed_R1`, Kendall's tau of a reading to the end, of all methods.
     """
-    found = {}
+    keys = [f"{kind}_{column}" for kind in KEYS.values()
+            for column in ("pairs", "kept", *map(_key, CRITERIA))]  # fmt: skip
+    keys += [f"tau_{_key(name)}" for name in (*CRITERIA, WORST)]
+    found = {f"{key}_{reward}": "(not run at this profile)" for key in keys for reward in REWARDS}
     for reward, runs in fields.items():
         table = values(runs)
         for name in (*CRITERIA, WORST):
@@ -324,14 +336,21 @@ def leaders(means: pd.Series) -> str:
                      for name in level.index[level == level.max()])  # fmt: skip
 
 
+def leaders_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Who is first after each change, by family, from `sensitivity`: by the end, and by speed."""
+    own = table[table["family"] != "all"]
+    wide = own.pivot_table("first", ["family", "change"], "criterion", "first", sort=False)
+    return wide.reset_index()[["change", "family", "end", "speed"]]
+
+
 def _under_seeds(
     runs: Mapping[str, pd.DataFrame], names: Sequence[str], column: str, draws: int, seed: int
 ) -> tuple[float, float, float, str]:
     """Median tau under other seeds, 2.5% and 97.5% of it, and the leader as it is."""
     by_seed = pd.DataFrame({n: runs[n][column] for n in names if n in runs})
     base = by_seed.dropna().mean()
-    found = [tau(base, pd.Series(m, base.index)) for m in _resampled(by_seed, draws, seed)]
-    kept = np.array(found)[~np.isnan(found)]
+    found = _tau(base.to_numpy(), _resampled(by_seed, draws, seed))
+    kept = found[~np.isnan(found)]
     if not len(kept):
         return (np.nan, np.nan, np.nan, leaders(base))
     low, median, high = np.quantile(kept, [0.025, 0.5, 0.975]).tolist()
