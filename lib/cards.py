@@ -193,13 +193,6 @@ def paper_tables() -> str:
     return "\n\n".join(parts)
 
 
-def conventions() -> str:
-    """Where the paper's text and its released bandit code part, and what the book does."""
-    table = pd.read_csv(DATA / "conventions.csv", dtype=str)
-    table.columns = ["", "the paper's text", "its released code", "here", "the other: option"]
-    return markdown(table)
-
-
 def glossary(words: dict[str, str]) -> str:
     """Names and what they mean, as a Markdown table."""
     rows = [(f"`{name}`", text) for name, text in words.items()]

@@ -109,7 +109,8 @@ class Chapter(Page):
         self.recompute = _flag("recompute", recompute)
         self.store = runs.Store(store or STORE)
         self.published = None if recompute else _published(name, profile)
-        if _flag("plan_only", plan_only):
+        self.plan_only = _flag("plan_only", plan_only)
+        if self.plan_only:
             print(self.plan())
             _skip_the_rest()
 
@@ -153,7 +154,12 @@ class Chapter(Page):
             print(text)
 
     def source(self) -> Markdown:
-        """Where the numbers come from, and whether the prose fits them: commit, date, profile."""
+        """Where the numbers come from, and whether the prose fits them: commit, date, profile.
+
+        Nothing with `plan_only`: the cell that made the chapter goes on to here.
+        """
+        if self.plan_only:
+            return Markdown("")
         results, n = self.results, self.results["run"].nunique()
         if self.published is None:
             text = f"Computed now at profile `{self.profile_name}`: {n:,} runs."

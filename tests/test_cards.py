@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib import cards
-from lib.bandit.config import CONVENTIONS, BanditRun
+from lib.bandit.config import BanditRun
 from lib.bandit.engine import stack
 from lib.finetune import fine_tune
 from lib.methods import METHODS, NEEDS
@@ -85,16 +85,6 @@ def test_paper_tables_are_all_there():
     text = cards.paper_tables()
     assert re.findall(r"\*\*Table (\d+)\.", text) == [str(n) for n in range(4, 11)]
     assert "| beta | 0.01, 0.05, 0.1, 0.5 | KL weight |" in text
-
-
-def test_convention_options_are_fields_of_a_run():
-    """Every option in the table switches something that a run accepts."""
-    options = re.findall(r"`(\w+)=([^`]+)`", cards.conventions())
-    assert {"length", "histogram", "shift", "reward_over", "ratio_over"} <= dict(options).keys()
-    for name, value in options:
-        assert name in BanditRun.__dataclass_fields__
-        if name in CONVENTIONS:
-            assert eval(value) in CONVENTIONS[name]
 
 
 def test_source_without_docstring_from_a_line_on():

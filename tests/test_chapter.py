@@ -29,6 +29,14 @@ def test_other_results_are_told_apart_from_the_prose(own, tmp_path):
     assert meta["commit"][:10] in shown.reading() and meta["published"][:10] in shown.reading()
 
 
+def test_a_plan_computes_nothing(tmp_path, capsys):
+    """The cell that makes the chapter asks for its source as well, which would run the grid."""
+    planned = Chapter("complementary", profile="smoke", recompute=True, plan_only=True,
+                      store=tmp_path)  # fmt: skip
+    assert planned.source().data == "" and "results" not in vars(planned)
+    assert capsys.readouterr().out.startswith("complementary at profile smoke: ")
+
+
 def test_without_published_results_the_reading_still_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(chapter, "_published", lambda name, profile: None)
     shown = Chapter("complementary", profile="smoke", store=tmp_path)
