@@ -82,11 +82,14 @@ def density(prepared: Prepared, table: pd.DataFrame, side: str) -> float:
 
 
 def examples(prepared: Prepared, count: int = 2, folder: Path = DATA) -> pd.DataFrame:
-    """Some held-out pairs in words, with their gold rewards."""
+    """The held-out pairs whose gap in gold reward is nearest its median, in words."""
     rows = []
     for kind in KINDS:
         table = shipped(kind, folder)
-        for row in table[table["split"] == "validation"].head(count).itertuples():
+        table = table[table["split"] == "validation"]
+        gap = table["gold_first"] - table["gold_second"]
+        near = (gap - gap.median()).abs().sort_values().index[:count]
+        for row in table.loc[near].itertuples():
             texts = (prepared.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
                      for ids in (row.first, row.second))  # fmt: skip
             better, worse = texts

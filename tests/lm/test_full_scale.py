@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from itertools import islice
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from lib.lm import full_scale, prepare_full
-from lib.lm.config import length_run
+from lib.lm.config import TINY, length_run
 from lib.lm.full_scale import FullScaleRun
 from lib.lm.judged import FullScaleEngine, JudgedProblem
 from lib.runs import identity
 from tests.lm.test_problem import Silent
+from tests.lm.test_text import real_preferences
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
 SMALL = dict(policy="small", updates=4, batch=8, minibatch=8, max_tokens=16, prompts=6,
@@ -193,3 +196,24 @@ def test_pairs_that_exist_are_read_in_the_hubs_layouts(layout, tmp_path):
     assert tiny_tokenizer().decode(list(table["first"].iloc[0])).startswith("good")
     (curve,) = FullScaleEngine().run([run(out, kind="distinct")], Silent())
     assert np.isfinite(curve["chosen_logratio"]).all()
+
+
+@pytest.mark.parametrize("method", ["dpo_offline", "pref_ft"])
+def test_real_preferences_train_the_shipped_policy(method, real):
+    """Pairs that GPT-4 judged: the first update starts from the reference, the last has moved."""
+    (curve,) = FullScaleEngine().run([run(real, method, policy="128", max_tokens=96)], Silent())
+    assert curve["chosen_logratio"].iloc[0] == 0 and curve["chosen_logratio"].iloc[-1] != 0
+    assert np.isfinite(curve[["loss", "proxy", "kl_ref"]].iloc[1:]).all(axis=None)
+    if method == "dpo_offline":
+        assert curve["loss"].iloc[1] == pytest.approx(np.log(2), abs=1e-3)  # pi = pi_ref
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    root = tmp_path_factory.mktemp("real")
+    with gzip.open(real_preferences(), "rt", encoding="utf-8") as file:
+        (root / "pairs.jsonl").write_text("".join(islice(file, 240)), encoding="utf-8")
+    arguments = ["--policy", f"128={TINY / 'policy'}", "--similar", str(root / "pairs.jsonl"),
+                 "--out", str(root / "out"), "--epochs", "1"]  # fmt: skip
+    assert prepare_full.main(arguments) == 0
+    return root / "out"
