@@ -36,7 +36,6 @@ Chapter: index.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +55,9 @@ STALE = ("sets", "inner_steps")  # options that make on-policy data older: the d
 TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed: same problem
 NOT_YET = "not computed yet"
 OUTCOMES = ("as the paper says", "mixed", "against the paper", "inconclusive", NOT_YET)
-COLUMNS = ("problem", "choice", "method", "seed", "reward", "completions", "seconds")
+MIB = 1024  # in a GiB
+COLUMNS = ("problem", "choice", "chapter", "method", "seed", "reward", "completions", "seconds",
+           "memory")  # fmt: skip
 
 SAMPLING = {
     "fixed": "No, the data are fixed.",
@@ -81,6 +82,8 @@ class Problem:
         peak: "near" or "far" from what the reference policy writes ([C1]).
         pairs: where the peak is far, whether pairs are "apart" from it or come "close" ([C2]).
         margin: of final reward, below which there is no difference. unit: of the reward, in print.
+        sizes: of its models, "bandit" or a name of `lib.footprint.PRESETS`, where a profile names
+            no other.
     Raises: ValueError that names the place and the ones there are.
     """
 
@@ -91,6 +94,7 @@ class Problem:
     pairs: str | None = None
     margin: float = NEAR
     unit: str = ""
+    sizes: str = "tiny"
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -106,14 +110,14 @@ _BANDIT = ("on_policy", "negative_gradient")
 _LENGTH = ("complementary_length", "on_policy_length", "negative_gradient_length")
 _SCALE = ("full_scale",)
 PROBLEMS = (
-    Problem("R2", "bandit, R2", _BANDIT, "near"),
-    Problem("mode", "Mode Length", _LENGTH, "near", None, ALIKE, " tokens"),
-    Problem("similar", "pairs of one model", _SCALE, "near"),
-    Problem("R1", "bandit, R1", _BANDIT, "far", "apart"),
+    Problem("R1", "bandit R1", _BANDIT, "far", "apart", sizes="bandit"),
     Problem("min", "Min Length", _LENGTH, "far", "apart", ALIKE, " tokens"),
     Problem("skew", "Skew Length", _LENGTH, "far", "close", ALIKE, " tokens"),
     Problem("distinct", "pairs of two models", _SCALE, "far", "close"),
-)  # fmt: skip
+    Problem("R2", "bandit R2", _BANDIT, "near", sizes="bandit"),
+    Problem("mode", "Mode Length", _LENGTH, "near", None, ALIKE, " tokens"),
+    Problem("similar", "pairs of one model", _SCALE, "near"),
+)
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,10 @@ class Entry:
     """A method on a problem.
 
     Args: first, alone: in how many of the n seeds it was first, and first with no other. low, high:
-        95% interval of first / n. mean, mean_low, mean_high: final reward and its 95% interval.
-        leads: see the rule. completions, seconds: medians of a whole run; completions are those
-        drawn in training, or the fixed ones that it reads.
+        95% interval of first / n. mean, mean_low, mean_high, worst: final reward, its 95% interval
+        and its lowest value. leads: see the rule. completions, seconds: medians of a whole run, evaluation left out;
+        completions are those drawn in training, or the fixed ones that it reads. memory: MiB that
+        training takes at most, by `lib.footprint`'s formula; NaN where no formula is at hand.
     """
 
     method: str
@@ -134,17 +139,21 @@ class Entry:
     mean: float
     mean_low: float
     mean_high: float
+    worst: float
     leads: bool
     completions: float
     seconds: float
+    memory: float
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The methods on a problem, the most often first on top; n seeds that all have in common."""
+    """The methods on a problem, the most often first on top; n seeds that all have in common, in
+    the results of `chapters`."""
 
     problem: Problem
     n: int
+    chapters: tuple[str, ...]
     entries: tuple[Entry, ...]
 
     @property
@@ -176,7 +185,9 @@ class Leaf:
 # --- from chapters to a table ---------------------------------------------------------------------
 
 
-def collect(chapters: Mapping[str, Chapter], problems: Sequence[Problem] = PROBLEMS):
+def collect(
+    chapters: Mapping[str, Chapter], problems: Sequence[Problem] = PROBLEMS
+) -> pd.DataFrame:
     """What every method reached: a table with `COLUMNS`, one row per problem, choice, method, seed.
 
     A problem's chapters must share a profile, which says how long runs are: those that differ from
@@ -184,11 +195,15 @@ def collect(chapters: Mapping[str, Chapter], problems: Sequence[Problem] = PROBL
     """
     rows = []
     for problem in problems:
-        have = [chapters[name] for name in problem.chapters if name in chapters]
-        for chapter in (c for c in have if c.profile_name == have[0].profile_name):
+        have = {name: chapters[name] for name in problem.chapters if name in chapters}
+        profiles = [chapter.profile_name for chapter in have.values()]
+        for name, chapter in have.items():
+            if chapter.profile_name != profiles[0]:
+                continue
             for choice, setting in _contenders(chapter.settings(), problem.name):
-                rows.append(_ends(chapter.reported(setting.name))
-                            .assign(problem=problem.name, choice=choice, method=setting.method))  # fmt: skip
+                rows.append(_ends(chapter.reported(setting.name)).assign(
+                    problem=problem.name, choice=choice, chapter=name, method=setting.method,
+                    memory=_memory(problem, chapter.profile, setting.method)))  # fmt: skip
     if not rows:
         return pd.DataFrame(columns=list(COLUMNS))
     keys = ["problem", "choice", "method", "seed"]  # chapters share runs
@@ -197,12 +212,17 @@ def collect(chapters: Mapping[str, Chapter], problems: Sequence[Problem] = PROBL
 
 def _contenders(settings: Iterable[Setting], problem: str) -> list[tuple[str, Setting]]:
     """(choice, setting) of a problem: offline ones, fresh ones, and the stalest that there are."""
-    own = [s for s in settings if s.reward_function == problem]
-    on_policy = [s for s in own if methods.get(s.method).on_policy]
-    found = [("fresh" if s in on_policy else "fixed", s) for s in own if not s.options]
-    stale = {s: dict(s.options)["sets"] for s in on_policy
-             if [name for name, _ in s.options] == ["sets"]}  # fmt: skip
-    return found + [("rare", s) for s, k in stale.items() if k == max(stale.values())]
+    settings = list(settings)
+    base = [s for s in settings if s.reward_function == problem and not s.options]
+    found = [("fresh" if methods.get(s.method).on_policy else "fixed", s) for s in base]
+    return found + [("rare", s) for s in stalest(settings, problem)]
+
+
+def stalest(settings: Iterable[Setting], problem: str) -> list[Setting]:
+    """The settings of a problem that differ from the base one by the grid's largest B alone."""
+    dial = {s: dict(s.options)["sets"] for s in settings if s.reward_function == problem
+            and [option for option, _ in s.options] == ["sets"]}  # fmt: skip
+    return [s for s, k in dial.items() if k == max(dial.values())]
 
 
 def _ends(rows: pd.DataFrame) -> pd.DataFrame:
@@ -219,6 +239,22 @@ def _ends(rows: pd.DataFrame) -> pd.DataFrame:
         "seed": last["seed"], "reward": reward.where(np.isfinite(reward), worst),
         "completions": last["samples"], "seconds": last[phases].sum(axis=1),
     })  # fmt: skip
+
+
+def _memory(problem: Problem, profile: experiments.Profile, method: str) -> float:
+    """MiB of training, estimated; NaN for a policy of the reader's own, of unknown size."""
+    from lib import footprint  # with the language models' libraries, which take seconds to import
+
+    options = dict(profile.options)
+    name = options.get("prepared", problem.sizes)
+    preset = {"bandit": footprint.BANDIT, **footprint.PRESETS}.get(name)
+    if preset is None:
+        return float("nan")
+    batch = footprint.BANDIT_BATCH if name == "bandit" else footprint.MINIBATCH
+    return MIB * footprint.of_method(
+        preset, methods.get(method).on_policy, 2 if options.get("dtype") == "bfloat16" else 4,
+        micro_batch=footprint.TOKEN_BUDGET[profile.device], batch=batch,
+    )  # fmt: skip
 
 
 # --- from tables to leaves ------------------------------------------------------------------------
@@ -259,26 +295,26 @@ def standing(results: pd.DataFrame, problem: Problem, choice: str) -> Standing |
     rewards = rows.pivot(index="seed", columns="method", values="reward").astype(float).dropna()
     if rewards.empty:
         return None
-    costs = rows.groupby("method", observed=True)[["completions", "seconds"]].median()
+    costs = rows.groupby("method", observed=True)[["completions", "seconds", "memory"]].median()
     firsts = rewards.ge(rewards.max(axis=1) - problem.margin, axis=0)
     alone = firsts.mul(firsts.sum(axis=1) == 1, axis=0)
     top = rewards.mean().idxmax()
     entries = [
         Entry(name, int(firsts[name].sum()), int(alone[name].sum()),
               *stats.share(firsts[name].sum(), len(rewards))[1:], *stats.interval(rewards[name]),
+              float(rewards[name].min()),
               not stats.interval(rewards[top] - rewards[name])[1] > problem.margin,
-              float(costs.at[name, "completions"]), float(costs.at[name, "seconds"]))
+              *costs.loc[name].astype(float))
         for name in rewards
     ]  # fmt: skip
     entries.sort(key=lambda e: (-e.first, -e.mean))
-    return Standing(problem, len(rewards), tuple(entries))
+    return Standing(problem, len(rewards), tuple(rows["chapter"].unique()), tuple(entries))
 
 
 def label(method: str) -> str:
     """What a method is called across problems: "DPO (offline)", and "PPO" for both its kinds."""
     entry = methods.get(method)
-    name = re.sub(r" \(.*\)$", "", entry.title)
-    return f"{name} ({'on-policy' if entry.on_policy else 'offline'})"
+    return f"{entry.title.partition(' (')[0]} ({'on-policy' if entry.on_policy else 'offline'})"
 
 
 def recommended(standings: Sequence[Standing]) -> tuple[str, ...]:

@@ -117,6 +117,9 @@ PYTHIA_410 = Shape("Pythia-410M", 405_334_016, 1024, 24, 4096, 1024, 50_304)
 SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, gated=True)
 TINY = Shape("tiny", 1_317_632, 128, 4, 512, 128, 2048)
 TINY_REWARD = Shape("tiny reward model", 231_232, 64, 2, 256, 64, 2048)
+NANO = Shape("GPT-nano", 94_992, 48, 3, 192, 48, 100)
+BANDIT = Preset(NANO, replace(NANO, name="none: the reward is known", parameters=0), 1, 9)
+BANDIT_BATCH = 100  # completions of one update
 PRESETS = {
     "tiny": Preset(TINY, TINY_REWARD, 24, 96),
     "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
@@ -130,18 +133,19 @@ MACHINES = (T4, A100, H100)
 
 def memory(
     preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
-    micro_batch: int = TOKEN_BUDGET["cuda"],
+    micro_batch: int = TOKEN_BUDGET["cuda"], batch: int = MINIBATCH,
 ) -> dict[str, float]:
     """GiB by use, and the larger of training and decoding as `total`.
 
     With LoRA the weights are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
     Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
-        once, padding included (`TOKEN_BUDGET` of a GPU in the loop).
+        once, padding included (`TOKEN_BUDGET` of a GPU in the loop). batch: completions of an
+        update, which are drawn together.
     """
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
-    drawn = MINIBATCH * (preset.prompt + preset.response)
+    drawn = batch * (preset.prompt + preset.response)
     tokens, copies = min(micro_batch, drawn), 2 if size == 2 else 0
     uses = {
         "weights": 2 * p + (4 + copies) * a if lora else (4 + copies) * p,
@@ -158,6 +162,18 @@ def memory(
     step = found["activations"] + found["logits"]
     stays = sum(found[name] for name in list(uses)[:5])
     return found | {"total": stays + max(step, found["keys and values"])}
+
+
+def of_method(preset: Preset, on_policy: bool, size: int = 2, **options: Any) -> float:
+    """GiB that fine-tuning takes at most: an offline method has no reward model and draws nothing.
+
+    Args: options: of `memory`.
+    """
+    found = memory(preset, size, **options)
+    if on_policy:
+        return found["total"]
+    stays = sum(found[name] for name in ("weights", "gradients", "moments", "reference"))
+    return stays + found["activations"] + found["logits"]
 
 
 def seconds(
