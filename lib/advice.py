@@ -18,7 +18,8 @@ from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
 ALIKE = 0.1  # of the bandit's reward: how far methods' means may part for the loss to matter little
-PLACES = {"far": "where the reward lies far from what the model writes", "near": "where it lies near"}
+PLACES = {"far": "where the reward lies far from what the model writes",
+          "near": "where it lies near"}  # fmt: skip
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
 
 
@@ -123,10 +124,10 @@ def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values
 
 
 def _pair(pushed: Values, pulled: Values) -> str:
-    """ " (DPO, worst run 0.61, over RWR, 0.07)"."""
+    """ " with DPO (worst run 0.61) over RWR (0.07)"."""
     first, second = overview.best(pushed), overview.best(pulled)
-    return (f" ({overview.short(first)}, worst run {pushed[first].min():.2f}, over "
-            f"{overview.short(second)}, {pulled[second].min():.2f})")  # fmt: skip
+    return (f" with {overview.short(first)} (worst run {pushed[first].min():.2f}) over "
+            f"{overview.short(second)} ({pulled[second].min():.2f})")  # fmt: skip
 
 
 # --- parts of sentences ---------------------------------------------------------------------------

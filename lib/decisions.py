@@ -124,11 +124,15 @@ PROBLEMS = (
 class Entry:
     """A method on a problem.
 
-    Args: first, alone: in how many of the n seeds it was first, and first with no other. low, high:
-        95% interval of first / n. mean, mean_low, mean_high, worst: final reward, its 95% interval
-        and its lowest value. leads: see the rule. completions, seconds: medians of a whole run, evaluation left out;
-        completions are those drawn in training, or the fixed ones that it reads. memory: MiB that
-        training takes at most, by `lib.footprint`'s formula; NaN where no formula is at hand.
+    Args:
+        first, alone: in how many of the n seeds it was first, and first with no other. low, high:
+            95% interval of first / n.
+        mean, mean_low, mean_high, worst: final reward, its 95% interval and its lowest value.
+        leads: see the rule.
+        completions, seconds: medians of a whole run, evaluation left out; completions are those
+            drawn in training, or the fixed ones that it reads.
+        memory: MiB that training takes at most, by the formula of `lib.footprint`; NaN where the
+            sizes of the models are not known.
     """
 
     method: str
