@@ -33,6 +33,7 @@ QUESTIONS = (
 )
 CLASSES = dict(zip(OUTCOMES, ("reproduced", "partly", "not reproduced", "inconclusive",
                               "not judged"), strict=True))  # fmt: skip
+SPACE = "\N{NO-BREAK SPACE}"
 SIDES = ("on-policy", "offline")
 
 
@@ -84,8 +85,9 @@ def _by_side(labels: Sequence[str]) -> str:
 def _standing(found: Standing) -> str:
     links = ", ".join(map(_link, found.chapters))
     n = f"{found.n} seed{'s' if found.n > 1 else ''}"
+    n += f", one drawing for {found.serves} updates" if found.serves > 1 else ""
     if not found.votes:
-        return (f"**{found.problem.title}**: {n}, too few to count. First in so many: "
+        return (f"**{found.problem.title}**: {n}; too few seeds to count. First in so many: "
                 f"{_counts(found.entries)}. Evidence: {links}.")  # fmt: skip
     behind = [e for e in found.entries if not e.leads]
     lines = [_entry(e, found) for e in found.entries if e.leads]
@@ -106,7 +108,7 @@ def _entry(e: Entry, found: Standing) -> str:
             f"({100 * e.low:.0f}% to {100 * e.high:.0f}%){', ' + alone if e.first else ''}; "
             f"final reward {e.mean:.2f} ({e.mean_low:.2f} to {e.mean_high:.2f})"
             f"{found.problem.unit}, worst run {e.worst:.2f}; {e.completions:,.0f} completions "
-            f"{what}, {e.seconds:.1f} s")  # fmt: skip
+            f"{what}, {e.seconds:.1f}{SPACE}s")  # fmt: skip
 
 
 def _memory(entries: Sequence[Entry]) -> list[str]:

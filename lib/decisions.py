@@ -56,8 +56,8 @@ TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed:
 NOT_YET = "not computed yet"
 OUTCOMES = ("as the paper says", "mixed", "against the paper", "inconclusive", NOT_YET)
 MIB = 1024  # in a GiB
-COLUMNS = ("problem", "choice", "chapter", "method", "seed", "reward", "completions", "seconds",
-           "memory")  # fmt: skip
+COLUMNS = ("problem", "choice", "chapter", "method", "serves", "seed", "reward", "completions",
+           "seconds", "memory")  # fmt: skip
 
 SAMPLING = {
     "fixed": "No, the data are fixed.",
@@ -152,12 +152,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Standing:
-    """The methods on a problem, the most often first on top; n seeds that all have in common, in
-    the results of `chapters`."""
+    """The methods on a problem, the most often first on top.
+
+    Args: n: seeds that all have in common. chapters: whose results these are. serves: how many
+        updates one drawing serves.
+    """
 
     problem: Problem
     n: int
     chapters: tuple[str, ...]
+    serves: int
     entries: tuple[Entry, ...]
 
     @property
@@ -194,6 +198,9 @@ def collect(
 ) -> pd.DataFrame:
     """What every method reached: a table with `COLUMNS`, one row per problem, choice, method, seed.
 
+    serves: how many updates one drawing serves, 0 where nothing is drawn. completions, seconds,
+    memory: as in `Entry`.
+
     A problem's chapters must share a profile, which says how long runs are: those that differ from
     the first one of the problem that has results are left out.
     """
@@ -207,6 +214,7 @@ def collect(
             for choice, setting in _contenders(chapter.settings(), problem.name):
                 rows.append(_ends(chapter.reported(setting.name)).assign(
                     problem=problem.name, choice=choice, chapter=name, method=setting.method,
+                    serves=0 if choice == "fixed" else dict(setting.options).get("sets", 1),
                     memory=_memory(problem, chapter.profile, setting.method)))  # fmt: skip
     if not rows:
         return pd.DataFrame(columns=list(COLUMNS))
@@ -312,7 +320,8 @@ def standing(results: pd.DataFrame, problem: Problem, choice: str) -> Standing |
         for name in rewards
     ]  # fmt: skip
     entries.sort(key=lambda e: (-e.first, -e.mean))
-    return Standing(problem, len(rewards), tuple(rows["chapter"].unique()), tuple(entries))
+    return Standing(problem, len(rewards), tuple(rows["chapter"].unique()),
+                    int(rows["serves"].max()), tuple(entries))  # fmt: skip
 
 
 def label(method: str) -> str:
