@@ -70,6 +70,12 @@ def test_the_outcome_follows_the_verdicts(found, outcome):
     assert leaf.outcome == outcome and leaf.recommended == ("DPO (offline)",)
 
 
+def test_what_was_not_judged_is_not_shown():
+    other = claims.Verdict(rule("dpo_offline@R1", chapter="on_policy"), "not judged")
+    found = decisions.leaf("fixed", APART, CLEAR, [*verdicts("reproduced"), other], ALL)
+    assert found.verdicts == {"reproduced": 1} and found.chapters == ("negative_gradient",)
+
+
 def test_problems_that_contradict_each_other_make_it_mixed():
     other = results({"dpo_offline": [-20.0] * 6, "rwr_offline": [-2.0] * 6}, "min", chapter="b")
     found = decisions.leaf("fixed", APART, pd.concat([CLEAR, other]), verdicts("reproduced"), ALL)
