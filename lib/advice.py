@@ -1,89 +1,181 @@
 """The landing page's short answers: sentences worded by what the results shown support.
 
-Each has a strong wording, used only where intervals over seeds support it, and a neutral one that
-gives the numbers alone. A gap counts when its 95% interval lies beyond `lib.tables.NEAR`.
+Each has a strong wording and a neutral one that gives the numbers alone. The strong one takes
+intervals over seeds that support it on every problem that counts: one with at least
+`lib.decisions.MIN_SEEDS` seeds. A gap counts when its 95% interval lies beyond the problem's
+margin. Problems, and where the peak of their reward lies: `lib.decisions.PROBLEMS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import pandas as pd
 
-from lib import methods, overview, stats
-from lib.experiments import OFFLINE, ON_POLICY, REWARDS
+from lib import decisions, methods, overview, stats
+from lib.decisions import MIN_SEEDS, PROBLEMS, Problem
 from lib.overview import Chapters, Values
-from lib.tables import NEAR, interval_text
+from lib.tables import interval_text
 
-FAR, CLOSE = REWARDS
-PLACES = {FAR: "where the reward lies far from what the model writes", CLOSE: "where it lies near"}
-ALIKE = 0.1  # of reward: how far on-policy methods' means may part for the loss to matter little
-FINAL = "final reward"
+ALIKE = 0.1  # of the bandit's reward: how far methods' means may part for the loss to matter little
+PLACES = {"far": "where the reward lies far from what the model writes",
+          "near": "where it lies near"}  # fmt: skip
+Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
 
 
 def short_answers(chapters: Chapters) -> str:
     """Three answers as a Markdown list: sample or not, old samples, fixed data."""
-    found = (sampling(chapters), old_samples(chapters), fixed_data(chapters))
+    results = decisions.collect(chapters)
+    found = (sampling(results), old_samples(chapters), fixed_data(results))
     return "\n".join(f"- {text}" for text in found)
 
 
-def sampling(chapters: Chapters) -> str:
+def sampling(results: pd.DataFrame) -> str:
     """Whether to sample while training, by the gap between the best methods of either kind."""
-    on, off = ({r: overview.values(chapters, names, r, FINAL) for r in REWARDS}
-               for names in (ON_POLICY, OFFLINE))  # fmt: skip
-    if not all([*on.values(), *off.values()]):
+    gaps = _each(lambda p: _lead(_values(results, p, "fresh"), _values(results, p, "fixed")))
+    if not gaps:
         return f"**Sample while you train?** {overview.NOT_YET.capitalize()}."
-    gaps = {r: _lead(on[r], off[r]) for r in REWARDS}
-    adds = ", ".join(f"{interval_text(gap, signed=True)} {PLACES[r]} ({r})"
-                     for r, gap in gaps.items())  # fmt: skip
-    means = [by_seed.mean() for found in on.values() for by_seed in found.values()]
+    counted = _counted(gaps)
+    never_worse = all(stats.interval(gap)[2] > -p.margin for p, gap in counted.items())
+    pays = never_worse and any(_beyond(p, gap) for p, gap in counted.items())
+    head = "Sample while you train, if you can." if pays else "Sampling while you train:"
+    shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit) for p, gap in gaps.items()}
+    return f"**{head}** {_told('Best on-policy minus best offline method', shown)}{_loss(results)}"
+
+
+def _loss(results: pd.DataFrame) -> str:
+    """How much the on-policy methods differ among themselves, on the bandit."""
+    found = [v for p in PROBLEMS if p.sizes == "bandit"
+             for v in _values(results, p, "fresh").values()]  # fmt: skip
+    means = [by_seed.mean() for by_seed in found if len(by_seed) >= MIN_SEEDS]
+    if not means:
+        return ""
     little = max(means) - min(means) <= ALIKE
     loss = "Which loss you take then matters little" if little else "The loss matters as well"
-    never_worse = all(stats.interval(gap)[2] > -NEAR for gap in gaps.values())
-    pays = any(map(_beyond, gaps.values())) and never_worse
-    head = "Sample while you train, if you can." if pays else "Sampling while you train:"
-    return (f"**{head}** Best on-policy minus best offline method: {adds}. {loss}: the on-policy "
-            f"methods' means lie between {min(means):.2f} and {max(means):.2f}.")  # fmt: skip
+    return (f" {loss}: on the bandit the on-policy methods' means lie between {min(means):.2f} and "
+            f"{max(means):.2f}.")  # fmt: skip
 
 
 def old_samples(chapters: Chapters) -> str:
-    """Which loss bears rare sampling, by what the largest k does to the mean reward under R1."""
-    found = overview.rare_sampling(chapters, FAR)
-    if len(found) < 2:
+    """Which loss bears rare sampling, by what it does to the mean reward where the peak is far."""
+    found = {p: rare for p in PROBLEMS if p.peak == "far"
+             if len(rare := rare_sampling(chapters, p)) > 1}  # fmt: skip
+    if not found:
         return f"**If sampling is slow:** {overview.NOT_YET}."
-    order = sorted(found, key=lambda name: found[name].mean(), reverse=True)
-    shown = [f"{interval_text(found[name], signed=True)} with {overview.short(name)}"
-             for name in (order[0], order[-1])]  # fmt: skip
+    counted = {p: rare for p, rare in found.items() if _seeds(rare) >= MIN_SEEDS}
+    split = bool(counted) and all(_split(p, rare) for p, rare in counted.items())
+    head = "take a loss with a negative gradient." if split else "mind the loss."
+    shown = {p: (_seeds(rare), _ends(p, rare)) for p, rare in found.items()}
+    lead = "What drawing for many updates at once does to the mean reward over training"
+    return f"**If sampling is slow, {head}** {_told(lead, shown)}"
+
+
+def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
+    """What the rarest drawing of the grid changes in the mean reward, by on-policy method."""
+    found = {}
+    for chapter in (chapters[name] for name in problem.chapters if name in chapters):
+        for s in decisions.stalest(chapter.settings(), problem.name):
+            change = chapter.contrast(f"{s.name} - {s.base.name}", overview.SPEED)
+            found |= {} if change is None else {s.method: change}
+    return found
+
+
+def _split(problem: Problem, rare: Values) -> bool:
+    """Whether every loss with a negative gradient bears it better than every one without."""
+    order = _order(rare)
     pushed = [methods.get(name).negative_gradient for name in order]
-    apart = _beyond((found[order[0]] - found[order[-1]]).dropna())
-    split = pushed == sorted(pushed, reverse=True) and len(set(pushed)) == 2
-    head = "take a loss with a negative gradient." if split and apart else "mind the loss."
-    k = max(chapters["on_policy"].profile.sets)
-    return (f"**If sampling is slow, {head}** Drawing for {k} updates at once changes the mean "
-            f"reward over training by {shown[0]} and by {shown[1]} ({FAR}).")  # fmt: skip
+    apart = _beyond(problem, (rare[order[0]] - rare[order[-1]]).dropna())
+    return apart and pushed == sorted(pushed, reverse=True) and len(set(pushed)) == 2
 
 
-def fixed_data(chapters: Chapters) -> str:
-    """Which loss for fixed data, by the gap that a negative gradient makes under each reward."""
-    found = {r: overview.by_gradient(chapters, r) for r in REWARDS}
-    if not all(side for sides in found.values() for side in sides):
+def _ends(problem: Problem, rare: Values) -> str:
+    order = _order(rare)
+    return " and ".join(f"{interval_text(rare[name], signed=True)}{problem.unit} with "
+                        f"{overview.short(name)}" for name in (order[0], order[-1]))  # fmt: skip
+
+
+def _order(found: Values) -> list[str]:
+    return sorted(found, key=lambda name: found[name].mean(), reverse=True)
+
+
+def fixed_data(results: pd.DataFrame) -> str:
+    """Which loss for fixed data, by the gap that a negative gradient makes on each problem."""
+    sides = {p: by_gradient(results, p) for p in PROBLEMS}
+    gaps = _each(lambda p: _lead(*sides[p]))
+    if not gaps:
         return f"**If the data are fixed:** {overview.NOT_YET}."
-    gaps = {r: _lead(*sides) for r, sides in found.items()}
-    turns = _beyond(gaps[FAR]) and not _beyond(gaps[CLOSE])
+    beyond = {p: _beyond(p, gap) for p, gap in _counted(gaps).items()}
+    turns = ({p.peak for p in beyond} == {"near", "far"}
+             and all(found == (p.peak == "far") for p, found in beyond.items()))  # fmt: skip
     head = "If the data are fixed, ask where the reward is." if turns else "If the data are fixed:"
-    far, close = (_sides(*found[r]) for r in (FAR, CLOSE))
-    return (f"**{head}** Under {FAR} the best loss with a negative gradient ends at {far[0]}, the "
-            f"best without at {far[1]}; under {CLOSE} at {close[0]} and {close[1]}.")  # fmt: skip
+    shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit + _pair(*sides[p]))
+             for p, gap in gaps.items()}  # fmt: skip
+    lead = "Best loss with a negative gradient minus best without"
+    return f"**{head}** {_told(lead, shown)}"
 
 
-def _sides(*sides: Values) -> list[str]:
-    """The best of each side: "0.92 (DPO, worst run 0.61)"."""
-    return [f"{found[top].mean():.2f} ({overview.short(top)}, worst run {found[top].min():.2f})"
-            for found in sides for top in [overview.best(found)]]  # fmt: skip
+def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values]:
+    """Final reward of the offline methods with and without a negative gradient."""
+    found = _values(results, problem, "fixed")
+    return tuple(
+        {name: v for name, v in found.items() if methods.get(name).negative_gradient is sign}
+        for sign in (True, False)
+    )
 
 
-def _lead(first: Values, second: Values) -> pd.Series:
+def _pair(pushed: Values, pulled: Values) -> str:
+    """ " with DPO (worst run 0.61) over RWR (0.07)"."""
+    first, second = overview.best(pushed), overview.best(pulled)
+    return (f" with {overview.short(first)} (worst run {pushed[first].min():.2f}) over "
+            f"{overview.short(second)} ({pulled[second].min():.2f})")  # fmt: skip
+
+
+# --- parts of sentences ---------------------------------------------------------------------------
+
+
+def _values(results: pd.DataFrame, problem: Problem, choice: str) -> Values:
+    """Final reward by seed of each method at a choice of sampling."""
+    rows = results[(results["problem"] == problem.name) & (results["choice"] == choice)]
+    return {name: part.set_index("seed")["reward"].astype(float)
+            for name, part in rows.groupby("method", observed=True, sort=False)}  # fmt: skip
+
+
+def _each(gap: Callable[[Problem], pd.Series | None]) -> dict[Problem, pd.Series]:
+    found = {p: gap(p) for p in PROBLEMS}
+    return {p: by_seed for p, by_seed in found.items() if by_seed is not None}
+
+
+def _lead(first: Values, second: Values) -> pd.Series | None:
     """The paired difference between the best of `first` and the best of `second`, by seed."""
-    return (first[overview.best(first)] - second[overview.best(second)]).dropna()
+    if not first or not second:
+        return None
+    gap = (first[overview.best(first)] - second[overview.best(second)]).dropna()
+    return None if gap.empty else gap
 
 
-def _beyond(gap: pd.Series) -> bool:
-    return stats.interval(gap)[1] > NEAR
+def _counted(gaps: Gaps) -> dict[Problem, pd.Series]:
+    return {p: gap for p, gap in gaps.items() if len(gap) >= MIN_SEEDS}
+
+
+def _seeds(found: Values) -> int:
+    return min(map(len, found.values()))
+
+
+def _beyond(problem: Problem, gap: pd.Series) -> bool:
+    return stats.interval(gap)[1] > problem.margin
+
+
+def _told(lead: str, found: Mapping[Problem, tuple[int, str]]) -> str:
+    """A sentence on the problems that count, by where their peak lies; one that names the others.
+
+    Args: found: problem -> number of seeds, and what they say.
+    """
+    parts = []
+    for peak, place in PLACES.items():
+        told = [f"{text} on {p.title}" for p, (n, text) in found.items()
+                if n >= MIN_SEEDS and p.peak == peak]  # fmt: skip
+        parts += [f"{place}: {', '.join(told)}"] if told else []
+    few = [f"{p.title} ({n})" for p, (n, _) in found.items() if n < MIN_SEEDS]
+    sentences = [f"{lead}, {'; '.join(parts)}."] if parts else []
+    sentences += [f"Too few seeds to say: {', '.join(few)}."] if few else []
+    return " ".join(sentences)

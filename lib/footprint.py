@@ -15,7 +15,7 @@ a share of the peak; a decoding step also reads weights and cache, and starts ev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -127,6 +127,9 @@ PYTHIA_410 = Shape("Pythia-410M", 405_334_016, 1024, 24, 4096, 1024, 50_304, 393
 SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, 305_280, gated=True)
 TINY = Shape("tiny", 1_317_632, 128, 4, 512, 128, 2048, 8192)
 TINY_REWARD = Shape("tiny reward model", 231_232, 64, 2, 256, 64, 2048, 2048)
+NANO = Shape("GPT-nano", 94_992, 48, 3, 192, 48, 100, 2304)
+BANDIT = Preset(NANO, replace(NANO, name="none: the reward is known", parameters=0), 1, 9)
+BANDIT_BATCH = 100  # completions of one update
 PRESETS = {
     "tiny": Preset(TINY, TINY_REWARD, 24, 96),
     "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
@@ -147,18 +150,19 @@ MACHINES = (T4, A100, H100)
 
 def memory(
     preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
-    micro_batch: int = TOKEN_BUDGET["cuda"],
+    micro_batch: int = TOKEN_BUDGET["cuda"], batch: int = MINIBATCH,
 ) -> dict[str, float]:
     """GiB by use, and their sum as `total`.
 
     With LoRA the matrices are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
     Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
-        once, padding included (`TOKEN_BUDGET` of a GPU in the loop).
+        once, padding included (`TOKEN_BUDGET` of a GPU in the loop). batch: completions of an
+        update, which are drawn together.
     """
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
-    drawn = MINIBATCH * (preset.prompt + preset.response)
+    drawn = batch * (preset.prompt + preset.response)
     tokens, copies = min(micro_batch, drawn), 2 if size == 2 else 0
     frozen = 2 * p + 2 * policy.vocabulary * policy.width
     uses = {
@@ -173,6 +177,18 @@ def memory(
         "keys and values": size * drawn * policy.cache,
     }
     return {name: use / GIB for name, use in {**uses, "total": sum(uses.values())}.items()}
+
+
+def of_method(preset: Preset, on_policy: bool, size: int = 2, **options: Any) -> float:
+    """GiB that fine-tuning takes at most: an offline method has no reward model and draws nothing.
+
+    Args: options: of `memory`.
+    """
+    found = memory(preset, size, **options)
+    if on_policy:
+        return found["total"]
+    stays = sum(found[name] for name in ("weights", "gradients", "moments", "reference"))
+    return stays + found["activations"] + found["logits"]
 
 
 def seconds(

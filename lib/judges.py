@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 from scipy.special import expit
 
 from lib import stats
-from lib.lengths import TITLES, Prepared, pairs_rollout, rollout, share
+from lib.lengths import TITLES, Prepared, pairs_rollout, rollout
 from lib.lm.batches import padded
 from lib.lm.length import TASKS
 from lib.lm.models import load_reward_model
@@ -89,8 +89,9 @@ def accuracy(verdicts: Sequence[Judged]) -> pd.DataFrame:
     for one in verdicts:
         for label, (low, high) in GAPS.items():
             within = (one.gap >= low) & (one.gap < high)
-            found = share(one.right[within].sum(), within.sum()) if within.any() else [np.nan] * 3
-            rows.append((one.task, label, *found, int(within.sum())))
+            hits, count = one.right[within].sum(), within.sum()
+            found = stats.share(hits, count) if count else [np.nan] * 3
+            rows.append((one.task, label, *found, int(count)))
     return pd.DataFrame(rows, columns=["task", "gap", "right", "low", "high", "n"])
 
 
@@ -107,7 +108,7 @@ def calibration(verdicts: Sequence[Judged]) -> pd.DataFrame:
         for number in np.unique(bins):
             inside = bins == number
             rows.append((one.task, sure[inside].mean(),
-                         *share(one.right[inside].sum(), inside.sum()),
+                         *stats.share(one.right[inside].sum(), inside.sum()),
                          int(inside.sum())))  # fmt: skip
     return pd.DataFrame(rows, columns=["task", "sure", "right", "low", "high", "n"])
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats as scipy_stats
 from torch import Tensor
 
 from lib import stats
@@ -255,12 +254,6 @@ def _joined(numbers: dict[str, int] | None) -> str:
 # --- [C1]: gold reward and pi_ref -----------------------------------------------------------------
 
 
-def share(hits: int, count: int) -> tuple[float, float, float]:
-    """A share and its 95% interval (Wilson's)."""
-    found = scipy_stats.binomtest(int(hits), int(count)).proportion_ci(stats.CONFIDENCE, "wilson")
-    return hits / count, found.low, found.high
-
-
 def geometry(prepared: Prepared) -> pd.DataFrame:
     """[C1] by task, from the lengths that pi_ref writes: the index is the task.
 
@@ -272,7 +265,7 @@ def geometry(prepared: Prepared) -> pd.DataFrame:
     for task in TASKS:
         rewards = np.sort(prepared.gold(task, prepared.lengths))
         hits = np.abs(prepared.lengths - prepared.peak(task)) <= NEAR
-        near, low, high = share(hits.sum(), len(hits))
+        near, low, high = stats.share(hits.sum(), len(hits))
         rows.append({
             "task": task, "peak": prepared.peak(task), "near": near, "low": low, "high": high,
             "nats": -np.log(near) if near else np.inf, "reward": rewards.mean(),

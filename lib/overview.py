@@ -11,6 +11,7 @@ import pandas as pd
 
 from lib import cards, claims, experiments, methods, runs, stats
 from lib.chapter import Chapter, badge
+from lib.decisions import NOT_YET
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
 from lib.experiments.bandit import CHAPTERS as BANDIT
 from lib.runs.provenance import environment
@@ -27,7 +28,6 @@ QUESTIONS = {
     "theory": "Does the theory hold?",
 }
 THEORY_DRAWS = 500  # random cases of each check of the theory: half a second in all
-NOT_YET = "not computed yet"
 SPEED = "mean reward over updates"
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "pyarrow", "matplotlib", "papermill",
             "jupyter-book", "myst-nb")  # fmt: skip
@@ -88,10 +88,7 @@ def not_told_apart(found: Values) -> list[str]:
 
 def short(name: str) -> str:
     """A method's title without what its place on the page says."""
-    title = methods.get(name).title
-    for ending in (" (offline)", " (on-policy)", " (one ratio per completion)"):
-        title = title.removesuffix(ending)
-    return title
+    return methods.get(name).title.partition(" (")[0]
 
 
 def _winner(found: Values) -> str:
@@ -104,47 +101,6 @@ def _winner(found: Values) -> str:
     if len(level) == len(found) - 1 and len(level) > 1:
         return f"{text}; level with it: all the others"
     return text + (f"; level with it: {', '.join(map(short, level))}" if level else "")
-
-
-def _gap(first: Values, second: Values) -> str:
-    """The paired difference between the best of `first` and the best of `second`."""
-    if not first or not second:
-        return NOT_YET
-    gap = (first[best(first)] - second[best(second)]).dropna()
-    return interval_text(gap, signed=True)
-
-
-def rare_sampling(chapters: Chapters, reward: str) -> Values:
-    """What drawing rarely (the largest k) changes in the mean reward, by on-policy method."""
-    chapter = chapters.get("on_policy")
-    if chapter is None:
-        return {}
-    k = max(chapter.profile.sets)
-    found = {
-        name: chapter.contrast(f"{name}@{reward}[sets={k}] - {name}@{reward}", SPEED)
-        for name in ON_POLICY
-    }
-    return {name: by_seed for name, by_seed in found.items() if by_seed is not None}
-
-
-def by_gradient(chapters: Chapters, reward: str) -> tuple[Values, Values]:
-    """Final reward of the offline methods with and without a negative gradient."""
-    found = values(chapters, OFFLINE, reward, "final reward")
-    return tuple(
-        {name: v for name, v in found.items() if methods.get(name).negative_gradient is sign}
-        for sign in (True, False)
-    )
-
-
-def _stale(chapters: Chapters, reward: str) -> str:
-    """The methods that drawing rarely harms least and most."""
-    found = rare_sampling(chapters, reward)
-    if not found:
-        return NOT_YET
-    order = sorted(found, key=lambda name: found[name].mean())
-    shown = [f"{short(name)} {interval_text(found[name], signed=True)}"
-             for name in (order[-1], order[0])]  # fmt: skip
-    return f"from {shown[0]} to {shown[1]}"
 
 
 def _clock(chapters: Chapters, reward: str) -> str:
@@ -171,31 +127,27 @@ def _clock(chapters: Chapters, reward: str) -> str:
     return text + (f"; level with it: {', '.join(level)}" if level else "")
 
 
-def answers(chapters: Chapters) -> str:
-    """Which method when: a Markdown table of questions by reward function."""
+def speed(chapters: Chapters) -> str:
+    """Which on-policy method is quickest: a Markdown table by the bandit's reward functions."""
     updates = next((c.profile.updates for c in chapters.values()), 100)
-    k = max(chapters["on_policy"].profile.sets) if "on_policy" in chapters else 50
-    rows: dict[str, list[str]] = {
-        "**You have fixed data.** Best final reward": [],
-        "... and what a negative gradient adds": [],
-        "**You can sample while training.** Best final reward": [],
-        "... and what sampling adds to the best offline method": [],
-        f"... fastest: best mean reward over {updates} updates": [],
-        f"**Sampling is a bottleneck.** Drawing for {k} updates at once changes that mean by": [],
-        "**Seconds count.** First at 95% of the best reward, in every run, on one core": [],
-    }
-    for reward in REWARDS:
-        off, on = (values(chapters, names, reward, "final reward")
-                   for names in (OFFLINE, ON_POLICY))  # fmt: skip
-        pushed, pulled = by_gradient(chapters, reward)
-        speed = values(chapters, ON_POLICY, reward, SPEED)
-        cells = (_winner(off), _gap(pushed, pulled), _winner(on), _gap(on, off), _winner(speed),
-                 _stale(chapters, reward), _clock(chapters, reward))  # fmt: skip
-        for row, cell in zip(rows.values(), cells, strict=True):
-            row.append(cell)
-    columns = ["your situation", "reward far from the model's habits (R1)", "reward near them (R2)"]
-    table = pd.DataFrame([(question, *cells) for question, cells in rows.items()], columns=columns)
+    rows = {
+        f"Best mean reward over {updates} updates": [
+            _winner(values(chapters, ON_POLICY, reward, SPEED)) for reward in REWARDS],
+        "First at 95% of the best reward, in every run, on one core": [
+            _clock(chapters, reward) for reward in REWARDS],
+    }  # fmt: skip
+    columns = ["", "reward far from the model's habits (R1)", "reward near them (R2)"]
+    table = pd.DataFrame([(what, *cells) for what, cells in rows.items()], columns=columns)
     return cards.markdown(table)
+
+
+def unjudged(chapters: Chapters) -> str:
+    """Which of the paper's claims the results shown say nothing about, or at what scale they do."""
+    if "full_scale" in chapters:
+        return ("Claims about AlpacaFarm and UltraFeedback are judged on pairs of the same two "
+                "kinds, at the scale that [full scale](full_scale.ipynb) states.")  # fmt: skip
+    return ("Claims about AlpacaFarm and UltraFeedback are not judged in this version; they need "
+            "larger language models.")  # fmt: skip
 
 
 def dashboard(chapters: Chapters) -> str:

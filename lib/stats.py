@@ -135,3 +135,9 @@ def interval(values: np.ndarray | pd.Series) -> tuple[float, float, float]:
         return mean, float("-inf"), float("inf")
     half = scipy_stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
     return mean, float(mean - half), float(mean + half)
+
+
+def share(hits: int, count: int) -> tuple[float, float, float]:
+    """A share and the limits of its 95% interval (Wilson's)."""
+    found = scipy_stats.binomtest(int(hits), int(count)).proportion_ci(CONFIDENCE, "wilson")
+    return hits / count, found.low, found.high

@@ -3,12 +3,15 @@
 import pandas as pd
 import pytest
 
-from lib import advice, overview
+from lib import advice, decisions, overview
+from lib.decisions import MIN_SEEDS
 from tests.test_overview import Handmade, rows
 
+FAR = next(p for p in decisions.PROBLEMS if p.name == "R1")
 
-def ends(value):
-    return [value + d for d in (-0.01, 0.0, 0.01, 0.0)]
+
+def ends(value, seeds=MIN_SEEDS):
+    return [value + d for d in (-0.01, 0.0, 0.01, 0.0, 0.0)[:seeds]]
 
 
 def chapters(far=(0.9, 0.3), near=(0.9, 0.9), sampled=(0.99, 0.97), stale=(0.9, 0.3)):
@@ -19,18 +22,31 @@ def chapters(far=(0.9, 0.3), near=(0.9, 0.9), sampled=(0.99, 0.97), stale=(0.9, 
             offline.rows[f"{name}@{reward}"] = rows(ends(value))
         for name, value, old in zip(("dpo", "rwr"), sampled, stale, strict=True):
             on_policy.rows[f"{name}@{reward}"] = rows(ends(value))
+            on_policy.rows[f"{name}@{reward}[sets=2]"] = rows(ends(0.0))
             on_policy.rows[f"{name}@{reward}[sets=50]"] = rows(ends(old))
     return {"negative_gradient": offline, "on_policy": on_policy}
+
+
+def lengths(offline, sampled, stale, seeds=MIN_SEEDS, task="min"):
+    """A chapter of a length problem: final rewards of DPO and RWR, offline, on-policy, stale."""
+    found = Handmade()
+    for name, values in (("dpo", (offline[0], sampled[0], stale[0])),
+                         ("rwr", (offline[1], sampled[1], stale[1]))):  # fmt: skip
+        for setting, value in zip((f"{name}_offline@{task}", f"{name}@{task}",
+                                   f"{name}@{task}[sets=4]"), values, strict=True):  # fmt: skip
+            found.rows[setting] = rows(ends(value, seeds))
+    return {"complementary_length": found}
 
 
 def test_strong_wording_with_the_numbers_behind_it():
     first, second, third = advice.short_answers(chapters()).splitlines()
     assert first.startswith("- **Sample while you train, if you can.**")
-    assert "+0.09 (+0.09 to +0.09) where the reward lies far" in first and "matters little" in first
-    assert "between 0.97 and 0.99" in first
+    assert "far from what the model writes: +0.09 (+0.09 to +0.09) on bandit R1" in first
+    assert "where it lies near: +0.09 (+0.09 to +0.09) on bandit R2" in first
+    assert "matters little" in first and "between 0.97 and 0.99" in first
     assert "take a loss with a negative gradient" in second and "with DPO and" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
-    assert "0.90 (DPO, worst run 0.89)" in third and "0.30 (RWR, worst run 0.29)" in third
+    assert "with DPO (worst run 0.89) over RWR (0.29) on bandit R1" in third
 
 
 @pytest.mark.parametrize(("results", "absent"), [
@@ -47,13 +63,37 @@ def test_neutral_wording_where_the_results_do_not_support_more(results, absent):
     assert absent not in advice.short_answers(chapters(**results))
 
 
-def test_one_seed_has_no_interval_and_supports_nothing():
+def test_fewer_seeds_than_count_support_nothing():
     found = chapters()
     for chapter in found.values():
-        chapter.rows = {name: table[table["seed"] == 5] for name, table in chapter.rows.items()}
+        chapter.rows = {name: table[table["seed"] < 4 + MIN_SEEDS]
+                        for name, table in chapter.rows.items()}  # fmt: skip
     text = advice.short_answers(found)
     for strong in ("if you can", "take a loss", "ask where"):
         assert strong not in text
+    assert f"Too few seeds to say: bandit R1 ({MIN_SEEDS - 1}), bandit R2" in text
+
+
+def test_the_language_model_is_told_in_tokens():
+    both = chapters() | lengths((-5.0, -40.0), (-1.0, -3.0), (-2.0, -40.0))
+    first, second, third = advice.short_answers(both).splitlines()
+    assert "+4.00 (+4.00 to +4.00) tokens on Min Length; where it lies near" in first
+    assert "if you can" in first and "take a loss" in second and "ask where" in third
+    assert "tokens with DPO (worst run -5.01) over RWR (-40.01) on Min Length" in third
+
+
+@pytest.mark.parametrize(("rewards", "lost"), [
+    ((((-5.0, -40.0), (-20.0, -30.0), (-2.0, -40.0))), "if you can"),  # sampling ends worse
+    ((((-5.0, -40.0), (-1.0, -3.0), (-40.0, -3.0))), "take a loss"),  # RWR bears it better
+    ((((-40.0, -5.0), (-1.0, -3.0), (-2.0, -40.0))), "ask where"),  # no gain where it is far
+])  # fmt: skip
+def test_a_problem_that_disagrees_takes_the_strong_wording_away(rewards, lost):
+    strong = {"if you can", "take a loss", "ask where"}
+    text = advice.short_answers(chapters() | lengths(*rewards))
+    assert {words for words in strong if words in text} == strong - {lost}
+    few = advice.short_answers(chapters() | lengths(*rewards, seeds=2))
+    assert {words for words in strong if words in few} == strong  # two seeds have no say
+    assert few.count("Min Length (2)") == 3
 
 
 def test_without_results_each_answer_says_so():
@@ -61,5 +101,5 @@ def test_without_results_each_answer_says_so():
 
 
 def test_a_gap_counts_beyond_the_margin_only():
-    assert advice._beyond(pd.Series([0.04, 0.041, 0.042]))
-    assert not advice._beyond(pd.Series([0.01, 0.011, 0.012]))
+    assert advice._beyond(FAR, pd.Series([0.04, 0.041, 0.042]))
+    assert not advice._beyond(FAR, pd.Series([0.01, 0.011, 0.012]))

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from lib import footprint
+from lib.bandit.network import GPT_NANO
+from lib.bandit.reference import load
 from lib.footprint import GIB, MACHINES, PRESETS, Machine, Preset, Shape
 from lib.lm import lora
 from lib.lm.config import DTYPES, TINY
@@ -63,6 +65,21 @@ def test_memory_by_hand():
     assert found["keys and values"] * GIB == 2 * n * 2 * 2 * 8
     total = 22_400 + 2 * n * SMALL.activations() + 12 * n * 50 + 2 * n * 2 * 2 * 8
     assert found["total"] * GIB == pytest.approx(total)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_offline_method_takes_no_reward_model_and_draws_nothing(name):
+    found = footprint.memory(PRESETS[name])
+    on, off = (footprint.of_method(PRESETS[name], on_policy) for on_policy in (True, False))
+    assert on == found["total"]
+    unused = ("total", "reward model", "keys and values")
+    trained = sum(use for name, use in found.items() if name not in unused)
+    assert off == pytest.approx(trained) and off < on
+
+
+def test_the_bandits_policy_is_the_one_that_is_trained():
+    assert footprint.NANO.parameters == sum(p.numel() for p in load().values())
+    assert footprint.NANO.width == GPT_NANO.width and footprint.NANO.layers == GPT_NANO.layers
 
 
 def test_lora_by_hand():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import lengths
+from lib import lengths, stats
 from lib.lm.length import TASKS
 from tests.lm_folder import prepared_folder
 
@@ -108,7 +108,7 @@ def test_best_of_many_is_the_best():
 
 @given(st.integers(0, 30), st.integers(1, 30))
 def test_a_share_lies_in_its_interval(hits, more):
-    part, low, high = lengths.share(hits, hits + more)
+    part, low, high = stats.share(hits, hits + more)
     assert 0 <= low <= part <= high <= 1
     assert low < high
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -9,13 +10,16 @@ import pytest
 
 from lib import claims, experiments, overview, stats
 from lib.chapter import BADGES
+from lib.experiments import Setting
 from lib.figures import overview as figures
 
 
 def rows(finals, first=5):
     """One run per seed that goes from 0 to its final reward in a straight line."""
     return pd.concat([
-        pd.DataFrame({"run": f"r{seed}", "seed": seed, "update": [0, 100], "reward": [0.0, final]})
+        pd.DataFrame({"run": f"r{seed}", "seed": seed, "update": [0, 100], "reward": [0.0, final],
+                      "samples": 100, "seconds_sampling": 0.0, "seconds_scoring": 0.0,
+                      "seconds_training": 1.0})
         for seed, final in enumerate(finals, first)
     ])  # fmt: skip
 
@@ -24,10 +28,17 @@ class Handmade:
     """A chapter with given rows per setting."""
 
     published, profile_name, verdicts = None, "smoke", []
-    profile = SimpleNamespace(sets=(2, 50), updates=100, report_seeds=(5, 6, 7))
+    profile = SimpleNamespace(updates=100, options=(), device="cpu")
 
     def __init__(self, **settings):
         self.rows = {name.replace("_at_", "@"): rows(finals) for name, finals in settings.items()}
+
+    def settings(self):
+        found = []
+        for name in self.rows:
+            method, task, k = re.fullmatch(r"(\w+)@(\w+)(?:\[sets=(\d+)\])?", name).groups()
+            found.append(Setting(method, task, (("sets", int(k)),) if k else ()))
+        return found
 
     def has(self, *names):
         return set(names) <= set(self.rows)
@@ -58,26 +69,25 @@ def table_row(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_answers_are_the_means_of_the_rows(chapters):
-    text = overview.answers(chapters)
-    _, far, near = table_row(text, "**You have fixed data.**")
-    assert far.startswith("**IPO** 0.92 (") or far.startswith("**DPO** 0.92 (")
-    assert "RWR" not in far and "level with it" in far
-    assert near.startswith("**DPO** 0.99")
-    assert table_row(text, "... and what a negative gradient adds")[1].startswith("+0.61 (")
-    sampled = table_row(text, "**You can sample while training.**")
-    assert sampled[1].startswith("**IPO** 1.00 (") and sampled[2] == overview.NOT_YET
-    assert table_row(text, "**Sampling is a bottleneck.**")[1].startswith("from IPO -0.10 (")
+def test_speed_is_the_means_of_the_rows(chapters):
+    _, far, near = table_row(overview.speed(chapters), "Best mean reward over 100 updates")
+    assert far.startswith("**IPO** 0.50 (") and far.endswith("level with it: RWR")
+    assert near == overview.NOT_YET
 
 
 def test_without_results_every_answer_says_so():
-    text = overview.answers({})
-    assert text.count(overview.NOT_YET) == 14
+    assert overview.speed({}).count(overview.NOT_YET) == 4
     measured = (claims.claims()["question"].astype(str) != "theory").sum()  # the rest is exact
     assert overview.counts({}).startswith(f"{len(claims.claims())} claims: ")
     assert overview.counts({}).endswith(f", {measured} {overview.NOT_YET}")
     assert overview.dashboard({}).count(overview.NOT_YET) == measured
     assert overview.standing({}).empty
+
+
+def test_what_is_not_judged_depends_on_what_is_there(chapters):
+    assert "not judged in this version" in overview.unjudged(chapters)
+    judged = overview.unjudged({**chapters, "full_scale": Handmade()})
+    assert "not judged" not in judged and "(full_scale.ipynb)" in judged
 
 
 def test_a_clear_lead_is_told_apart():

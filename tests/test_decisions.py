@@ -1,0 +1,255 @@
+"""The tree of questions on tables and verdicts written by hand, contradictory ones included."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import claims, decisions, experiments
+from lib.decisions import MIN_SEEDS, NOT_YET, Problem
+from lib.experiments import Setting
+
+NEAR, APART, CLOSE = decisions.PLACES
+FAR = Problem("R1", "far", ("a",), "far", "apart", sizes="bandit")
+ALSO = Problem("min", "also far", ("b",), "far", "apart", 2.0, " tokens")
+WITH = Problem("R2", "near", ("a",), "near", sizes="bandit")
+ALL = (FAR, ALSO, WITH)
+
+
+def results(rewards, problem="R1", choice="fixed", chapter="a", first=5):
+    """Rows of a problem. Args: rewards: method -> a reward for each seed from `first` on."""
+    return pd.concat([
+        pd.DataFrame({
+            "problem": problem, "choice": choice, "chapter": chapter, "method": method,
+            "serves": {"fixed": 0, "rare": 50, "fresh": 1}[choice],
+            "seed": range(first, first + len(values)), "reward": values,
+            "completions": 100.0, "seconds": 2.0, "memory": 10.0,
+        }) for method, values in rewards.items()
+    ])  # fmt: skip
+
+
+def rule(contrast, statistic="final reward", chapter="negative_gradient"):
+    return claims.Rule("id", "Q2-bandit-r1", chapter, contrast, statistic, ">", 0.02, 0.02, 5, "")
+
+
+def verdicts(*found, contrast="ipo_offline@R1 - rwr_offline@R1"):
+    return [claims.Verdict(rule(contrast), verdict, seeds=20) for verdict in found]
+
+
+CLEAR = results({"dpo_offline": [0.9] * 6, "rwr_offline": [0.3] * 6})
+
+
+def test_a_leaf_that_is_as_the_paper_says():
+    found = decisions.leaf("fixed", APART, CLEAR, verdicts("reproduced", "reproduced"), ALL)
+    assert found.outcome == "as the paper says" and found.recommended == ("DPO (offline)",)
+    assert found.verdicts == {"reproduced": 2} and found.chapters == ("negative_gradient",)
+    (standing,) = found.standings
+    first, last = standing.entries
+    assert (first.method, first.first, first.alone, first.leads) == ("dpo_offline", 6, 6, True)
+    assert (last.first, last.leads) == (0, False)
+    assert first.low == pytest.approx(6 / (6 + 1.959964**2)) and first.high == 1  # Wilson, by hand
+    assert (first.completions, first.seconds, first.memory) == (100, 2, 10)
+
+
+@pytest.mark.parametrize(("found", "outcome"), [
+    (("reproduced", "not reproduced", "reproduced"), "mixed"),  # they contradict each other
+    (("not reproduced", "not reproduced"), "against the paper"),
+    (("reproduced", "inconclusive"), "inconclusive"),  # half of them open
+    (("reproduced", "reproduced", "inconclusive"), "as the paper says"),
+    (("not reproduced", "not reproduced", "inconclusive"), "against the paper"),
+    (("reproduced", "not judged", "not judged"), "as the paper says"),  # those do not count
+    (("reproduced", "not reproduced", "inconclusive", "inconclusive"), "inconclusive"),
+    (("inconclusive",), "inconclusive"),
+    ((), "inconclusive"),  # nothing bears on it
+])  # fmt: skip
+def test_the_outcome_follows_the_verdicts(found, outcome):
+    leaf = decisions.leaf("fixed", APART, CLEAR, verdicts(*found), ALL)
+    assert leaf.outcome == outcome and leaf.recommended == ("DPO (offline)",)
+
+
+def test_what_was_not_judged_is_not_shown():
+    other = claims.Verdict(rule("dpo_offline@R1", chapter="on_policy"), "not judged")
+    found = decisions.leaf("fixed", APART, CLEAR, [*verdicts("reproduced"), other], ALL)
+    assert found.verdicts == {"reproduced": 1} and found.chapters == ("negative_gradient",)
+
+
+def test_problems_that_contradict_each_other_make_it_mixed():
+    other = results({"dpo_offline": [-20.0] * 6, "rwr_offline": [-2.0] * 6}, "min", chapter="b")
+    found = decisions.leaf("fixed", APART, pd.concat([CLEAR, other]), verdicts("reproduced"), ALL)
+    assert found.outcome == "mixed" and found.recommended == ()
+    assert [s.leading for s in found.standings] == [("dpo_offline",), ("rwr_offline",)]
+
+
+def test_a_problem_with_few_seeds_is_shown_but_has_no_say():
+    few = MIN_SEEDS - 1
+    other = results({"dpo_offline": [-20.0] * few, "rwr_offline": [-2.0] * few}, "min")
+    found = decisions.leaf("fixed", APART, pd.concat([CLEAR, other]), verdicts("reproduced"), ALL)
+    assert found.outcome == "as the paper says" and found.recommended == ("DPO (offline)",)
+    assert [s.votes for s in found.standings] == [True, False]
+    alone = decisions.leaf("fixed", APART, other, verdicts("reproduced"), ALL)
+    assert alone.outcome == "inconclusive" and alone.recommended == ()
+
+
+def test_a_method_that_ran_on_one_problem_is_judged_there():
+    other = results({"dpo_offline": [-2.0] * 6, "pref_ft": [-2.5] * 6}, "min")
+    found = decisions.leaf("fixed", APART, pd.concat([CLEAR, other]), verdicts("reproduced"), ALL)
+    assert found.recommended == ("DPO (offline)", "Pref-FT (offline)")  # two problems before one
+
+
+def test_one_method_alone_decides_nothing():
+    found = decisions.leaf("fixed", APART, results({"dpo_offline": [0.9] * 6}),
+                           verdicts("reproduced"), ALL)  # fmt: skip
+    assert not found.standings[0].votes and found.outcome == "inconclusive"
+
+
+def test_a_first_place_is_shared_within_the_margin():
+    rows = results({"dpo_offline": [0.90, 0.90, 0.5, 0.9, 0.9],
+                    "ipo_offline": [0.89, 0.85, 0.7, 0.9, 0.0]})  # fmt: skip
+    (found,) = decisions.leaf("fixed", APART, rows, [], ALL).standings
+    counts = {e.method: (e.first, e.alone) for e in found.entries}
+    assert counts == {"dpo_offline": (4, 2), "ipo_offline": (3, 1)}
+
+
+def test_a_lead_counts_beyond_the_margin_with_confidence_only():
+    def leads(values, rewards=(0.9,) * 6, **place):
+        rows = results({"dpo_offline": rewards, "rwr_offline": values}, **place)
+        (found,) = decisions.leaf("fixed", APART, rows, [], ALL).standings
+        return "rwr_offline" in found.leading
+
+    assert leads([0.89] * 6)  # inside the margin
+    assert leads([0.9, 0.9, 0.9, 0.1, 0.9, 0.9])  # far below once: not told apart
+    assert not leads([0.8] * 6)
+    assert leads([-1.9] * 6, [0.0] * 6, problem="min")  # tokens have a margin of their own
+    assert not leads([-2.1] * 6, [0.0] * 6, problem="min")
+
+
+def test_only_common_seeds_are_compared():
+    rows = pd.concat([results({"dpo_offline": [0.9] * 10}),
+                      results({"rwr_offline": [0.3] * 6}, first=9)])  # fmt: skip
+    (found,) = decisions.leaf("fixed", APART, rows, [], ALL).standings
+    assert found.n == 6
+    apart = pd.concat([CLEAR, results({"pref_ft": [0.3]}, first=90)])
+    assert decisions.leaf("fixed", APART, apart, [], ALL).standings == ()
+
+
+def test_who_samples_may_also_use_fixed_data_but_not_the_other_way_round():
+    fresh = results({"dpo": [0.99] * 6}, choice="fresh")
+    rare = results({"rwr": [0.5] * 6}, choice="rare")
+    table = pd.concat([CLEAR, fresh, rare])
+
+    def contenders(choice):
+        (found,) = decisions.leaf(choice, APART, table, [], ALL).standings
+        return {e.method for e in found.entries}, found.serves
+
+    assert contenders("fixed") == ({"dpo_offline", "rwr_offline"}, 0)
+    assert contenders("fresh") == ({"dpo_offline", "rwr_offline", "dpo"}, 1)
+    assert contenders("rare") == ({"dpo_offline", "rwr_offline", "rwr"}, 50)
+    without = decisions.leaf("fresh", APART, CLEAR, verdicts("reproduced"), ALL)
+    assert without.outcome == NOT_YET and without.standings == ()
+
+
+def test_every_leaf_without_results_says_so():
+    found = decisions.leaves(decisions.collect({}), [])
+    assert len(found) == len(decisions.SAMPLING) * len(decisions.PLACES) == 9
+    assert {leaf.outcome for leaf in found} == {NOT_YET}
+
+
+def test_each_row_is_used_at_its_own_place_only():
+    table = pd.concat([CLEAR, results({"dpo_offline": [0.5] * 6, "rwr_offline": [0.9] * 6}, "R2")])
+    at = {(leaf.choice, leaf.place): leaf for leaf in decisions.leaves(
+        table, verdicts("reproduced") + verdicts("not reproduced", contrast="rwr_offline@R2"), ALL)
+    }  # fmt: skip
+    assert at["fixed", APART].outcome == "as the paper says"
+    assert at["fixed", NEAR].outcome == "against the paper"
+    assert at["fixed", NEAR].recommended == ("RWR (offline)",)
+    assert {leaf.outcome for key, leaf in at.items() if key[0] != "fixed"} == {NOT_YET}
+    assert at["fixed", CLOSE].outcome == NOT_YET
+
+
+@pytest.mark.parametrize(("contrast", "statistic", "choice"), [
+    ("ipo_offline@R1 - rwr_offline@R1", "final reward", "fixed"),
+    ("ipo_offline@R1 - rwr_offline@R1", "reward at 10 nats", "fixed"),
+    ("ipo_offline@R1 - rwr_offline@R1", "final KL to reference", None),  # orders no methods
+    ("ipo_offline@R1", "final chosen log-ratio", None),
+    ("best_of_n_offline@R1[length=1] - ipo_offline@R1[length=1]", "final reward", None),
+    ("ipo@R1 - ipo_offline@R1", "final reward", "fresh"),
+    ("ipo@R1[alone=True,evaluations=100] - rwr@R1[alone=True,evaluations=100]",
+     "speed to target", "fresh"),
+    ("best_of_n@R1 - best_of_n@R1[sets=50]", "mean reward over updates", "rare"),
+    ("best_of_n@R1 - best_of_n@R1[sets=50] - best_of_n@R2 + best_of_n@R2[sets=50]",
+     "final reward", "rare"),
+    ("rwr@R1 - rwr@R1[inner_steps=10]", "mean reward over samples", "rare"),
+    ("ipo_offline@R2 - rwr_offline@R2", "final reward", None),  # another problem
+])  # fmt: skip
+def test_what_a_comparison_bears_on(contrast, statistic, choice):
+    found = [c for c in decisions.SAMPLING if decisions.bears(rule(contrast, statistic), c, {"R1"})]
+    assert found == ([choice] if choice else [])
+
+
+def test_a_problem_has_a_place_in_the_tree():
+    with pytest.raises(ValueError, match=r"R9.*\('near', None\).*got \('near', 'close'\)"):
+        Problem("R9", "", ("a",), "near", "close")
+    assert {p.place for p in decisions.PROBLEMS} == set(decisions.PLACES)
+    grids = experiments.CHAPTERS.values()
+    known = {s.reward_function for grid in grids for s in grid.settings(grid.profiles["full"])}
+    assert {p.name for p in decisions.PROBLEMS} >= known - {"given"}
+
+
+class Given:
+    """A chapter with given runs per setting: name -> rewards by update of each seed."""
+
+    def __init__(self, runs, profile="full", **options):
+        self.runs, self.profile_name = runs, profile
+        self.profile = SimpleNamespace(options=tuple(options.items()), device="cpu")
+
+    def settings(self):
+        return list(self.runs)
+
+    def reported(self, name):
+        (curves,) = [curves for setting, curves in self.runs.items() if setting.name == name]
+        return pd.concat([
+            pd.DataFrame({"run": f"{name}{seed}", "seed": seed, "update": range(len(curve)),
+                          "reward": curve, "samples": 640.0, "seconds_sampling": 1.0,
+                          "seconds_scoring": 0.5, "seconds_training": 2.0})
+            for seed, curve in enumerate(curves, 5)
+        ])  # fmt: skip
+
+
+def setting(name, task="min", **options):
+    return Setting(name, task, tuple(options.items()))
+
+
+def test_collect_takes_base_settings_and_the_stalest():
+    chapter = Given({
+        setting("dpo_offline"): [[-9.0, -4.0]], setting("dpo"): [[-9.0, -1.0]],
+        setting("dpo", sets=2): [[-9.0, -2.0]], setting("dpo", sets=4): [[-9.0, -3.0]],
+        setting("dpo", inner_steps=8): [[-9.0, -5.0]], setting("dpo", label="rule"): [[-9.0, 0.0]],
+    })  # fmt: skip
+    table = decisions.collect({"b": chapter}, (ALSO,)).set_index("choice")
+    assert table["reward"].to_dict() == {"fixed": -4.0, "fresh": -1.0, "rare": -3.0}
+    assert table["serves"].to_dict() == {"fixed": 0, "fresh": 1, "rare": 4}
+    assert set(table["seconds"]) == {3.5} and set(table["completions"]) == {640}
+    assert table.at["fresh", "memory"] > table.at["fixed", "memory"] > 20  # the reward model
+    own = decisions.collect({"b": Given({setting("dpo"): [[0.0]]}, prepared="my-policy")}, (ALSO,))
+    assert np.isnan(own["memory"]).all()
+
+
+def test_collect_counts_a_shared_run_once_and_mixes_no_profiles():
+    problem = Problem("min", "", ("a", "b", "c"), "far", "apart")
+    one, shared = {setting("dpo"): [[-9.0, -1.0]]}, {setting("dpo"): [[-9.0, -1.0]],
+                                                     setting("rwr"): [[-9.0, -2.0]]}  # fmt: skip
+    other = {setting("reinforce"): [[-9.0, -3.0]]}
+    chapters = {"a": Given(one), "b": Given(shared), "c": Given(other, "cpu")}
+    table = decisions.collect(chapters, (problem,))
+    assert sorted(table["method"]) == ["dpo", "rwr"]
+    assert table.set_index("method")["chapter"].to_dict() == {"dpo": "a", "rwr": "b"}
+
+
+def test_a_run_that_broke_is_the_worst_not_the_best():
+    """Zero would be the best reward that there is on Min."""
+    broken = Given({setting("dpo"): [[-50.0, np.nan], [-40.0, -1.0]]})
+    table = decisions.collect({"b": broken}, (ALSO,)).set_index("seed")
+    assert table["reward"].to_dict() == {5: -50.0, 6: -1.0}
