@@ -74,7 +74,7 @@ def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
     """What the rarest drawing of the grid changes in the mean reward, by on-policy method."""
     found = {}
     for chapter in (chapters[name] for name in problem.chapters if name in chapters):
-        for s in decisions.stalest(chapter.settings(), problem.name):
+        for s in decisions.stalest(chapter.settings(), problem):
             change = chapter.contrast(f"{s.name} - {s.base.name}", overview.SPEED)
             found |= {} if change is None else {s.method: change}
     return found

@@ -39,6 +39,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,8 +50,9 @@ from lib.experiments import Setting
 from lib.tables import NEAR
 
 MIN_SEEDS = 5  # as the claims' rules ask for at least
+JUDGED = (("judged", True),)  # options of the full-scale runs whose gold reward is known
 ALIKE = 2.0  # tokens: what the rules of the length problems take for no difference
-RANKING = ("reward", "length", "speed")  # a statistic that orders methods has one of these words
+RANKING = ("reward", "length", "speed", "gold")  # words of the statistics that order methods
 STALE = ("sets", "inner_steps")  # options that make on-policy data older: the dials B and T
 TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed: same problem
 NOT_YET = "not computed yet"
@@ -82,6 +84,7 @@ class Problem:
         peak: "near" or "far" from what the reference policy writes ([C1]).
         pairs: where the peak is far, whether pairs are "apart" from it or come "close" ([C2]).
         margin: of final reward, below which there is no difference. unit: of the reward, in print.
+        column: of result tables that holds the reward. options: that its settings have in common.
         sizes: of its models, "bandit" or a name of `lib.footprint.PRESETS`, where a profile names
             no other.
     Raises: ValueError that names the place and the ones there are.
@@ -95,6 +98,8 @@ class Problem:
     margin: float = NEAR
     unit: str = ""
     sizes: str = "tiny"
+    column: str = "reward"
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -109,14 +114,15 @@ class Problem:
 _BANDIT = ("on_policy", "negative_gradient")
 _LENGTH = ("complementary_length", "on_policy_length", "negative_gradient_length")
 _SCALE = ("full_scale",)
+_GOLD = {"margin": 0.1, "unit": " nats a token", "column": "gold", "options": JUDGED}
 PROBLEMS = (
     Problem("R1", "bandit R1", _BANDIT, "far", "apart", sizes="bandit"),
     Problem("min", "Min Length", _LENGTH, "far", "apart", ALIKE, " tokens"),
     Problem("skew", "Skew Length", _LENGTH, "far", "close", ALIKE, " tokens"),
-    Problem("distinct", "pairs of two models", _SCALE, "far", "close"),
+    Problem("distinct", "pairs of two models", _SCALE, "far", "close", **_GOLD),
     Problem("R2", "bandit R2", _BANDIT, "near", sizes="bandit"),
     Problem("mode", "Mode Length", _LENGTH, "near", None, ALIKE, " tokens"),
-    Problem("similar", "pairs of one model", _SCALE, "near"),
+    Problem("similar", "pairs of one model", _SCALE, "near", **_GOLD),
 )
 
 
@@ -211,8 +217,8 @@ def collect(
         for name, chapter in have.items():
             if chapter.profile_name != profiles[0]:
                 continue
-            for choice, setting in _contenders(chapter.settings(), problem.name):
-                rows.append(_ends(chapter.reported(setting.name)).assign(
+            for choice, setting in _contenders(chapter.settings(), problem):
+                rows.append(_ends(chapter.reported(setting.name), problem.column).assign(
                     problem=problem.name, choice=choice, chapter=name, method=setting.method,
                     serves=0 if choice == "fixed" else dict(setting.options).get("sets", 1),
                     memory=_memory(problem, chapter.profile, setting.method)))  # fmt: skip
@@ -222,31 +228,40 @@ def collect(
     return pd.concat(rows, ignore_index=True)[list(COLUMNS)].drop_duplicates(keys)
 
 
-def _contenders(settings: Iterable[Setting], problem: str) -> list[tuple[str, Setting]]:
+def _own(settings: Iterable[Setting], problem: Problem) -> dict[Setting, list[str]]:
+    """The settings of a problem -> names of the options that its base ones do not have."""
+    return {
+        s: [name for name, value in s.options if (name, value) not in problem.options]
+        for s in settings
+        if s.reward_function == problem.name and set(problem.options) <= set(s.options)
+    }
+
+
+def _contenders(settings: Iterable[Setting], problem: Problem) -> list[tuple[str, Setting]]:
     """(choice, setting) of a problem: offline ones, fresh ones, and the stalest that there are."""
     settings = list(settings)
-    base = [s for s in settings if s.reward_function == problem and not s.options]
-    found = [("fresh" if methods.get(s.method).on_policy else "fixed", s) for s in base]
+    found = [("fresh" if methods.get(s.method).on_policy else "fixed", s)
+             for s, more in _own(settings, problem).items() if not more]  # fmt: skip
     return found + [("rare", s) for s in stalest(settings, problem)]
 
 
-def stalest(settings: Iterable[Setting], problem: str) -> list[Setting]:
+def stalest(settings: Iterable[Setting], problem: Problem) -> list[Setting]:
     """The settings of a problem that differ from the base one by the grid's largest B alone."""
-    dial = {s: dict(s.options)["sets"] for s in settings if s.reward_function == problem
-            and [option for option, _ in s.options] == ["sets"]}  # fmt: skip
+    own = _own(settings, problem)
+    dial = {s: dict(s.options)["sets"] for s, more in own.items() if more == ["sets"]}
     return [s for s, k in dial.items() if k == max(dial.values())]
 
 
-def _ends(rows: pd.DataFrame) -> pd.DataFrame:
-    """seed, final reward, completions and seconds of each run.
+def _ends(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """seed, final reward (of `column`), completions and seconds of each run.
 
     A run without a finite reward gets the worst one that any run of the setting has had: zero would
     be the best there is where rewards are negative.
     """
     last = experiments.final(rows)
     phases = [f"seconds_{phase}" for phase in ("sampling", "scoring", "training")]
-    reward = last["reward"].astype(float)
-    worst = rows["reward"].replace([np.inf, -np.inf], np.nan).min()
+    reward = last[column].astype(float)
+    worst = rows[column].replace([np.inf, -np.inf], np.nan).min()
     return pd.DataFrame({
         "seed": last["seed"], "reward": reward.where(np.isfinite(reward), worst),
         "completions": last["samples"], "seconds": last[phases].sum(axis=1),
@@ -351,7 +366,7 @@ def bears(rule: claims.Rule, choice: str, problems: set[str]) -> bool:
     if not problems & {task for _, task, _ in parts}:
         return False
     options = {option for *_, own in parts for option in own}
-    if options - {*STALE, *TIMED}:
+    if options - {*STALE, *TIMED, *dict(JUDGED)}:
         return False  # another problem than the leaf's, such as completions of one token
     if options & set(STALE):
         return choice == "rare"
