@@ -44,7 +44,7 @@ class StaticDecoder:
     def __init__(self, network: Network, compiled: bool = False):
         self.twin = Twin(network)
         self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
-        self.step = step
+        self.step, self.compiled = step, compiled
         if compiled:
             torch.compiler.reset()  # the steps of other networks would count as variants of this
             self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
@@ -82,6 +82,8 @@ class StaticDecoder:
 
     def _next(self, *inputs: Network | FixedCache | Tensor) -> Drawn:
         """A step's results as tensors of their own: a CUDA graph writes the next ones over them."""
+        if not self.compiled:
+            return self.step(*inputs)
         torch.compiler.cudagraph_mark_step_begin()
         return Drawn(*(x if x is None else x.clone() for x in self.step(*inputs)))
 
