@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -127,7 +128,7 @@ def assert_scored(network, prompts, samples):
     batch = Rollout(
         prompts=prompts[0], prompt_mask=prompts[1], completions=samples.completions.view(shape),
         mask=samples.mask.view(shape), logp=samples.logp.view(shape), ref=None,
-        rewards=torch.zeros(samples.mask.view(shape).shape[:2]), scale=samples.scale,
+        rewards=samples.logp.new_zeros(samples.mask.view(shape).shape[:2]), scale=samples.scale,
     )  # fmt: skip
     difference = (scorer.score(batch) - batch.logp).abs().max()
     assert difference <= TOLERANCE[network.dtype] * (1 + samples.scale)
@@ -168,17 +169,32 @@ def test_a_scorer_decodes_as_it_is_told(model):
         assert_same(grown, other)
 
 
+def cpu(samples):
+    parts = (samples.completions, samples.mask, samples.logp, samples.values, samples.scale)
+    return decode.Samples(*(x if x is None else x.cpu() for x in parts))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of a CPU needs g++")
-def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model):
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.skipif(
+        shutil.which("g++") is None, reason="the compiler of a CPU needs g++")),
+    pytest.param("cuda", marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="there is no GPU here")),
+])  # fmt: skip
+def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model, device):
     """Not for other prompts, values or weights; for another network, its own."""
-    for network in (Network(model), Network(llama(), dtype="bfloat16", checkpointing=True)):
+    for made, options in ((model, {}), (llama(), {"dtype": "bfloat16", "checkpointing": True})):
+        network = Network(copy.deepcopy(made).to(device), **options)
         decoder = StaticDecoder(network, compiled=True)
-        first = decoder.sample(*inputs(PROMPTS, numbers(8)))
-        assert_scored(network, inputs(PROMPTS, numbers(8))[:2], first)
+        given, others = (
+            [x if isinstance(x, int) else x.to(device) for x in inputs(prompts, numbers(8, seed=i))]
+            for i, prompts in enumerate((PROMPTS, PROMPTS[::-1]))
+        )
+        first = decoder.sample(*given)
+        assert_scored(network, given[:2], first)
         if network.dtype == "float32":
-            assert_same(decode.sample(network, *inputs(PROMPTS, numbers(8))), first)
+            assert_same(cpu(decode.sample(network, *given)), cpu(first))
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
             next(network.parameters()).mul_(1.1)
-            again = decoder.sample(*inputs(PROMPTS[::-1], numbers(8, seed=1)))
-        assert_scored(network, padded(PROMPTS[::-1], PAD, "left"), again)
+            again = decoder.sample(*others)
+        assert_scored(network, others[:2], again)
