@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import stats
+from lib import stats, tables
 from lib.chapter import Chapter
 from lib.experiments.full_scale import FullScaleProfile
 from lib.lengths import Prepared
@@ -97,6 +97,23 @@ def examples(prepared: Prepared, count: int = 2, folder: Path = DATA) -> pd.Data
                          "gold": row.gold_first, "other": worse,
                          "its gold": row.gold_second})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def looked_at(lines: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The rows at which a judge looked, of those lines that had one."""
+    return {label: rows.dropna(subset="gold") for label, rows in lines.items() if "gold" in rows}
+
+
+def ends(lines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Final values of runs; gold reward only where a judge looked."""
+    columns = {"gain in gold": "gain in gold reward", "final proxy": "proxy",
+               "final KL to reference": "KL, nats", "final length": "length"}  # fmt: skip
+    if len(looked_at(lines)) < len(lines):
+        del columns["gain in gold"]
+    return tables.ends(lines, columns)
 
 
 # --- what makes y_w fall --------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from lib.experiments.length import GPU_RATES, PAPER_RATES
 from lib.experiments.settings import Grid, Profile, Setting
-from lib.lm.config import MINIBATCH, length_run
+from lib.lm.config import MINIBATCH, length_run, prepared_folder
 from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
 from lib.lm.length import GIVEN
 from lib.runs import Engine
@@ -43,11 +44,29 @@ class FullScaleProfile(Profile):
         options["batch"] = options.pop("sets", 1) * minibatch
         options.setdefault("policy", self.policies[1])
         if options.pop("judged", False):
-            options["judge"] = self.judge
+            options["judge"] = self.judge_here
         return length_run(
             setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
             kind=setting.reward_function, **options,
         )  # fmt: skip
+
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of pairs of the user's own; None for the shipped ones."""
+        name = dict(self.options).get("prepared", "tiny")
+        return None if name == "tiny" else prepared_folder(name)
+
+    @property
+    def judge_here(self) -> str | None:
+        """The gold model: of a folder of the user's own, the one that lies there, if one does."""
+        if self.folder is None:
+            return self.judge
+        return "judge" if (self.folder / "judge").is_dir() else None
+
+    def has(self, file: str) -> bool:
+        """Whether the runs' folder has a file; one that is not prepared yet will have it."""
+        return self.folder is None or not self.folder.is_dir() or (self.folder / file).exists()
 
 
 FULL = FullScaleProfile(
@@ -110,13 +129,18 @@ PROFILES: dict[str, FullScaleProfile] = {
 
 
 def settings(p: FullScaleProfile) -> list[Setting]:
-    """Pilots; judged runs, on-policy ones by B; size of the policy by data by kind of pair."""
+    """Pilots; judged runs, on-policy ones by B; size of the policy by data by kind of pair.
+
+    Without what the runs' folder does not have.
+    """
     base = [Setting(name, kind, seeds="none") for kind in KINDS for name in OFFLINE]
     base += [Setting(name, KINDS[0], seeds="none") for name in ON_POLICY]
     judged = [_kept(s, judged=True) for s in base]
     judged += [_kept(Setting(name, KINDS[0]), judged=True, sets=k)
                for name in BATCHED for k in p.sets]  # fmt: skip
-    return base + judged + factorial(p)
+    return [s for s in base + judged + factorial(p)
+            if p.has(f"{s.reward_function}.parquet")
+            and p.has(f"policy-{dict(s.options).get('policy', p.policies[1])}")]  # fmt: skip
 
 
 def factorial(p: FullScaleProfile) -> list[Setting]:
