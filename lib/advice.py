@@ -58,7 +58,7 @@ def _loss(results: pd.DataFrame) -> str:
 
 def old_samples(chapters: Chapters) -> str:
     """Which loss bears rare sampling, by what it does to the mean reward where the peak is far."""
-    found = {p: rare for p in PROBLEMS if p.peak == "far"
+    found = {p: rare for p in PROBLEMS if p.peak == "far" and p.column == "reward"
              if len(rare := rare_sampling(chapters, p)) > 1}  # fmt: skip
     if not found:
         return f"**If sampling is slow:** {overview.NOT_YET}."
@@ -74,7 +74,7 @@ def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
     """What the rarest drawing of the grid changes in the mean reward, by on-policy method."""
     found = {}
     for chapter in (chapters[name] for name in problem.chapters if name in chapters):
-        for s in decisions.stalest(chapter.settings(), problem.name):
+        for s in decisions.stalest(chapter.settings(), problem):
             change = chapter.contrast(f"{s.name} - {s.base.name}", overview.SPEED)
             found |= {} if change is None else {s.method: change}
     return found

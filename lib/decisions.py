@@ -39,6 +39,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,7 @@ from lib.tables import NEAR
 
 MIN_SEEDS = 5  # as the claims' rules ask for at least
 ALIKE = 2.0  # tokens: what the rules of the length problems take for no difference
-RANKING = ("reward", "length", "speed")  # a statistic that orders methods has one of these words
+RANKING = ("reward", "gold", "length", "speed")  # words of statistics that order methods
 STALE = ("sets", "inner_steps")  # options that make on-policy data older: the dials B and T
 TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed: same problem
 NOT_YET = "not computed yet"
@@ -84,6 +85,7 @@ class Problem:
         margin: of final reward, below which there is no difference. unit: of the reward, in print.
         sizes: of its models, "bandit" or a name of `lib.footprint.PRESETS`, where a profile names
             no other.
+        column: of a result table, which holds its reward. base: options of its base settings.
     Raises: ValueError that names the place and the ones there are.
     """
 
@@ -95,6 +97,8 @@ class Problem:
     margin: float = NEAR
     unit: str = ""
     sizes: str = "tiny"
+    column: str = "reward"
+    base: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -108,15 +112,15 @@ class Problem:
 
 _BANDIT = ("on_policy", "negative_gradient")
 _LENGTH = ("complementary_length", "on_policy_length", "negative_gradient_length")
-_SCALE = ("full_scale",)
+_SCALE = dict(chapters=("full_scale",), margin=0.1, column="gold", base=(("judged", True),))
 PROBLEMS = (
     Problem("R1", "bandit R1", _BANDIT, "far", "apart", sizes="bandit"),
     Problem("min", "Min Length", _LENGTH, "far", "apart", ALIKE, " tokens"),
     Problem("skew", "Skew Length", _LENGTH, "far", "close", ALIKE, " tokens"),
-    Problem("distinct", "pairs of two models", _SCALE, "far", "close"),
+    Problem("distinct", "pairs of two models", peak="far", pairs="close", **_SCALE),
     Problem("R2", "bandit R2", _BANDIT, "near", sizes="bandit"),
     Problem("mode", "Mode Length", _LENGTH, "near", None, ALIKE, " tokens"),
-    Problem("similar", "pairs of one model", _SCALE, "near"),
+    Problem("similar", "pairs of one model", peak="near", **_SCALE),
 )
 
 
@@ -211,8 +215,8 @@ def collect(
         for name, chapter in have.items():
             if chapter.profile_name != profiles[0]:
                 continue
-            for choice, setting in _contenders(chapter.settings(), problem.name):
-                rows.append(_ends(chapter.reported(setting.name)).assign(
+            for choice, setting in _contenders(chapter.settings(), problem):
+                rows.append(_ends(chapter.reported(setting.name), problem.column).assign(
                     problem=problem.name, choice=choice, chapter=name, method=setting.method,
                     serves=0 if choice == "fixed" else dict(setting.options).get("sets", 1),
                     memory=_memory(problem, chapter.profile, setting.method)))  # fmt: skip
@@ -222,22 +226,23 @@ def collect(
     return pd.concat(rows, ignore_index=True)[list(COLUMNS)].drop_duplicates(keys)
 
 
-def _contenders(settings: Iterable[Setting], problem: str) -> list[tuple[str, Setting]]:
+def _contenders(settings: Iterable[Setting], problem: Problem) -> list[tuple[str, Setting]]:
     """(choice, setting) of a problem: offline ones, fresh ones, and the stalest that there are."""
     settings = list(settings)
-    base = [s for s in settings if s.reward_function == problem and not s.options]
+    base = [s for s in settings if s.reward_function == problem.name and s.options == problem.base]
     found = [("fresh" if methods.get(s.method).on_policy else "fixed", s) for s in base]
     return found + [("rare", s) for s in stalest(settings, problem)]
 
 
-def stalest(settings: Iterable[Setting], problem: str) -> list[Setting]:
+def stalest(settings: Iterable[Setting], problem: Problem) -> list[Setting]:
     """The settings of a problem that differ from the base one by the grid's largest B alone."""
-    dial = {s: dict(s.options)["sets"] for s in settings if s.reward_function == problem
-            and [option for option, _ in s.options] == ["sets"]}  # fmt: skip
+    own = [*(name for name, _ in problem.base), "sets"]
+    dial = {s: dict(s.options)["sets"] for s in settings if s.reward_function == problem.name
+            and [option for option, _ in s.options] == own}  # fmt: skip
     return [s for s, k in dial.items() if k == max(dial.values())]
 
 
-def _ends(rows: pd.DataFrame) -> pd.DataFrame:
+def _ends(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """seed, final reward, completions and seconds of each run.
 
     A run without a finite reward gets the worst one that any run of the setting has had: zero would
@@ -245,8 +250,8 @@ def _ends(rows: pd.DataFrame) -> pd.DataFrame:
     """
     last = experiments.final(rows)
     phases = [f"seconds_{phase}" for phase in ("sampling", "scoring", "training")]
-    reward = last["reward"].astype(float)
-    worst = rows["reward"].replace([np.inf, -np.inf], np.nan).min()
+    reward = last[column].astype(float)
+    worst = rows[column].replace([np.inf, -np.inf], np.nan).min()
     return pd.DataFrame({
         "seed": last["seed"], "reward": reward.where(np.isfinite(reward), worst),
         "completions": last["samples"], "seconds": last[phases].sum(axis=1),
@@ -290,7 +295,7 @@ def leaf(
     found = (standing(results, problem, choice) for problem in own)
     standings = tuple(s for s in found if s is not None)
     bearing = [v for v in verdicts if v.verdict != "not judged"
-               and bears(v.rule, choice, {p.name for p in own})]  # fmt: skip
+               and bears(v.rule, choice, own)]  # fmt: skip
     counts = Counter(v.verdict for v in bearing)
     chapters = tuple(dict.fromkeys(v.rule.chapter for v in bearing))
     chosen = recommended(standings)
@@ -343,15 +348,15 @@ def recommended(standings: Sequence[Standing]) -> tuple[str, ...]:
     return tuple(sorted(chosen, key=lambda name: (-led[name], -first[name])))
 
 
-def bears(rule: claims.Rule, choice: str, problems: set[str]) -> bool:
+def bears(rule: claims.Rule, choice: str, problems: Iterable[Problem]) -> bool:
     """Rule 5: whether a comparison orders methods on one of `problems`, at this choice."""
     if not any(word in rule.statistic for word in RANKING):
         return False
     parts = [_parts(name) for _, name in claims.terms(rule.contrast)]
-    if not problems & {task for _, task, _ in parts}:
-        return False
-    options = {option for *_, own in parts for option in own}
-    if options - {*STALE, *TIMED}:
+    own = [p for p in problems if p.name in {task for _, task, _ in parts}]
+    options = {option for *_, given in parts for option in given}
+    base = {name for p in own for name, _ in p.base}
+    if not own or options - base - {*STALE, *TIMED}:
         return False  # another problem than the leaf's, such as completions of one token
     if options & set(STALE):
         return choice == "rare"
