@@ -58,7 +58,7 @@ def _loss(results: pd.DataFrame) -> str:
 
 def old_samples(chapters: Chapters) -> str:
     """Which loss bears rare sampling, by what it does to the mean reward where the peak is far."""
-    found = {p: rare for p in PROBLEMS if p.peak == "far"
+    found = {p: rare for p in PROBLEMS if p.peak == "far" and p.column == "reward"
              if len(rare := rare_sampling(chapters, p)) > 1}  # fmt: skip
     if not found:
         return f"**If sampling is slow:** {overview.NOT_YET}."

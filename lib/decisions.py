@@ -50,9 +50,8 @@ from lib.experiments import Setting
 from lib.tables import NEAR
 
 MIN_SEEDS = 5  # as the claims' rules ask for at least
-JUDGED = (("judged", True),)  # options of the full-scale runs whose gold reward is known
 ALIKE = 2.0  # tokens: what the rules of the length problems take for no difference
-RANKING = ("reward", "length", "speed", "gold")  # words of the statistics that order methods
+RANKING = ("reward", "gold", "length", "speed")  # words of statistics that order methods
 STALE = ("sets", "inner_steps")  # options that make on-policy data older: the dials B and T
 TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed: same problem
 NOT_YET = "not computed yet"
@@ -84,9 +83,9 @@ class Problem:
         peak: "near" or "far" from what the reference policy writes ([C1]).
         pairs: where the peak is far, whether pairs are "apart" from it or come "close" ([C2]).
         margin: of final reward, below which there is no difference. unit: of the reward, in print.
-        column: of result tables that holds the reward. options: that its settings have in common.
         sizes: of its models, "bandit" or a name of `lib.footprint.PRESETS`, where a profile names
             no other.
+        column: of a result table, which holds its reward. base: options of its base settings.
     Raises: ValueError that names the place and the ones there are.
     """
 
@@ -99,7 +98,7 @@ class Problem:
     unit: str = ""
     sizes: str = "tiny"
     column: str = "reward"
-    options: tuple[tuple[str, Any], ...] = ()
+    base: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -113,16 +112,16 @@ class Problem:
 
 _BANDIT = ("on_policy", "negative_gradient")
 _LENGTH = ("complementary_length", "on_policy_length", "negative_gradient_length")
-_SCALE = ("full_scale",)
-_GOLD = {"margin": 0.1, "unit": " nats a token", "column": "gold", "options": JUDGED}
+_SCALE = dict(chapters=("full_scale",), peak="far", margin=0.1, unit=" nats a token",
+              column="gold", base=(("judged", True),))  # fmt: skip
 PROBLEMS = (
     Problem("R1", "bandit R1", _BANDIT, "far", "apart", sizes="bandit"),
     Problem("min", "Min Length", _LENGTH, "far", "apart", ALIKE, " tokens"),
     Problem("skew", "Skew Length", _LENGTH, "far", "close", ALIKE, " tokens"),
-    Problem("distinct", "pairs of two models", _SCALE, "far", "close", **_GOLD),
+    Problem("similar", "pairs of one model", pairs="apart", **_SCALE),
+    Problem("distinct", "pairs of two models", pairs="close", **_SCALE),
     Problem("R2", "bandit R2", _BANDIT, "near", sizes="bandit"),
     Problem("mode", "Mode Length", _LENGTH, "near", None, ALIKE, " tokens"),
-    Problem("similar", "pairs of one model", _SCALE, "near", **_GOLD),
 )
 
 
@@ -228,32 +227,24 @@ def collect(
     return pd.concat(rows, ignore_index=True)[list(COLUMNS)].drop_duplicates(keys)
 
 
-def _own(settings: Iterable[Setting], problem: Problem) -> dict[Setting, list[str]]:
-    """The settings of a problem -> names of the options that its base ones do not have."""
-    return {
-        s: [name for name, value in s.options if (name, value) not in problem.options]
-        for s in settings
-        if s.reward_function == problem.name and set(problem.options) <= set(s.options)
-    }
-
-
 def _contenders(settings: Iterable[Setting], problem: Problem) -> list[tuple[str, Setting]]:
     """(choice, setting) of a problem: offline ones, fresh ones, and the stalest that there are."""
     settings = list(settings)
-    found = [("fresh" if methods.get(s.method).on_policy else "fixed", s)
-             for s, more in _own(settings, problem).items() if not more]  # fmt: skip
+    base = [s for s in settings if s.reward_function == problem.name and s.options == problem.base]
+    found = [("fresh" if methods.get(s.method).on_policy else "fixed", s) for s in base]
     return found + [("rare", s) for s in stalest(settings, problem)]
 
 
 def stalest(settings: Iterable[Setting], problem: Problem) -> list[Setting]:
     """The settings of a problem that differ from the base one by the grid's largest B alone."""
-    own = _own(settings, problem)
-    dial = {s: dict(s.options)["sets"] for s, more in own.items() if more == ["sets"]}
+    own = [*(name for name, _ in problem.base), "sets"]
+    dial = {s: dict(s.options)["sets"] for s in settings if s.reward_function == problem.name
+            and [option for option, _ in s.options] == own}  # fmt: skip
     return [s for s, k in dial.items() if k == max(dial.values())]
 
 
 def _ends(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """seed, final reward (of `column`), completions and seconds of each run.
+    """seed, final reward, completions and seconds of each run.
 
     A run without a finite reward gets the worst one that any run of the setting has had: zero would
     be the best there is where rewards are negative.
@@ -305,7 +296,7 @@ def leaf(
     found = (standing(results, problem, choice) for problem in own)
     standings = tuple(s for s in found if s is not None)
     bearing = [v for v in verdicts if v.verdict != "not judged"
-               and bears(v.rule, choice, {p.name for p in own})]  # fmt: skip
+               and bears(v.rule, choice, own)]  # fmt: skip
     counts = Counter(v.verdict for v in bearing)
     chapters = tuple(dict.fromkeys(v.rule.chapter for v in bearing))
     chosen = recommended(standings)
@@ -358,15 +349,15 @@ def recommended(standings: Sequence[Standing]) -> tuple[str, ...]:
     return tuple(sorted(chosen, key=lambda name: (-led[name], -first[name])))
 
 
-def bears(rule: claims.Rule, choice: str, problems: set[str]) -> bool:
+def bears(rule: claims.Rule, choice: str, problems: Iterable[Problem]) -> bool:
     """Rule 5: whether a comparison orders methods on one of `problems`, at this choice."""
     if not any(word in rule.statistic for word in RANKING):
         return False
     parts = [_parts(name) for _, name in claims.terms(rule.contrast)]
-    if not problems & {task for _, task, _ in parts}:
-        return False
-    options = {option for *_, own in parts for option in own}
-    if options - {*STALE, *TIMED, *dict(JUDGED)}:
+    own = [p for p in problems if p.name in {task for _, task, _ in parts}]
+    options = {option for *_, given in parts for option in given}
+    base = {name for p in own for name, _ in p.base}
+    if not own or options - base - {*STALE, *TIMED}:
         return False  # another problem than the leaf's, such as completions of one token
     if options & set(STALE):
         return choice == "rare"

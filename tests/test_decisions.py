@@ -185,7 +185,7 @@ def test_each_row_is_used_at_its_own_place_only():
     ("ipo_offline@R2 - rwr_offline@R2", "final reward", None),  # another problem
 ])  # fmt: skip
 def test_what_a_comparison_bears_on(contrast, statistic, choice):
-    found = [c for c in decisions.SAMPLING if decisions.bears(rule(contrast, statistic), c, {"R1"})]
+    found = [c for c in decisions.SAMPLING if decisions.bears(rule(contrast, statistic), c, [FAR])]
     assert found == ([choice] if choice else [])
 
 
@@ -235,6 +235,23 @@ def test_collect_takes_base_settings_and_the_stalest():
     assert table.at["fresh", "memory"] > table.at["fixed", "memory"] > 20  # the reward model
     own = decisions.collect({"b": Given({setting("dpo"): [[0.0]]}, prepared="my-policy")}, (ALSO,))
     assert np.isnan(own["memory"]).all()
+
+
+def test_a_problem_may_have_a_base_and_a_reward_of_its_own():
+    """On judged pairs the reward is the judge's, and only the runs that it looks at count."""
+    judged = Problem("similar", "", ("a",), "near", column="gold", base=(("judged", True),))
+    runs = {setting("dpo", "similar", judged=True): [[0.1, 0.5]],
+            setting("dpo", "similar"): [[0.1, 9.0]],
+            setting("dpo", "similar", judged=True, sets=4): [[0.1, 0.3]],
+            setting("dpo", "similar", policy="64"): [[0.1, 9.0]]}  # fmt: skip
+    chapter = Given(runs)
+    chapter.reported = lambda name: Given.reported(chapter, name).rename(columns={"reward": "gold"})
+    table = decisions.collect({"a": chapter}, (judged,)).set_index("choice")
+    assert table["reward"].to_dict() == {"fresh": 0.5, "rare": 0.3}
+    stale = rule("rwr@similar[judged=True] - rwr@similar[judged=True,sets=4]")
+    assert decisions.bears(stale, "rare", [judged])
+    assert not decisions.bears(rule("rwr@similar[policy=64]"), "fresh", [judged])
+    assert not decisions.bears(rule("rwr@R1[judged=True]"), "fresh", [FAR])
 
 
 def test_collect_counts_a_shared_run_once_and_mixes_no_profiles():
