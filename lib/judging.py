@@ -5,6 +5,7 @@ Tables here are made from shipped data and result tables alone; nothing is run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import combinations, product
 from pathlib import Path
@@ -69,6 +70,12 @@ def pairs_table(prepared: Prepared, folder: Path = DATA) -> pd.DataFrame:
             "log pi_ref of y_l": density(prepared, train, "second"),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def proxy_accuracy(kind: str, folder: Path = DATA) -> float:
+    """The share of held-out pairs that the shipped reward model ranks as the judge does."""
+    record = json.loads((folder / "prepared.json").read_text())
+    return float(record[f"reward-{kind}"]["kept"]["accuracy"])
 
 
 def density(prepared: Prepared, table: pd.DataFrame, side: str) -> float:
