@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from myst_nb import glue
 
 from lib import stats, tables
 from lib.chapter import Chapter
-from lib.experiments.full_scale import FullScaleProfile
+from lib.experiments.full_scale import BATCHED, FullScaleProfile
 from lib.lengths import Prepared
 from lib.lm.batches import padded
+from lib.lm.config import MINIBATCH
 from lib.lm.full_scale import DATA, KINDS
 from lib.lm.gold import as_rollout
 
@@ -121,6 +123,46 @@ def ends(lines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     if len(looked_at(lines)) < len(lines):
         del columns["gain in gold"]
     return tables.ends(lines, columns)
+
+
+def by_batch(chapter: Chapter, method: str) -> dict[str, pd.DataFrame]:
+    """ "B = 64" -> judged rows of an on-policy method on similar pairs, by completions at once."""
+    found = {MINIBATCH: f"{method}@similar[judged=True]"}
+    found |= {MINIBATCH * k: f"{method}@similar[judged=True,sets={k}]"
+              for k in chapter.profile.sets}  # fmt: skip
+    return chapter.lines({f"B = {b}": name for b, name in found.items()})
+
+
+NUMBERS = {  # name in the prose -> contrast, statistic
+    **{f"fs_{short}_{kind}": (f"{method}@{kind}[judged=True]", "gain in gold")
+       for short, method in (("dpo", "dpo_offline"), ("pref", "pref_ft")) for kind in KINDS},
+    **{f"fs_margin_{short}_{kind}": (f"{method}@{kind}[judged=True]", "final margin")
+       for short, method in (("dpo", "dpo_offline"), ("pref", "pref_ft")) for kind in KINDS},
+    **{f"fs_{y}_{size}_{kind}": (f"dpo_offline@{kind}[policy={width},subset=800]",
+                                 f"final {side} log-ratio")
+       for y, side in (("w", "chosen"), ("l", "rejected"))
+       for size, width, kind in (("small", 64, "similar"), ("large", 256, "distinct"))},
+    "fs_w_pref_large_distinct": ("pref_ft@distinct[policy=256,subset=800]",
+                                 "final chosen log-ratio"),
+    **{f"fs_batch_{m}": (f"{m}@similar[judged=True] - {m}@similar[judged=True,sets=4]",
+                         "final gold") for m in BATCHED},
+}  # fmt: skip
+
+
+def numbers(chapter: Chapter) -> None:
+    """Makes the chapter's numbers available to its prose."""
+    for name, (contrast, statistic) in NUMBERS.items():
+        chapter.number(name, contrast, statistic, digits=1 if "log-ratio" in statistic else 2)
+    glue("fs_accuracy", f"{proxy_accuracy('similar'):.0%}", display=False)
+    has = "dpo_offline" in chapter.names()
+    found = cells(chapter, "dpo_offline", "final chosen log-ratio") if has else {}
+    shown = {factor: "(not run)" for factor in FACTORS}
+    if len(found) == 8:
+        table = effects(found).set_index("label")
+        shown = {factor: "{effect:+.1f} ({low:+.1f} to {high:+.1f})".format(**table.loc[label])
+                 for factor, label in FACTORS.items()}  # fmt: skip
+    for factor, text in shown.items():
+        glue(f"fs_effect_{factor}", text, display=False)
 
 
 # --- what makes y_w fall --------------------------------------------------------------------------
