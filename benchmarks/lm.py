@@ -45,6 +45,7 @@ from lib.timing import Clock
 PROMPTS, COMPLETIONS, PROMPT, LENGTH = 32, 2, 32, 64
 NEVER = -1  # a token id that no completion has: nothing ends before LENGTH
 WARM_UP = 1  # steps that are not counted
+ROUNDS, SLOW = 2, 2  # rounds at most; steps of a setting that is far from the others
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,17 @@ class FixedLength(LengthProblem):
         return batch.completions[..., 0].float()
 
 
-def ours(folder: Path, dtype: str, threads: int, steps: int, _process: int = 0) -> Measured:
-    """Steps of `lib.finetune`: collect and update."""
+def ours(
+    folder: Path, dtype: str, threads: int, steps: int, decoder: str | None = None,
+    _process: int = 0,
+) -> Measured:  # fmt: skip
+    """Steps of `lib.finetune`: collect and update. A decoder is compiled in the first step."""
     torch.set_num_threads(threads)
     count = WARM_UP + steps + 1
     config = length_run(
         "dpo", "min", 0.0, 0, updates=count, minibatch=PROMPTS * COMPLETIONS,
         batch=PROMPTS * COMPLETIONS, max_tokens=LENGTH, label="rule", dtype=dtype,
-        prepared=str(folder),
+        prepared=str(folder), decoder=decoder,
     )  # fmt: skip
     problem = FixedLength(config)
     state = problem.initial_state()
@@ -237,6 +241,8 @@ def _timed(trainer: Any, clock: Clock) -> Iterator[None]:
 SETTINGS: dict[str, Callable[..., Measured]] = {
     "ours float32": partial(ours, dtype="float32"),
     "ours bfloat16": partial(ours, dtype="bfloat16"),
+    "ours float32, compiled decoder": partial(ours, dtype="float32", decoder="compiled"),
+    "ours bfloat16, compiled decoder": partial(ours, dtype="bfloat16", decoder="compiled"),
     "TRL float32": partial(theirs, dtype="float32"),
     "TRL bfloat16": partial(theirs, dtype="bfloat16"),
     "TRL float32, gradient checkpointing (its default)":
@@ -251,9 +257,10 @@ def measure(shape: Shape, threads: int, steps: int, rounds: int) -> dict[str, li
         prepare(Path(folder), shape)
         for number in range(rounds):
             for name, setting in SETTINGS.items():
-                if number and "default" in name:
-                    continue  # without a cache it is slow, and far from the others
-                work = partial(_work, setting, Path(folder), threads, steps)
+                slow = "default" in name  # without a cache
+                if slow and number:
+                    continue
+                work = partial(_work, setting, Path(folder), threads, SLOW if slow else steps)
                 found[name] += in_processes(work, 1)
     return found
 
@@ -290,15 +297,17 @@ def described(numbers: dict[str, Any]) -> str:
 def dpo_step(name: str, threads: int, effort: Effort) -> Iterator[Result]:
     """Our step in both dtypes against TRL's better one, and against TRL's default."""
     shape = SHAPES[name]
-    found = measure(shape, threads, effort.steps, effort.rounds)
+    found = measure(shape, threads, effort.steps, min(ROUNDS, effort.rounds))
     numbers = {setting: about(m) for setting, m in found.items()}
     best = min(("TRL float32", "TRL bfloat16"), key=lambda s: numbers[s]["seconds"])
     default = next(s for s in numbers if "default" in s)
     size = f"width {shape.width}, {shape.layers} layers, vocabulary {shape.vocabulary}"
-    for dtype, baseline in (("float32", best), ("bfloat16", best), ("float32", default)):
-        mine, other = numbers[f"ours {dtype}"], numbers[baseline]
+    compared = [(setting, best) for setting in numbers if setting.startswith("ours")]
+    for setting, baseline in (*compared, ("ours float32", default)):
+        mine, other = numbers[setting], numbers[baseline]
+        short = setting.removeprefix("ours ").replace(", ", "_").replace(" ", "_")
         yield Result(
-            f"lm/dpo_step/{name}/{dtype}/threads_{threads}" + "/default" * (baseline == default),
+            f"lm/dpo_step/{name}/{short}/threads_{threads}" + "/default" * (baseline == default),
             other["seconds"] / mine["seconds"],
             f"OnlineDPOTrainer ({baseline}; {size}; {described(other)})",
             mine["seconds"], other["seconds"], str(threads), described(mine),
