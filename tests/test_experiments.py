@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from lib import claims, experiments
 from lib.experiments import length
 from lib.experiments.settings import matching
+from lib.lm.config import PREPARED
 from lib.publish import configurations
 from lib.runs import Published, columns, results_folder
 
@@ -113,3 +116,26 @@ def test_the_clocks_target_lies_95_in_100_of_the_way_to_the_best_method():
     derived = length.with_target(table, profile)
     assert derived["target"].unique() == pytest.approx([-50 + 0.95 * 48])
     assert derived["seconds"].unique().tolist() == [0.0, 4.0]
+
+
+@pytest.mark.parametrize("name", ["gpu", "paper"])
+def test_larger_full_scale_profiles_read_folders_that_are_made_where_they_run(name):
+    profile = experiments.CHAPTERS["full_scale"].profiles[name]
+    run = experiments.Setting("dpo_offline", "similar").run(profile, 1e-5, 0)
+    assert run.folder.parent.name == PREPARED.name
+    assert run.policy_folder.name == f"policy-{profile.policies[1]}"
+
+
+def test_a_folder_of_ones_own_runs_what_it_has(tmp_path):
+    """One kind of pairs, one policy and no judge: no run of what is missing, and no gold reward."""
+    (tmp_path / "policy-128").mkdir()
+    (tmp_path / "similar.parquet").touch()
+    shipped = experiments.CHAPTERS["full_scale"].profiles["full"]
+    own = replace(shipped, options=(*shipped.options, ("prepared", str(tmp_path))))
+    grid = experiments.settings("full_scale", own)
+    assert {s.reward_function for s in grid} == {"similar"}
+    assert not any("policy" in dict(s.options) for s in grid)
+    assert {s.run(own, 1e-3, 5).judge for s in grid} == {None}
+    (tmp_path / "judge").mkdir()
+    judged = [s for s in grid if "judged" in dict(s.options)]
+    assert {s.run(own, 1e-3, 5).judge for s in judged} == {"judge"}

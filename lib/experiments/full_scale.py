@@ -112,7 +112,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         device="cuda",
         policies=("135m", "360m", "1.7b"),
         judge="judge",
-        options=(("prepared", "full_scale"), ("dtype", "bfloat16"), ("max_tokens", 128)),
+        options=(("prepared", ".prepared/full_scale"), ("dtype", "bfloat16"), ("max_tokens", 128)),
     ),
     "paper": replace(
         FULL,
@@ -123,7 +123,8 @@ PROFILES: dict[str, FullScaleProfile] = {
         few=2000,
         many=16_000,
         judge="judge",
-        options=(("prepared", "full_scale_paper"), ("dtype", "bfloat16"), ("max_tokens", 256)),
+        options=(("prepared", ".prepared/full_scale_paper"), ("dtype", "bfloat16"),
+                 ("max_tokens", 256)),
     ),
 }
 
