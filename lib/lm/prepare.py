@@ -28,7 +28,15 @@ from lib.lm import length, pairs, reward
 from lib.lm.models import ids, load_policy, load_reward_model, load_tokenizer, resolve
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
-from lib.lm.text import encode_prompts, encode_responses, example, load_preferences, load_prompts
+from lib.lm.text import (
+    Preferences,
+    as_text,
+    encode_prompts,
+    encode_responses,
+    example,
+    load_preferences,
+    load_prompts,
+)
 from lib.randomness import uniforms
 from lib.runs import provenance, write_atomically
 
@@ -98,6 +106,19 @@ def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     """pairs.parquet from the user's own preferences; returns its record."""
     read = load_preferences(options.preferences, config=options.config, split=options.split,
                             revision=options.prompts_revision)  # fmt: skip
+    splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos)
+    pairs.save(options.out / "pairs.parquet", splits)
+    return record
+
+
+def given_pairs(
+    read: Preferences, options: argparse.Namespace, tokenizer: Any, eos: tuple[int, ...]
+) -> tuple[dict[str, pairs.Pairs], dict[str, pd.DataFrame], dict[str, Any]]:
+    """Preferences as pairs by split, the first response preferred; a tenth is held out.
+
+    Args: options: max_prompt, max_tokens, seed.
+    Returns: the pairs, their instructions as text, and a record of what was read and left out.
+    """
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt,
                   max_response_tokens=options.max_tokens))  # fmt: skip
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
@@ -106,16 +127,17 @@ def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
         for side in (read.chosen, read.rejected)
     ]
     last = (uniforms([options.seed], 0, 0, (len(coded.ids),))[0] < VALIDATION).tolist()
-    found = ids(tokenizer, model)
-    splits = {}
+    splits, texts = {}, {}
     for name, wanted in (("train", False), ("validation", True)):
         rows = [i for i, x in enumerate(last) if x is wanted]
         columns = ([column[i] for i in rows] for column in (coded.ids, *sides))
-        splits[name] = pairs.Pairs(*columns, found.eos)
-    pairs.save(options.out / "pairs.parquet", splits)
-    return {"count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
-            "source": asdict(read.source), "dropped": read.counts,
-            "too long": coded.too_long, "max_tokens": options.max_tokens}  # fmt: skip
+        splits[name] = pairs.Pairs(*columns, eos)
+        kept = [as_text(read.prompts[coded.kept[i]]) for i in rows]
+        texts[name] = pd.DataFrame({"instruction": kept})
+    record = {"count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
+              "source": asdict(read.source), "dropped": read.counts,
+              "too long": coded.too_long, "max_tokens": options.max_tokens}  # fmt: skip
+    return splits, texts, record
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:

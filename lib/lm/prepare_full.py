@@ -41,7 +41,7 @@ from lib.lm.models import ids, load_policy, load_tokenizer, resolve
 from lib.lm.network import Network
 from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.policy import Scorer
-from lib.lm.prepare import read_record, split_of, train_reward, write_record
+from lib.lm.prepare import given_pairs, read_record, split_of, train_reward, write_record
 from lib.lm.text import (
     Prompt,
     as_text,
@@ -55,7 +55,7 @@ from lib.randomness import uniforms
 from lib.runs import provenance
 
 BATCH = 64  # prompts answered, and responses judged, at once
-WEAK, STRONG, SPLIT = range(3)  # streams of random numbers
+STRONG, SPLIT = 1, 2  # streams of random numbers
 ANSWERERS = {"similar": ("first", "second"), "distinct": ("strong", "first")}
 SHORT = "You are a helpful assistant who gives short answers in plain English."
 
@@ -255,24 +255,9 @@ def _read(
         if not name or path.exists():
             continue
         read = load_preferences(name, split=options.split, revision=options.revision)
-        print(example(tokenizer, read, max_prompt_tokens=options.max_prompt,
-                      max_response_tokens=options.max_tokens))  # fmt: skip
-        coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
-        sides = [encode_responses(tokenizer, [side[i] for i in coded.kept], options.max_tokens).ids
-                 for side in (read.chosen, read.rejected)]  # fmt: skip
-        share = options.held_out / (options.pairs + options.held_out)
-        last = (uniforms([options.seed], SPLIT, 0, (len(coded.ids),))[0] < share).tolist()
-        splits, more = {}, {}
-        for split, held_out in zip(SPLITS, (False, True), strict=True):
-            rows = [i for i, x in enumerate(last) if x is held_out]
-            columns = ([column[i] for i in rows] for column in (coded.ids, *sides))
-            splits[split] = Pairs(*columns, ids(tokenizer, model).eos)
-            more[split] = pd.DataFrame({
-                "instruction": [as_text(read.prompts[coded.kept[i]]) for i in rows]})  # fmt: skip
-        files.save(path, splits, more)
-        record[kind] = {"source": asdict(read.source), "dropped": read.counts,
-                        "too long": coded.too_long,
-                        "count": {s: len(p) for s, p in splits.items()}}  # fmt: skip
+        splits, texts, record[kind] = given_pairs(read, options, tokenizer,
+                                                  ids(tokenizer, model).eos)  # fmt: skip
+        files.save(path, splits, texts)
         write_record(options.out, record)
 
 
