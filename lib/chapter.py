@@ -297,12 +297,16 @@ class Chapter(Page):
     def contrast(self, text: str, statistic: str = "final reward") -> pd.Series | None:
         """A statistic of a contrast such as "ipo@R1 - rwr@R1", by seed, as the verdicts use it.
 
-        Returns: None where one of its settings is not in the grid of this profile.
+        Returns: None where one of its settings is not in the grid of this profile, or its results
+            have no such statistic.
         """
         parts = claims.terms(text)
         if not self.has(*(name for _, name in parts)):
             return None
-        values = [w * stats.per_run(self.reported(name), statistic) for w, name in parts]
+        try:
+            values = [w * stats.per_run(self.reported(name), statistic) for w, name in parts]
+        except stats.MissingColumn:
+            return None
         return sum(values[1:], values[0]).dropna()
 
     def number(

@@ -120,9 +120,9 @@ def per_seed(
             return None
         try:
             rows = experiments.reported(results, grid[name], profile, seeds, rate(grid[name]))
-        except ValueError:  # its methods were left out
+            values = weight * stats.per_run(rows, rule.statistic)
+        except ValueError:  # its methods were left out, or nobody judged its runs
             return None
-        values = weight * stats.per_run(rows, rule.statistic)
         total = values if total is None else (total + values).dropna()
     return total
 

@@ -16,7 +16,7 @@ from myst_nb import glue
 
 from lib import stats, tables
 from lib.chapter import Chapter
-from lib.experiments.full_scale import BATCHED, FullScaleProfile
+from lib.experiments.full_scale import BATCHED, OFFLINE, FullScaleProfile
 from lib.lengths import Prepared
 from lib.lm.batches import padded
 from lib.lm.config import MINIBATCH
@@ -123,6 +123,24 @@ def ends(lines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     if len(looked_at(lines)) < len(lines):
         del columns["gain in gold"]
     return tables.ends(lines, columns)
+
+
+def kinds(chapter: Chapter) -> list[str]:
+    """The kinds of pairs that the chapter's grid has: a folder of one's own may have one."""
+    here = {s.reward_function for s in chapter.settings()}
+    return [kind for kind in KINDS if kind in here]
+
+
+def ratio_panels(chapter: Chapter, kind: str) -> dict[str, pd.DataFrame]:
+    """ "DPO, width 64" -> rows, for the smallest and the largest policy, or for the only one."""
+    profile: FullScaleProfile = chapter.profile
+    ends = {f"{m}@{kind}[policy={p},subset={profile.many}]": (m, p)
+            for p in (profile.policies[0], profile.policies[-1]) for m in OFFLINE}  # fmt: skip
+    only = {f"{m}@{kind}[judged=True]": (m, profile.policies[1]) for m in OFFLINE}
+    found = {name: key for name, key in ends.items() if chapter.has(name)} or {
+        name: key for name, key in only.items() if chapter.has(name)}  # fmt: skip
+    titles = {m: title.partition(" (")[0] for m, title in chapter.names().items()}
+    return {f"{titles[m]}, width {p}": chapter.reported(name) for name, (m, p) in found.items()}
 
 
 def by_batch(chapter: Chapter, method: str) -> dict[str, pd.DataFrame]:

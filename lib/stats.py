@@ -73,6 +73,10 @@ def reaching(curve: pd.DataFrame, target: float, column: str = "update") -> floa
     return float("inf")
 
 
+class MissingColumn(ValueError):
+    """Results that a statistic cannot be taken of, such as a gold reward that nobody judged."""
+
+
 STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
     "final reward": final,
     "mean reward over updates": area,
@@ -105,7 +109,7 @@ def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
     """A statistic of every run. Returns: values indexed by seed.
 
     A non-finite value (a run that diverged before it could be evaluated) counts as 0.
-    Raises: ValueError for an unknown statistic, or two runs of one seed.
+    Raises: ValueError for an unknown statistic, or two runs of one seed; MissingColumn.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"statistic must be one of {tuple(STATISTICS)}, got {statistic!r}")
@@ -119,7 +123,10 @@ def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
         seed = int(keys.at[start, "seed"])
         if seed in values:
             raise ValueError(f"two runs of seed {seed}")
-        value = function(curves.iloc[start:end])
+        try:
+            value = function(curves.iloc[start:end])
+        except KeyError as error:
+            raise MissingColumn(f"{statistic} needs {error}, which these results lack") from None
         values[seed] = value if np.isfinite(value) else 0.0
     return pd.Series(values, dtype=float)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import judging
+from lib import judging, stats
 
 SEEDS = range(5, 10)
 
@@ -68,3 +68,15 @@ def test_shipped_pairs_have_the_better_answer_first_and_share_no_prompt(kind):
     texts = {split: set(part["instruction"]) for split, part in table.groupby("split")}
     assert not texts["train"] & texts["validation"]
     assert min(map(len, texts.values())) >= 90
+
+
+def curve(**columns):
+    return pd.DataFrame({"run": "a", "seed": 5, "update": [0, 1], "reward": [0.0, 1.0], **columns})
+
+
+def test_a_gold_reward_that_nobody_judged_is_said_not_guessed():
+    with pytest.raises(stats.MissingColumn, match="final gold needs 'gold'"):
+        stats.per_run(curve(), "final gold")
+    assert stats.per_run(curve(gold=[-7.0, -5.5]), "gain in gold").tolist() == [1.5]
+    lines = {"judged": curve(gold=[-7.0, np.nan]), "plain": curve()}
+    assert {label: len(rows) for label, rows in judging.looked_at(lines).items()} == {"judged": 1}
