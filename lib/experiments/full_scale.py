@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lib.experiments.length import GPU_RATES, PAPER_RATES
+from lib.experiments.length import GPU_RATES, PAPER_RATES, SHARED, SMALL
 from lib.experiments.settings import Grid, Profile, Setting
 from lib.lm.config import MINIBATCH, length_run, prepared_folder
 from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
@@ -69,37 +69,20 @@ class FullScaleProfile(Profile):
         return self.folder is None or not self.folder.is_dir() or (self.folder / file).exists()
 
 
-FULL = FullScaleProfile(
-    rates=(1e-3, 3e-4, 1e-4),
-    sweep_seeds=(0, 1),
-    report_seeds=tuple(range(5, 10)),
-    dial_sweep_seeds=(),
-    dial_seeds=tuple(range(5, 10)),
-    updates=48,
-    options=(("evaluations", 6),),
-    select_by="final proxy",
-)
+FULL = FullScaleProfile(**SHARED["full"], updates=48, options=(("evaluations", 6),))
 PROFILES: dict[str, FullScaleProfile] = {
-    "smoke": FullScaleProfile(
-        rates=(1e-3,),
-        sweep_seeds=(0,),
-        report_seeds=(5,),
-        dial_sweep_seeds=(),
-        dial_seeds=(5,),
+    "smoke": replace(
+        FULL,
+        **SHARED["smoke"],
         sets=(2,),
         few=16,
         many=32,
         judge="tiny",  # the policy itself: only to see that it works
-        updates=2,
-        options=(("evaluations", 2), ("prompts", 4), ("minibatch", 8), ("max_tokens", 24)),
-        select_by="final proxy",
+        options=(("evaluations", 2), *SMALL),
     ),
     "cpu": replace(
         FULL,
-        rates=(3e-4,),
-        sweep_seeds=(0,),
-        report_seeds=(5, 6),
-        dial_seeds=(5, 6),
+        **SHARED["cpu"],
         sets=(4,),
         updates=24,
         options=(("evaluations", 4), ("prompts", 32)),

@@ -46,38 +46,31 @@ class LengthProfile(Profile):
         )
 
 
-FULL = LengthProfile(
-    rates=(1e-3, 3e-4, 1e-4),
-    sweep_seeds=(0, 1),
-    report_seeds=tuple(range(5, 10)),
-    dial_sweep_seeds=(),
-    dial_seeds=tuple(range(5, 10)),
-    updates=96,
-    options=(("evaluations", 24),),
-    select_by="final proxy",
-)
+# What the profiles of all language-model chapters share: a pilot on seeds that are not reported.
+SHARED: dict[str, dict[str, Any]] = {
+    "full": dict(
+        rates=(1e-3, 3e-4, 1e-4), sweep_seeds=(0, 1), report_seeds=tuple(range(5, 10)),
+        dial_sweep_seeds=(), dial_seeds=tuple(range(5, 10)), select_by="final proxy",
+    ),
+    "cpu": dict(rates=(3e-4,), sweep_seeds=(0,), report_seeds=(5, 6), dial_seeds=(5, 6)),
+    "smoke": dict(rates=(1e-3,), sweep_seeds=(0,), report_seeds=(5,), dial_seeds=(5,), updates=2),
+}  # fmt: skip
+SMALL = (("prompts", 4), ("minibatch", 8), ("max_tokens", 24))  # options of a run at smoke
+FULL = LengthProfile(**SHARED["full"], updates=96, options=(("evaluations", 24),))
 GPU_RATES = (1e-5, 5e-6, 1e-6)
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
-    "smoke": LengthProfile(
-        rates=(1e-3,),
-        sweep_seeds=(0,),
-        report_seeds=(5,),
-        dial_sweep_seeds=(),
-        dial_seeds=(5,),
+    "smoke": replace(
+        FULL,
+        **SHARED["smoke"],
         batches=(2,),
         inner_steps=(2,),
         betas=(0.5,),
-        updates=2,
-        options=(("evaluations", 1), ("prompts", 4), ("minibatch", 8), ("max_tokens", 24)),
-        select_by="final proxy",
+        options=(("evaluations", 1), *SMALL),
     ),
     "cpu": replace(
         FULL,
-        rates=(3e-4,),
-        sweep_seeds=(0,),
-        report_seeds=(5, 6),
-        dial_seeds=(5, 6),
+        **SHARED["cpu"],
         batches=(4,),
         inner_steps=(8,),
         betas=(0.5,),

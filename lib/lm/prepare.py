@@ -225,6 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="prompts at most, evenly from the file")
     parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
     parser.add_argument("--tasks", nargs="+", default=length.TASKS, choices=length.TASKS)
+    add_shared(parser)
+    return parser
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """The options of reward models, lengths, seed and device, which `prepare_full` has as well."""
     parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')
     parser.add_argument("--rate", type=float, default=1e-3, help="of the reward models")
     parser.add_argument("--epochs", type=int, default=6, help="of the reward models, at most")
@@ -232,7 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are dropped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
 
 
 if __name__ == "__main__":

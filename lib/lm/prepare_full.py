@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from lib.lm import pairs as files
@@ -41,7 +40,14 @@ from lib.lm.models import ids, load_policy, load_tokenizer, resolve
 from lib.lm.network import Network
 from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.policy import Scorer
-from lib.lm.prepare import given_pairs, read_record, split_of, train_reward, write_record
+from lib.lm.prepare import (
+    add_shared,
+    given_pairs,
+    read_record,
+    split_of,
+    train_reward,
+    write_record,
+)
 from lib.lm.text import (
     Prompt,
     as_text,
@@ -289,13 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=2048, help="training pairs that are made")
     parser.add_argument("--held-out", type=int, default=256, help="pairs for evaluation")
     parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
-    parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')
-    parser.add_argument("--rate", type=float, default=1e-3, help="of the reward models")
-    parser.add_argument("--epochs", type=int, default=6, help="of the reward models, at most")
-    parser.add_argument("--max-tokens", type=int, default=96, help="cap of a response")
-    parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are dropped")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_shared(parser)
     return parser
 
 
