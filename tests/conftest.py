@@ -6,6 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, and a busy machine is no failure.
+settings.register_profile(
+    "book", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("book")
 
 # Before torch is imported anywhere: results then depend on no core count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import losses
 from lib.theory import contrast
 from lib.theory.dynamics import descend
 from lib.theory.lemmas import tie
-from tests.distributions import log_distributions
+from tests.distributions import log_distributions, two_distributions
 
 P = torch.tensor([0.1, 0.2, 0.4, 0.3], dtype=torch.float64).log()
 SMALL = st.floats(0.0, 3.0)
@@ -78,9 +78,9 @@ def test_equal_weights_leave_all_other_ratios_alone(logp, c, rate):
     assert float(change.max() - change.min()) == pytest.approx(0, abs=1e-9)
 
 
-@given(logp=log_distributions(2), ref=log_distributions(2), beta=st.floats(0.01, 2))
-def test_weights_are_those_of_the_losses(logp, ref, beta):
-    assume(len(logp) == len(ref))
+@given(pair=two_distributions(), beta=st.floats(0.01, 2))
+def test_weights_are_those_of_the_losses(pair, beta):
+    logp, ref = pair
     prefer = torch.zeros(2, 2, dtype=torch.bool)
     prefer[0, 1] = True
     hyper, margin = torch.tensor(beta, dtype=torch.float64), (logp - ref)[0] - (logp - ref)[1]

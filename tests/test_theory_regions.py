@@ -77,10 +77,15 @@ def test_case_2_and_3_region(pair):
     assert value == predicted
 
 
-@given(pair=two_distributions(3))
-def test_case_2_holds_from_c0_of_1(pair):
-    logp, logq = draws.ordered(pair[0]), draws.tied(pair[1])
-    assume(logp[0] > logp[1] and logq[0] >= logp[0])
+@given(
+    q=st.floats(1e-12, 0.49), share=st.floats(1e-9, 1.0), ratio=st.floats(1e-9, 0.999),
+    rest=st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)),
+)  # fmt: skip
+def test_case_2_holds_from_c0_of_1(q, share, ratio, rest):
+    p1, (left, other) = share * q, rest
+    free = 1 - p1 * (1 + ratio)
+    logp = t([p1, ratio * p1, left * free, (1 - left) * free]).log()
+    logq = t([q, q, other * (1 - 2 * q), (1 - other) * (1 - 2 * q)]).log()
     assert regions.gap(logp, logq) > -CLEAR
 
 
