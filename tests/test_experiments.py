@@ -56,7 +56,8 @@ def test_pilot_seeds_are_not_reported_and_five_are(chapter):
 def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
     profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
     run = experiments.Setting("ppo_token", "min", (("sets", 4),)).run(profile, 1e-3, 0)
-    assert (run.batch, run.sets, run.updates, run.iterations) == (256, 4, 96, 24)
+    assert (run.batch, run.sets) == (256, 4)
+    assert run.updates == profile.updates == 4 * run.iterations
 
 
 def rows(method, task, rate, seed, ends, proxy=0.0, **options):

@@ -56,7 +56,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "smoke": dict(rates=(1e-3,), sweep_seeds=(0,), report_seeds=(5,), dial_seeds=(5,), updates=2),
 }  # fmt: skip
 SMALL = (("prompts", 4), ("minibatch", 8), ("max_tokens", 24))  # options of a run at smoke
-FULL = LengthProfile(**SHARED["full"], updates=96, options=(("evaluations", 24),))
+FULL = LengthProfile(**SHARED["full"], updates=72, options=(("evaluations", 12),))
 GPU_RATES = (1e-5, 5e-6, 1e-6)
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
