@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -367,6 +368,9 @@ def build_html(book: Book) -> bool:
     sources["_config.yml"] = yaml.safe_dump(config, allow_unicode=True).encode()
     lay_out(book.out / "source", sources)
     built = sphinx(book, freshly=not clean_before)
+    if not built and clean_before:  # a label that moved to another page counts as two until then
+        say("page: once more, reading all pages afresh")
+        built = sphinx(book, freshly=True)
     if built:
         stamp.write_text(digest(made_from))
     return built
@@ -424,6 +428,12 @@ def foreign_sources(page: str) -> list[str]:
     return [a for a in loaded if a.startswith("//") or urlsplit(a).scheme in {"http", "https"}]
 
 
+def warnings_shown(code: list) -> list[str]:
+    """Lines of code cells' outputs that Python's `warnings` printed."""
+    text = "\n".join(o.text for c in code for o in c.outputs if o.output_type == "stream")
+    return re.findall(r".*\b[A-Z]\w*Warning: .*", text)
+
+
 def check_chapter(book: Book, chapter: str) -> tuple[int, int, list[str]]:
     """(executed cells, figures on the page, problems) of one built chapter."""
     if not book.page(chapter).is_file():
@@ -438,6 +448,9 @@ def check_chapter(book: Book, chapter: str) -> tuple[int, int, list[str]]:
     errors = sum(o.output_type == "error" for c in code for o in c.outputs)
     if errors or soup.select(".traceback"):
         problems.append("an error is on the page")
+    problems += [f"a warning is on the page: {line}" for line in warnings_shown(code)]
+    if str(book.root) in soup.get_text():
+        problems.append(f"the page names {book.root}, a folder of the machine that built it")
     if not code or not all(map(is_executed, code)):
         problems.append(f"{sum(map(is_executed, code))} of {len(code)} code cells were executed")
     links = [a["href"] for a in soup.select("a.figure-data")]

@@ -156,6 +156,30 @@ def test_a_warning_fails_the_build_every_time(mini):
         assert "nowhere" in result.text
 
 
+def test_a_label_may_move_to_another_page(mini):
+    label = "(here)=\n## A section\n\nSee {ref}`here`.\n"
+    for first, second in (("", label), (label, "")):
+        write_chapter(mini / "book" / "index.ipynb", f"# Index\n\n{first}", "VALUE = 1", FIGURE)
+        write_chapter(mini / "book" / "status.ipynb", f"# Status\n\n{second}", "VALUE = 1", FIGURE)
+        result = run_build(mini)
+        assert result.status == 0, result.text
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import warnings\nwarnings.warn('too small')", "UserWarning: too small"),
+        ("import os\nprint(os.getcwd())", "a folder of the machine that built it"),
+    ],
+)
+def test_what_a_reader_should_not_see_fails_the_count(mini, code, said):
+    write_chapter(mini / "book" / "index.ipynb", "# Index", code, "VALUE = 1", FIGURE)
+    assert run_build(mini).status == 0
+    result = run_build(mini, "--check")
+    assert result.status == 1
+    assert said in result.text
+
+
 def test_the_built_site_is_counted(built):
     result = run_build(built, "--check")
     assert result.status == 0, result.text
