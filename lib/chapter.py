@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -318,6 +319,18 @@ class Chapter(Page):
         shown = "(not run at this profile)" if values is None or values.empty else (
             tables.interval_text(values, signed, digits))  # fmt: skip
         glue(name, shown, display=False)
+
+    def numbers(self, statistics: Mapping[str, str], digits: int = 1) -> None:
+        """Makes means and 95% intervals of every setting of profile `full` available to the prose.
+
+        Args: statistics: first word of a number's name -> what it is. With {"length": "final
+            length"} the names are "length_dpo_offline_min", "length_ppo_token_min_sets_4".
+        """
+        whole = experiments.CHAPTERS[self.name].profiles["full"]
+        for s in experiments.settings(self.name, whole):
+            for word, statistic in statistics.items():
+                name = re.sub(r"\W+", "_", f"{word}_{s.name}").strip("_")
+                self.number(name, s.name, statistic, digits)
 
 
 class _Untracked:

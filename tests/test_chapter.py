@@ -2,9 +2,10 @@
 
 import pytest
 
-from lib import chapter, claims
+from lib import chapter, claims, experiments
 from lib.chapter import Chapter
 from lib.experiments.bandit import FULL
+from lib.experiments.length import PROFILES as LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,14 @@ def test_a_comparison_with_bars_stays_in_its_column():
     text = chapter._claim_text(row, [claims.Verdict(rule, "reproduced", 1.0, 0.5, 1.5, 20)])
     *_, line = text.splitlines()
     assert line.replace(r"\|", "").count("|") == 6 and "+0.5 to +1.5" in line
+
+
+def test_numbers_of_the_prose_are_named_after_their_settings(monkeypatch):
+    said = {}
+    monkeypatch.setattr(chapter, "glue", lambda name, text, display: said.update({name: text}))
+    shown = Chapter("on_policy_length", methods=["ppo_token"])
+    shown.numbers({"length": "final length"}, digits=0)
+    own = shown.contrast("ppo_token@min[sets=4]", "final length")
+    assert said["length_ppo_token_min_sets_4"].startswith(f"{own.mean():.0f} (")
+    assert said["length_rwr_min_sets_4"] == "(not run at this profile)"
+    assert len(said) == len(experiments.settings("on_policy_length", LENGTH["full"]))
