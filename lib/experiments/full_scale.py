@@ -32,7 +32,7 @@ class FullScaleProfile(Profile):
         few, many: pairs of the small and the large data set. judge: the gold model.
     """
 
-    sets: tuple[int, ...] = (2, 4)
+    sets: tuple[int, ...] = (4,)
     policies: tuple[str, ...] = ("64", "128", "256")
     few: int = 100
     many: int = 800
@@ -49,7 +49,6 @@ class FullScaleProfile(Profile):
             setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
             kind=setting.reward_function, **options,
         )  # fmt: skip
-
 
     @property
     def folder(self) -> Path | None:
@@ -69,7 +68,9 @@ class FullScaleProfile(Profile):
         return self.folder is None or not self.folder.is_dir() or (self.folder / file).exists()
 
 
-FULL = FullScaleProfile(**SHARED["full"], updates=48, options=(("evaluations", 6),))
+FULL = FullScaleProfile(
+    **{**SHARED["full"], "rates": (1e-3, 3e-4)}, updates=48, options=(("evaluations", 6),)
+)
 PROFILES: dict[str, FullScaleProfile] = {
     "smoke": replace(
         FULL,
@@ -78,12 +79,11 @@ PROFILES: dict[str, FullScaleProfile] = {
         few=16,
         many=32,
         judge="tiny",  # the policy itself: only to see that it works
-        options=(("evaluations", 2), *SMALL),
+        options=(("evaluations", 1), *SMALL),
     ),
     "cpu": replace(
         FULL,
         **SHARED["cpu"],
-        sets=(4,),
         updates=24,
         options=(("evaluations", 4), ("prompts", 32)),
     ),
