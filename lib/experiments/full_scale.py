@@ -148,4 +148,4 @@ def _engine(device: str = "cpu") -> Engine:
     return FullScaleEngine(device)
 
 
-CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine, prose="cpu")}
+CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine)}
