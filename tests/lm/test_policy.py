@@ -160,6 +160,8 @@ def test_micro_batches_change_nothing(folder, name):
     parts, _, same = updated(folder, METHODS[name], steps=1, budget=1)
     (logp, metrics), (logp1, metrics1) = seen[0], same[0]
     torch.testing.assert_close(logp, logp1, atol=1e-5, rtol=1e-5)
+    for seen in (metrics, metrics1):  # margins are 0 at the start: rounding decides on their signs
+        seen.pop("pair_accuracy", None)
     torch.testing.assert_close(metrics, metrics1, atol=1e-5, rtol=1e-4)
     for a, b in zip(whole.parameters, parts.parameters, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
