@@ -151,26 +151,20 @@ def by_batch(chapter: Chapter, method: str) -> dict[str, pd.DataFrame]:
     return chapter.lines({f"B = {b}": name for b, name in found.items()})
 
 
-NUMBERS = {  # name in the prose -> contrast, statistic
-    **{f"fs_{short}_{kind}": (f"{method}@{kind}[judged=True]", "gain in gold")
-       for short, method in (("dpo", "dpo_offline"), ("pref", "pref_ft")) for kind in KINDS},
-    **{f"fs_margin_{short}_{kind}": (f"{method}@{kind}[judged=True]", "final margin")
-       for short, method in (("dpo", "dpo_offline"), ("pref", "pref_ft")) for kind in KINDS},
-    **{f"fs_{y}_{size}_{kind}": (f"dpo_offline@{kind}[policy={width},subset=800]",
-                                 f"final {side} log-ratio")
-       for y, side in (("w", "chosen"), ("l", "rejected"))
-       for size, width, kind in (("small", 64, "similar"), ("large", 256, "distinct"))},
-    "fs_w_pref_large_distinct": ("pref_ft@distinct[policy=256,subset=800]",
-                                 "final chosen log-ratio"),
-    **{f"fs_batch_{m}": (f"{m}@similar[judged=True] - {m}@similar[judged=True,sets=4]",
-                         "final gold") for m in BATCHED},
-}  # fmt: skip
-
-
 def numbers(chapter: Chapter) -> None:
-    """Makes the chapter's numbers available to its prose."""
-    for name, (contrast, statistic) in NUMBERS.items():
-        chapter.number(name, contrast, statistic, digits=1 if "log-ratio" in statistic else 2)
+    """Makes the chapter's numbers available to its prose: those of its settings by their names
+    (`Chapter.numbers`), differences and the factorial's effects as "fs_..."."""
+    chapter.numbers({"gain": "gain in gold", "margin": "final margin"}, digits=2)
+    chapter.numbers({"w": "final chosen log-ratio", "l": "final rejected log-ratio"})
+    chapter.numbers({"kl": "final KL to reference"}, digits=0)
+    for method in BATCHED:
+        fresh, old = (f"{method}@similar[judged=True{dial}]" for dial in ("", ",sets=4"))
+        chapter.number(f"fs_batch_{method}", f"{fresh} - {old}", "final gold")
+    profile: FullScaleProfile = chapter.profile
+    glue("fs_seen", profile.updates * MINIBATCH // 2 // profile.few, display=False)
+    fast, slow = (f"dpo_offline@{kind}[judged=True]" for kind in ("distinct", "similar"))
+    ratio = chapter.rate(fast) / chapter.rate(slow) if chapter.has(fast, slow) else float("nan")
+    glue("fs_rates", f"{ratio:.1f}", display=False)
     glue("fs_accuracy", f"{proxy_accuracy('similar'):.0%}", display=False)
     has = "dpo_offline" in chapter.names()
     found = cells(chapter, "dpo_offline", "final chosen log-ratio") if has else {}
