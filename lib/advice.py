@@ -17,7 +17,7 @@ from lib.decisions import MIN_SEEDS, PROBLEMS, Problem
 from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
-ALIKE = 0.1  # of the bandit's reward: how far methods' means may part for the loss to matter little
+ALIKE = 5  # margins of a problem: how far methods' means may part for the loss to matter little
 PLACES = {"far": "where the reward lies far from what the model writes",
           "near": "where it lies near"}  # fmt: skip
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
@@ -44,16 +44,21 @@ def sampling(results: pd.DataFrame) -> str:
 
 
 def _loss(results: pd.DataFrame) -> str:
-    """How much the on-policy methods differ among themselves, on the bandit."""
-    found = [v for p in PROBLEMS if p.sizes == "bandit"
-             for v in _values(results, p, "fresh").values()]  # fmt: skip
-    means = [by_seed.mean() for by_seed in found if len(by_seed) >= MIN_SEEDS]
+    """How much the on-policy methods differ among themselves."""
+    means = {}
+    for p in PROBLEMS:
+        found = _values(results, p, "fresh")
+        ends = [v.mean() for name, v in found.items()
+                if methods.get(name).on_policy and len(v) >= MIN_SEEDS]  # fmt: skip
+        if len(ends) > 1:
+            means[p] = min(ends), max(ends)
     if not means:
         return ""
-    little = max(means) - min(means) <= ALIKE
+    little = all(high - low <= ALIKE * p.margin for p, (low, high) in means.items())
     loss = "Which loss you take then matters little" if little else "The loss matters as well"
-    return (f" {loss}: on the bandit the on-policy methods' means lie between {min(means):.2f} and "
-            f"{max(means):.2f}.")  # fmt: skip
+    told = ", ".join(f"{low:.2f} and {high:.2f}{p.unit} on {p.title}"
+                     for p, (low, high) in means.items())  # fmt: skip
+    return f" {loss}: the on-policy methods' means lie between {told}."
 
 
 def old_samples(chapters: Chapters) -> str:

@@ -103,3 +103,11 @@ def test_without_results_each_answer_says_so():
 def test_a_gap_counts_beyond_the_margin_only():
     assert advice._beyond(FAR, pd.Series([0.04, 0.041, 0.042]))
     assert not advice._beyond(FAR, pd.Series([0.01, 0.011, 0.012]))
+
+
+def test_the_loss_matters_where_it_does_on_any_problem_that_counts():
+    """The bandit's on-policy methods are alike, those of a length problem are not."""
+    apart = lengths((-5.0, -40.0), (-1.0, -40.0), (-2.0, -41.0))
+    first, *_ = advice.short_answers({**chapters(), **apart}).splitlines()
+    assert "The loss matters as well" in first
+    assert "0.97 and 0.99 on bandit R1" in first and "-40.00 and -1.00 tokens on Min" in first
