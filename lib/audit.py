@@ -67,7 +67,7 @@ MEASURES: dict[str, dict[str, Measure]] = {
     },
     "length": {
         "final length": Measure("length at the end, tokens", 2.0, usual=True),
-        "mean reward over the first 1152 samples": Measure("reward, first 1,152 samples", 0.5),
+        "mean reward over the first 768 samples": Measure("reward, first 768 samples", 0.5),
     },
 }
 STATISTICS = {name: m for measures in MEASURES.values() for name, m in measures.items()}

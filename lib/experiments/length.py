@@ -56,7 +56,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "smoke": dict(rates=(1e-3,), sweep_seeds=(0,), report_seeds=(5,), dial_seeds=(5,), updates=2),
 }  # fmt: skip
 SMALL = (("prompts", 4), ("minibatch", 8), ("max_tokens", 24))  # options of a run at smoke
-FULL = LengthProfile(**SHARED["full"], updates=72, options=(("evaluations", 12),))
+FULL = LengthProfile(**SHARED["full"], updates=48, options=(("evaluations", 12),))
 GPU_RATES = (1e-5, 5e-6, 1e-6)
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
@@ -74,7 +74,6 @@ PROFILES: dict[str, LengthProfile] = {
         batches=(4,),
         inner_steps=(8,),
         betas=(0.5,),
-        updates=48,
         options=(("evaluations", 6),),
     ),
     "full": FULL,
@@ -82,12 +81,14 @@ PROFILES: dict[str, LengthProfile] = {
     "gpu": replace(
         FULL,
         rates=GPU_RATES,
+        updates=72,
         device="cuda",
         options=(("prepared", "smollm2"), ("dtype", "bfloat16"), ("max_tokens", 128)),
     ),
     "paper": replace(
         FULL,
         rates=PAPER_RATES,
+        updates=72,
         device="cuda",
         options=(("prepared", "pythia"), ("dtype", "bfloat16"), ("max_tokens", 256)),
     ),
