@@ -399,8 +399,7 @@ def _with_rates(profile: experiments.Profile, rates: Sequence[float] | None) -> 
     bad = [r for r in rates if not isinstance(r, int | float) or not 0 < r <= 10]
     if bad or not rates:
         raise ValueError(f"learning_rates must be numbers in (0, 10], got {list(rates)}")
-    ordered = tuple(sorted({float(r) for r in rates}, reverse=True))
-    return replace(profile, rates=ordered)
+    return profile.with_rates(tuple(sorted({float(r) for r in rates}, reverse=True)))
 
 
 def _with_options(profile: experiments.Profile, options: Mapping[str, Any]) -> experiments.Profile:

@@ -21,7 +21,7 @@ from lib import experiments, stats
 DATA = Path(__file__).parents[1] / "data"
 CLAIMS, RULES = DATA / "claims.csv", DATA / "claim_rules.csv"
 DIRECTIONS = (">", "<", "=")
-Rate = Callable[[experiments.Setting], float]  # the learning rate selected for a setting
+Rows = Callable[[experiments.Setting], pd.DataFrame]  # what is reported of a setting
 VERDICTS = ("reproduced", "partly", "not reproduced", "inconclusive", "not judged")
 _TERM = re.compile(r"\s*([+-]?)\s*(?:([\d.]+)\s*\*\s*)?(\w+@\w+(?:\[[^\]]*\])?)")
 
@@ -105,22 +105,18 @@ def claims(path: Path = CLAIMS) -> pd.DataFrame:
     return pd.read_csv(path).set_index("id")
 
 
-def per_seed(
-    rule: Rule, results: pd.DataFrame, profile: experiments.Profile, rate: Rate
-) -> pd.Series | None:
+def per_seed(rule: Rule, profile: experiments.Profile, rows: Rows) -> pd.Series | None:
     """The contrast within each seed that every one of its settings has.
 
     Returns: None where a setting is not in the profile's grid or has no results.
     """
     grid = {s.name: s for s in experiments.settings(rule.chapter, profile)}
-    seeds = _all_reported(results, profile)
     total: pd.Series | None = None
     for weight, name in terms(rule.contrast):
         if name not in grid:
             return None
         try:
-            rows = experiments.reported(results, grid[name], profile, seeds, rate(grid[name]))
-            values = weight * stats.per_run(rows, rule.statistic)
+            values = weight * stats.per_run(rows(grid[name]), rule.statistic)
         except ValueError:  # its methods were left out, or nobody judged its runs
             return None
         total = values if total is None else (total + values).dropna()
@@ -133,9 +129,9 @@ def _all_reported(results: pd.DataFrame, profile: experiments.Profile) -> list[i
     return [seed for seed in results["seed"].unique() if seed >= first]
 
 
-def judge(rule: Rule, results: pd.DataFrame, profile: experiments.Profile, rate: Rate) -> Verdict:
+def judge(rule: Rule, profile: experiments.Profile, rows: Rows) -> Verdict:
     """The verdict of one comparison."""
-    values = per_seed(rule, results, profile, rate)
+    values = per_seed(rule, profile, rows)
     if values is None or values.empty:
         return Verdict(rule, "not judged")
     effect, low, high = stats.interval(values)
@@ -167,10 +163,13 @@ def parent(verdicts: Iterable[str]) -> str:
 
 
 def judge_all(chapter: str, results: pd.DataFrame, profile: experiments.Profile) -> list[Verdict]:
-    """The verdicts of a chapter's comparisons, in the order of the rules."""
-    results = experiments.CHAPTERS[chapter].derive(results, profile)
-    rate = cache(lambda setting: experiments.selected_rate(results, setting, profile))
-    return [judge(rule, results, profile, rate) for rule in rules() if rule.chapter == chapter]
+    """The verdicts of a chapter's comparisons, in the order of the rules.
+
+    Args: results: with the columns that the chapter's `derive` adds.
+    """
+    seeds = _all_reported(results, profile)
+    rows = cache(lambda setting: experiments.reported(results, setting, profile, seeds))
+    return [judge(rule, profile, rows) for rule in rules() if rule.chapter == chapter]
 
 
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:

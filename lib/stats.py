@@ -1,51 +1,53 @@
 """What a run's curve is reduced to, and intervals over seeds. Pure functions of result tables.
 
-A *curve* is the rows of one run in the order of its updates (see the result table's columns in the
-chapter status).
+A *curve* is the rows of one run in the order of its updates, by column (see those of a result table
+in the chapter status): a data frame, or a mapping of arrays, which is much quicker to take apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
+Curve = Mapping[str, np.ndarray] | pd.DataFrame
 CONFIDENCE = 0.95
 SUSTAINED = 5  # evaluations that must stay at the target for it to count as reached
 
 
-def final(curve: pd.DataFrame, column: str = "reward") -> float:
+def final(curve: Curve, column: str = "reward") -> float:
     """The value after the last update."""
-    return float(curve[column].iloc[-1])
+    return float(_array(curve, column)[-1])
 
 
-def change(curve: pd.DataFrame, column: str) -> float:
+def change(curve: Curve, column: str) -> float:
     """The last value minus the one before the first update."""
-    return float(curve[column].iloc[-1] - curve[column].iloc[0])
+    values = _array(curve, column)
+    return float(values[-1] - values[0])
 
 
-def peak(curve: pd.DataFrame, column: str) -> float:
-    """The largest value during training."""
-    return float(curve[column].max())
+def peak(curve: Curve, column: str) -> float:
+    """The largest value during training; NaN is left out."""
+    return float(np.fmax.reduce(_array(curve, column)))
 
 
-def area(curve: pd.DataFrame, column: str = "reward", over: str = "update", limit=None) -> float:
+def area(curve: Curve, column: str = "reward", over: str = "update", limit=None) -> float:
     """The mean height of the curve (trapezoid area / span) up to `limit`: how fast it learned."""
-    x, y = curve[over].to_numpy(float), curve[column].to_numpy(float)
+    x, y = _array(curve, over), _array(curve, column)
     if limit is not None:
         x, y = x[x <= limit], y[x <= limit]
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def at_kl(curve: pd.DataFrame, kl: float) -> float:
+def at_kl(curve: Curve, kl: float) -> float:
     """The reward where KL(pi || pi_ref) first reaches `kl` nats, between rows by a straight line.
 
     A run that never gets there is given its best reward: more KL was not of use to it.
     """
-    x, y = curve["kl_ref"].to_numpy(float), curve["reward"].to_numpy(float)
+    x, y = _array(curve, "kl_ref"), _array(curve, "reward")
     beyond = np.flatnonzero(x >= kl)
     if not len(beyond):
         return float(np.max(y))
@@ -55,29 +57,27 @@ def at_kl(curve: pd.DataFrame, kl: float) -> float:
     return float(np.interp(kl, [x[i - 1], x[i]], [y[i - 1], y[i]]))
 
 
-def updates_to(curve: pd.DataFrame, share: float = 0.9) -> float:
-    """The first evaluated update with at least `share` of the curve's own best reward."""
-    reached = curve["reward"] >= share * curve["reward"].max()
-    return float(curve["update"][reached].iloc[0])
-
-
-def reaching(curve: pd.DataFrame, target: float, column: str = "update") -> float:
+def reaching(curve: Curve, target: float, column: str = "update") -> float:
     """`column` at the first update whose reward reaches `target` and keeps it for 5 evaluations.
 
     Returns: inf where that never happens (a censored time).
     """
-    above = (curve["reward"] >= target).to_numpy()
+    above = _array(curve, "reward") >= target
     for i in range(len(above) - SUSTAINED + 1):
         if above[i : i + SUSTAINED].all():
-            return float(curve[column].iloc[i])
+            return float(_array(curve, column)[i])
     return float("inf")
+
+
+def _array(curve: Curve, column: str) -> np.ndarray:
+    return np.asarray(curve[column], float)
 
 
 class MissingColumn(ValueError):
     """Results that a statistic cannot be taken of, such as a gold reward that nobody judged."""
 
 
-STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
+STATISTICS: dict[str, Callable[[Curve], float]] = {
     "final reward": final,
     "mean reward over updates": area,
     "mean reward over the first 100 updates": lambda c: area(c, limit=100),
@@ -96,11 +96,11 @@ STATISTICS: dict[str, Callable[[pd.DataFrame], float]] = {
     "gain in gold": lambda c: change(c, "gold"),
     "final length": lambda c: final(c, "length"),
     "final margin": lambda c: final(c, "chosen_logratio") - final(c, "rejected_logratio"),
-    "speed to target": lambda c: 1 / reaching(c, c["target"].iloc[0], "seconds"),
+    "speed to target": lambda c: 1 / reaching(c, final(c, "target"), "seconds"),
 }
 
 
-# The columns that a statistic may read; a curve holds no others, which makes it cheap to cut out.
+# The columns that a statistic may read.
 CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "gold", "length", "kl_ref",
          "kl_gen", "chosen_logratio", "rejected_logratio", "support_share")  # fmt: skip
 
@@ -116,15 +116,15 @@ def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
     function = STATISTICS[statistic]
     values = {}
     ordered = results.sort_values(["seed", "run", "update"], kind="stable")
-    curves = ordered[[name for name in CURVE if name in results]].reset_index(drop=True)
-    keys = ordered[["seed", "run"]].reset_index(drop=True)
-    starts = keys.index[~keys.duplicated()].tolist() + [len(keys)]
+    arrays = {name: ordered[name].to_numpy(float) for name in CURVE if name in results}
+    starts = [*np.flatnonzero(~ordered.duplicated(["seed", "run"])), len(ordered)]
+    seeds = ordered["seed"].to_numpy()
     for start, end in pairwise(starts):
-        seed = int(keys.at[start, "seed"])
+        seed = int(seeds[start])
         if seed in values:
             raise ValueError(f"two runs of seed {seed}")
         try:
-            value = function(curves.iloc[start:end])
+            value = function({name: array[start:end] for name, array in arrays.items()})
         except KeyError as error:
             raise MissingColumn(f"{statistic} needs {error}, which these results lack") from None
         values[seed] = value if np.isfinite(value) else 0.0

@@ -12,7 +12,7 @@ from lib.experiments import length
 from lib.experiments.settings import matching
 from lib.lm.config import PREPARED
 from lib.publish import configurations
-from lib.runs import Published, columns, results_folder
+from lib.runs import columns, largest_published
 
 LENGTH = tuple(length.CHAPTERS)
 GRIDS = [(c, p) for c in experiments.CHAPTERS for p in experiments.PROFILES]
@@ -53,6 +53,17 @@ def test_pilot_seeds_are_not_reported_and_five_are(chapter):
         assert len(seeds) == 5 and not set(seeds) & set(profile.sweep_seeds)
 
 
+def test_on_policy_methods_skip_the_slowest_rate_unless_rates_are_given():
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    offline, sampled = (experiments.Setting(name, "min") for name in ("dpo_offline", "dpo"))
+    assert profile.competing(offline) == profile.rates == (1e-3, 3e-4, 1e-4)
+    assert profile.competing(sampled) == (1e-3, 3e-4)
+    assert profile.with_rates((1e-4,)).competing(sampled) == (1e-4,)
+    sweep, *_ = experiments.stages("complementary_length", profile)
+    tried = {(config.method, config.learning_rate) for config in sweep(None)}
+    assert ("dpo_offline", 1e-4) in tried and ("dpo", 1e-4) not in tried
+
+
 def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
     profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
     run = experiments.Setting("ppo_token", "min", (("sets", 4),)).run(profile, 1e-3, 0)
@@ -91,7 +102,7 @@ def test_options_added_later_are_told_apart_and_older_tables_have_none():
 @pytest.mark.parametrize("chapter", LENGTH)
 def test_published_runs_keep_their_identity(chapter):
     """Fields that were added since leave the runs that were computed before as they are."""
-    published = Published.load(results_folder() / chapter / "cpu.parquet")
+    published = largest_published(chapter)
     stages = experiments.stages(published.chapter, published.profile)
     assert set(published.runs) == set(configurations(stages, published.table))
 

@@ -79,7 +79,7 @@ def stages(
     def sweep(_: pd.DataFrame | None) -> list[Any]:
         return [
             s.run(profile, rate, seed)
-            for s in swept for rate in profile.rates for seed in profile.sweep_seeds
+            for s in swept for rate in profile.competing(s) for seed in profile.sweep_seeds
         ]  # fmt: skip
 
     def dial_sweep(results: pd.DataFrame) -> list[Any]:
@@ -108,11 +108,12 @@ def assumed(
     extra_seeds: Sequence[int] = (),
 ) -> list[Any]:
     """All runs of a chapter as if every sweep selected its middle rate: for planning its cost."""
-    middle = profile.rates[len(profile.rates) // 2]
     configs: list[Any] = []
     for s in settings(chapter, profile, only):
         swept = s if s.sweep == "all" else s.base
-        configs += [swept.run(profile, r, n) for r in profile.rates for n in profile.sweep_seeds]
+        rates = profile.competing(swept)
+        middle = rates[len(rates) // 2]
+        configs += [swept.run(profile, r, n) for r in rates for n in profile.sweep_seeds]
         if s.sweep == "neighbours":
             rates = candidates(s, profile, middle)
             configs += [s.run(profile, r, n) for r in rates for n in profile.dial_sweep_seeds]

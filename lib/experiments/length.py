@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from lib import methods
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
 from lib.lm.config import MINIBATCH, LengthRun, length_run, prepared_tasks
 from lib.lm.length import GIVEN, TASKS
@@ -30,11 +31,22 @@ class LengthProfile(Profile):
 
     Args:
         batches: values of B as multiples of M. inner_steps: values of T. betas: DPO's.
+        slowest: no rate below it is tried with on-policy methods. Fixed data need smaller rates:
+            an offline run can leave them for good, an on-policy one sees where it went.
     """
 
     batches: tuple[int, ...] = (2, 3, 4)
     inner_steps: tuple[int, ...] = (2, 4, 8)
     betas: tuple[float, ...] = (0.02, 0.5)
+    slowest: float = 0.0
+
+    def competing(self, setting: Setting) -> tuple[float, ...]:
+        if not methods.get(setting.method).on_policy:
+            return self.rates
+        return tuple(rate for rate in self.rates if rate >= self.slowest)
+
+    def with_rates(self, rates: tuple[float, ...]) -> LengthProfile:
+        return replace(self, rates=rates, slowest=0.0)
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> LengthRun:
         options = {**dict(self.options), **dict(setting.options)}
@@ -56,7 +68,9 @@ SHARED: dict[str, dict[str, Any]] = {
     "smoke": dict(rates=(1e-3,), sweep_seeds=(0,), report_seeds=(5,), dial_seeds=(5,), updates=2),
 }  # fmt: skip
 SMALL = (("prompts", 4), ("minibatch", 8), ("max_tokens", 24))  # options of a run at smoke
-FULL = LengthProfile(**SHARED["full"], updates=48, options=(("evaluations", 12),))
+FULL = LengthProfile(
+    **SHARED["full"], updates=48, options=(("evaluations", 12),), slowest=3e-4
+)
 GPU_RATES = (1e-5, 5e-6, 1e-6)
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
@@ -81,6 +95,7 @@ PROFILES: dict[str, LengthProfile] = {
     "gpu": replace(
         FULL,
         rates=GPU_RATES,
+        slowest=0.0,
         updates=72,
         device="cuda",
         options=(("prepared", "smollm2"), ("dtype", "bfloat16"), ("max_tokens", 128)),
@@ -88,6 +103,7 @@ PROFILES: dict[str, LengthProfile] = {
     "paper": replace(
         FULL,
         rates=PAPER_RATES,
+        slowest=0.0,
         updates=72,
         device="cuda",
         options=(("prepared", "pythia"), ("dtype", "bfloat16"), ("max_tokens", 256)),

@@ -46,6 +46,14 @@ class Profile:
         """The run of a setting at a learning rate and seed: each kind of problem has its own."""
         raise NotImplementedError
 
+    def competing(self, setting: Setting) -> tuple[float, ...]:
+        """The learning rates of a setting that has a sweep over all of them."""
+        return self.rates
+
+    def with_rates(self, rates: tuple[float, ...]) -> Profile:
+        """The profile with other learning rates, of all settings."""
+        return dataclasses.replace(self, rates=rates)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -132,7 +140,7 @@ def _equal(runs: pd.DataFrame, field: dataclasses.Field, value: Any) -> pd.Serie
 def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> tuple[float, ...]:
     """The learning rates that compete in a setting."""
     if setting.sweep == "all":
-        return profile.rates
+        return profile.competing(setting)
     if setting.sweep == "base" or not profile.dial_sweep_seeds:
         return (base_rate,)
     i = profile.rates.index(base_rate)
@@ -149,8 +157,8 @@ def selected_rate(
     """
     if setting.sweep == "base" or (setting.sweep == "neighbours" and not profile.dial_sweep_seeds):
         return selected_rate(results, setting.base, profile, statistic)
-    if setting.sweep == "all" and len(profile.rates) == 1:
-        return profile.rates[0]
+    if setting.sweep == "all" and len(rates := profile.competing(setting)) == 1:
+        return rates[0]
     base = None if setting.sweep == "all" else selected_rate(results, setting.base, profile)
     rates, seeds = candidates(setting, profile, base), _sweep_seeds(setting, profile)
     rows = matching(results, setting, profile)
