@@ -9,6 +9,7 @@ margin. Problems, and where the peak of their reward lies: `lib.decisions.PROBLE
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 
@@ -62,8 +63,11 @@ def _loss(results: pd.DataFrame) -> str:
 
 
 def old_samples(chapters: Chapters) -> str:
-    """Which loss bears rare sampling, by what it does to the mean reward where the peak is far."""
-    found = {p: rare for p in PROBLEMS if p.peak == "far" and p.column == "reward"
+    """Which loss bears rare sampling, by what it does to the mean reward where the peak is far.
+
+    A reward that is judged a few times only has no such mean: there it is the final one.
+    """
+    found = {p: rare for p in PROBLEMS if p.peak == "far"
              if len(rare := rare_sampling(chapters, p)) > 1}  # fmt: skip
     if not found:
         return f"**If sampling is slow:** {overview.NOT_YET}."
@@ -71,18 +75,27 @@ def old_samples(chapters: Chapters) -> str:
     split = bool(counted) and all(_split(p, rare) for p, rare in counted.items())
     head = "take a loss with a negative gradient." if split else "mind the loss."
     shown = {p: (_seeds(rare), _ends(p, rare)) for p, rare in found.items()}
-    lead = "What drawing for many updates at once does to the mean reward over training"
+    judged = {text for p in shown if (text := _judged(p))}
+    mean = "the mean reward over training" + "".join(f" ({text})" for text in sorted(judged))
+    lead = f"What drawing for many updates at once does to {mean}"
     return f"**If sampling is slow, {head}** {_told(lead, shown)}"
 
 
 def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
     """What the rarest drawing of the grid changes in the mean reward, by on-policy method."""
     found = {}
+    statistic = overview.SPEED if problem.column == "reward" else f"final {problem.column}"
     for chapter in (chapters[name] for name in problem.chapters if name in chapters):
         for s in decisions.stalest(chapter.settings(), problem):
-            change = chapter.contrast(f"{s.name} - {s.base.name}", overview.SPEED)
+            fresh = replace(s, options=problem.base)
+            change = chapter.contrast(f"{s.name} - {fresh.name}", statistic)
             found |= {} if change is None else {s.method: change}
     return found
+
+
+def _judged(problem: Problem) -> str:
+    """What is told of a problem in place of the mean reward over training, if anything is."""
+    return "" if problem.column == "reward" else f"{problem.title}: the final {problem.column}"
 
 
 def _split(problem: Problem, rare: Values) -> bool:

@@ -168,7 +168,8 @@ def judge_all(chapter: str, results: pd.DataFrame, profile: experiments.Profile)
     Args: results: with the columns that the chapter's `derive` adds.
     """
     seeds = _all_reported(results, profile)
-    rows = cache(lambda setting: experiments.reported(results, setting, profile, seeds))
+    chosen = experiments.selector(results, profile)
+    rows = cache(lambda s: experiments.reported(results, s, profile, seeds, chosen(s)))
     return [judge(rule, profile, rows) for rule in rules() if rule.chapter == chapter]
 
 

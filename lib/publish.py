@@ -51,6 +51,8 @@ def compute_stages(
     configs: dict[str, Any] = {}
     for stage in stages:
         configs |= {runs.identity(config): config for config in stage(results)}
+        if not configs:  # one learning rate: no sweep
+            continue
         # runs of earlier stages are in the store by now, and are read from there
         results = runs.compute(list(configs.values()), store, engine, jobs)
     if results is None:

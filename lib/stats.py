@@ -115,12 +115,12 @@ def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
         raise ValueError(f"statistic must be one of {tuple(STATISTICS)}, got {statistic!r}")
     function = STATISTICS[statistic]
     values = {}
-    ordered = results.sort_values(["seed", "run", "update"], kind="stable")
-    arrays = {name: ordered[name].to_numpy(float) for name in CURVE if name in results}
-    starts = [*np.flatnonzero(~ordered.duplicated(["seed", "run"])), len(ordered)]
-    seeds = ordered["seed"].to_numpy()
-    for start, end in pairwise(starts):
-        seed = int(seeds[start])
+    runs, seeds = pd.factorize(results["run"])[0], results["seed"].to_numpy()
+    order = np.lexsort((results["update"].to_numpy(), runs, seeds))
+    arrays = {name: results[name].to_numpy(float)[order] for name in CURVE if name in results}
+    starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
+    for start, end in pairwise([*starts, len(order)]):
+        seed = int(seeds[order[start]])
         if seed in values:
             raise ValueError(f"two runs of seed {seed}")
         try:

@@ -96,6 +96,20 @@ def test_a_problem_that_disagrees_takes_the_strong_wording_away(rewards, lost):
     assert few.count("Min Length (2)") == 3
 
 
+def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
+    judged = Handmade()
+    for name, fresh, old in (("reinforce", -2.0, -2.5), ("rwr", -2.0, -0.5)):
+        for dial, value in (("", fresh), (",sets=4", old)):
+            setting = f"{name}@similar[judged=True{dial}]"
+            judged.rows[setting] = rows(ends(0.0)).assign(gold=value)
+    _, second, _ = advice.short_answers({"full_scale": judged}).splitlines()
+    assert second.startswith("- **If sampling is slow, mind the loss.**")
+    assert "(pairs of one model: the final gold)" in second
+    assert "+1.50 (+1.50 to +1.50) nats a token with RWR and -0.50" in second
+    both = advice.short_answers({**chapters(), "full_scale": judged})
+    assert "take a loss" not in both and "take a loss" in advice.short_answers(chapters())
+
+
 def test_without_results_each_answer_says_so():
     assert advice.short_answers({}).lower().count(overview.NOT_YET) == 3
 

@@ -64,6 +64,17 @@ def test_on_policy_methods_skip_the_slowest_rate_unless_rates_are_given():
     assert ("dpo_offline", 1e-4) in tried and ("dpo", 1e-4) not in tried
 
 
+def test_full_scale_has_no_pilot_where_there_is_one_rate_to_choose():
+    one = experiments.CHAPTERS["full_scale"].profiles["smoke"]
+    two = replace(one, rates=(1e-3, 3e-4))
+    assert len(one.rates) == 1
+    sweep, report, _ = experiments.stages("full_scale", one)
+    assert sweep(None) == []
+    assert {config.learning_rate for config in report(None)} == set()  # base settings only choose
+    assert {c.learning_rate for c in experiments.stages("full_scale", two)[0](None)} == {1e-3, 3e-4}
+    assert {c.seed for c in experiments.assumed("full_scale", one)} == set(one.dial_seeds)
+
+
 def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
     profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
     run = experiments.Setting("ppo_token", "min", (("sets", 4),)).run(profile, 1e-3, 0)

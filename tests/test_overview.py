@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ast import literal_eval
 from types import SimpleNamespace
 
 import pandas as pd
@@ -36,8 +37,10 @@ class Handmade:
     def settings(self):
         found = []
         for name in self.rows:
-            method, task, k = re.fullmatch(r"(\w+)@(\w+)(?:\[sets=(\d+)\])?", name).groups()
-            found.append(Setting(method, task, (("sets", int(k)),) if k else ()))
+            method, task, options = re.fullmatch(r"(\w+)@(\w+)(?:\[(.+)\])?", name).groups()
+            pairs = (pair.split("=") for pair in options.split(",")) if options else ()
+            given = tuple((option, literal_eval(value)) for option, value in pairs)
+            found.append(Setting(method, task, given))
         return found
 
     def has(self, *names):

@@ -23,6 +23,7 @@ from lib.experiments.settings import (
     report_seeds,
     reported,
     selected_rate,
+    selector,
 )
 from lib.runs import PROFILES
 
@@ -45,6 +46,7 @@ __all__ = [
     "report_seeds",
     "reported",
     "selected_rate",
+    "selector",
     "settings",
     "stages",
     "with_target",

@@ -15,7 +15,7 @@ from lib.experiments.settings import (
     Setting,
     candidates,
     report_seeds,
-    selected_rate,
+    selector,
 )
 from lib.runs import PROFILES, Engine
 
@@ -77,28 +77,24 @@ def stages(
     dials = [s for s in grid if s.sweep != "all"]
 
     def sweep(_: pd.DataFrame | None) -> list[Any]:
-        return [
-            s.run(profile, rate, seed)
-            for s in swept for rate in profile.competing(s) for seed in profile.sweep_seeds
-        ]  # fmt: skip
+        return [s.run(profile, *pair) for s in swept for pair in profile.sweep(s)]
 
     def dial_sweep(results: pd.DataFrame) -> list[Any]:
-        base = {s: selected_rate(results, s, profile) for s in swept if not s.options}
-        return report([s for s in grid if s.sweep == "all"], results) + [
+        chosen = selector(results, profile)
+        return report([s for s in grid if s.sweep == "all"], chosen) + [
             s.run(profile, rate, seed)
             for s in dials if s.sweep == "neighbours"
-            for rate in candidates(s, profile, base[s.base])
+            for rate in candidates(s, profile, chosen(s.base))
             for seed in profile.dial_sweep_seeds
         ]  # fmt: skip
 
-    def report(some: list[Setting], results: pd.DataFrame) -> list[Any]:
-        rates = {s: selected_rate(results, s, profile) for s in some}
+    def report(some: list[Setting], chosen: Callable[[Setting], float]) -> list[Any]:
         return [
-            s.run(profile, rate, seed)
-            for s, rate in rates.items() for seed in (*report_seeds(s, profile), *extra_seeds)
+            s.run(profile, chosen(s), seed)
+            for s in some for seed in (*report_seeds(s, profile), *extra_seeds)
         ]  # fmt: skip
 
-    return [sweep, dial_sweep, lambda results: report(dials, results)]
+    return [sweep, dial_sweep, lambda results: report(dials, selector(results, profile))]
 
 
 def assumed(
@@ -113,7 +109,7 @@ def assumed(
         swept = s if s.sweep == "all" else s.base
         rates = profile.competing(swept)
         middle = rates[len(rates) // 2]
-        configs += [swept.run(profile, r, n) for r in rates for n in profile.sweep_seeds]
+        configs += [swept.run(profile, *pair) for pair in profile.sweep(swept)]
         if s.sweep == "neighbours":
             rates = candidates(s, profile, middle)
             configs += [s.run(profile, r, n) for r in rates for n in profile.dial_sweep_seeds]

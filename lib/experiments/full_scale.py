@@ -50,6 +50,10 @@ class FullScaleProfile(Profile):
             kind=setting.reward_function, **options,
         )  # fmt: skip
 
+    def sweep(self, setting: Setting) -> list[tuple[float, int]]:
+        """None where one rate is left to choose: nothing else uses a pilot's runs."""
+        return super().sweep(setting) if len(self.rates) > 1 else []
+
     @property
     def folder(self) -> Path | None:
         """The folder of pairs of the user's own; None for the shipped ones."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -49,6 +51,10 @@ class Profile:
     def competing(self, setting: Setting) -> tuple[float, ...]:
         """The learning rates of a setting that has a sweep over all of them."""
         return self.rates
+
+    def sweep(self, setting: Setting) -> list[tuple[float, int]]:
+        """Learning rate and seed of the runs that choose a setting's rate."""
+        return list(product(self.competing(setting), self.sweep_seeds))
 
     def with_rates(self, rates: tuple[float, ...]) -> Profile:
         """The profile with other learning rates, of all settings."""
@@ -147,6 +153,17 @@ def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> t
     return profile.rates[max(0, i - 1) : i + 2]
 
 
+def selector(results: pd.DataFrame, profile: Profile) -> Callable[[Setting], float]:
+    """setting -> its `selected_rate` in `results`, each computed once."""
+
+    @cache
+    def chosen(setting: Setting) -> float:
+        base = None if setting.sweep == "all" else chosen(setting.base)
+        return _selected(results, setting, profile, profile.select_by, base)
+
+    return chosen
+
+
 def selected_rate(
     results: pd.DataFrame, setting: Setting, profile: Profile, statistic: str | None = None
 ) -> float:
@@ -155,17 +172,23 @@ def selected_rate(
     `statistic` names one of `lib.stats`; None is the rule of the profile.
     Raises: ValueError if the sweep has no runs in `results`.
     """
-    if setting.sweep == "base" or (setting.sweep == "neighbours" and not profile.dial_sweep_seeds):
-        return selected_rate(results, setting.base, profile, statistic)
-    if setting.sweep == "all" and len(rates := profile.competing(setting)) == 1:
-        return rates[0]
-    base = None if setting.sweep == "all" else selected_rate(results, setting.base, profile)
+    statistic = statistic or profile.select_by
+    base = (None if setting.sweep == "all"
+            else selected_rate(results, setting.base, profile, statistic))  # fmt: skip
+    return _selected(results, setting, profile, statistic, base)
+
+
+def _selected(
+    results: pd.DataFrame, setting: Setting, profile: Profile, statistic: str, base: float | None
+) -> float:
     rates, seeds = candidates(setting, profile, base), _sweep_seeds(setting, profile)
+    if len(rates) == 1:
+        return rates[0]
     rows = matching(results, setting, profile)
     rows = rows[rows["seed"].isin(seeds) & rows["learning_rate"].isin(rates)]
     if rows.empty:
         raise ValueError(f"no sweep results for {setting.name}")
-    means = {rate: stats.per_run(part, statistic or profile.select_by).mean()
+    means = {rate: stats.per_run(part, statistic).mean()
              for rate, part in rows.groupby("learning_rate")}  # fmt: skip
     return float(max(means, key=means.get))
 
