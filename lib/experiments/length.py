@@ -190,10 +190,10 @@ def _engine(device: str = "cpu") -> Engine:
     return LengthEngine(device)
 
 
-_grid = partial(Grid, PROFILES, engine=_engine, prose="cpu")
+_grid = partial(Grid, PROFILES, engine=_engine)
 
 CHAPTERS: dict[str, Grid] = {
-    "on_policy_length": _grid(_on_policy),
+    "on_policy_length": _grid(_on_policy, prose="cpu"),
     "negative_gradient_length": _grid(_negative_gradient),
-    "complementary_length": _grid(_complementary, derive=with_target),
+    "complementary_length": _grid(_complementary, derive=with_target, prose="cpu"),
 }
