@@ -267,11 +267,14 @@ def endless(results: pd.DataFrame) -> pd.DataFrame:
     Such a policy writes up to the cap: less than half of its completions end in EOS.
     """
     last = experiments.final(results)
+    last = last.assign(endless=last["ended"] < 0.5)
     rows = [
         {"method": methods.get(name).title, "task": task, "runs": len(part),
-         "no longer stops": int((part["ended"] < 0.5).sum()),
+         "no longer stops": int(part["endless"].sum()),
          "longest mean length": float(part["length"].max()),
-         "largest KL, nats": float(part["kl_ref"].max())}
+         "largest KL, nats": float(part["kl_ref"].max()),
+         "pair accuracy where it no longer stops":
+             float(part.loc[part["endless"], "held_out_accuracy"].mean())}
         for (name, task), part in last.groupby(["method", "task"], observed=True, sort=False)
     ]  # fmt: skip
     return pd.DataFrame(rows)
