@@ -95,7 +95,7 @@ def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
 
 def _judged(problem: Problem) -> str:
     """What is told of a problem in place of the mean reward over training, if anything is."""
-    return "" if problem.column == "reward" else f"{problem.title}: the final {problem.column}"
+    return "" if problem.column == "reward" else f"{problem.title}: the final {problem.column} reward"
 
 
 def _split(problem: Problem, rare: Values) -> bool:

@@ -104,7 +104,7 @@ def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
             judged.rows[setting] = rows(ends(0.0)).assign(gold=value)
     _, second, _ = advice.short_answers({"full_scale": judged}).splitlines()
     assert second.startswith("- **If sampling is slow, mind the loss.**")
-    assert "(pairs of one model: the final gold)" in second
+    assert "(pairs of one model: the final gold reward)" in second
     assert "+1.50 (+1.50 to +1.50) nats a token with RWR and -0.50" in second
     both = advice.short_answers({**chapters(), "full_scale": judged})
     assert "take a loss" not in both and "take a loss" in advice.short_answers(chapters())

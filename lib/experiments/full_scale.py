@@ -51,7 +51,7 @@ class FullScaleProfile(Profile):
         )  # fmt: skip
 
     def sweep(self, setting: Setting) -> list[tuple[float, int]]:
-        """None where one rate is left to choose: nothing else uses a pilot's runs."""
+        """Empty where there is one rate: nothing but the choice uses a pilot's runs."""
         return super().sweep(setting) if len(self.rates) > 1 else []
 
     @property
