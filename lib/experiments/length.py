@@ -195,5 +195,5 @@ _grid = partial(Grid, PROFILES, engine=_engine)
 CHAPTERS: dict[str, Grid] = {
     "on_policy_length": _grid(_on_policy, prose="cpu"),
     "negative_gradient_length": _grid(_negative_gradient),
-    "complementary_length": _grid(_complementary, derive=with_target, prose="cpu"),
+    "complementary_length": _grid(_complementary, derive=with_target),
 }
