@@ -19,8 +19,11 @@ from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
 ALIKE = 5  # margins of a problem: how far methods' means may part for the loss to matter little
-PLACES = {"far": "where the reward lies far from what the model writes",
-          "near": "where it lies near"}  # fmt: skip
+PLACES = {
+    ("far", "apart"): "where the reward lies far from what the model writes",
+    ("far", "close"): "where it lies far and the pairs come near it",
+    ("near", None): "where it lies near",
+}
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
 
 
@@ -95,7 +98,8 @@ def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
 
 def _judged(problem: Problem) -> str:
     """What is told of a problem in place of the mean reward over training, if anything is."""
-    return "" if problem.column == "reward" else f"{problem.title}: the final {problem.column} reward"
+    column = problem.column
+    return "" if column == "reward" else f"{problem.title}: the final {column} reward"
 
 
 def _split(problem: Problem, rare: Values) -> bool:
@@ -122,14 +126,26 @@ def fixed_data(results: pd.DataFrame) -> str:
     gaps = _each(lambda p: _lead(*sides[p]))
     if not gaps:
         return f"**If the data are fixed:** {overview.NOT_YET}."
-    beyond = {p: _beyond(p, gap) for p, gap in _counted(gaps).items()}
-    turns = ({p.peak for p in beyond} == {"near", "far"}
-             and all(found == (p.peak == "far") for p, found in beyond.items()))  # fmt: skip
-    head = "If the data are fixed, ask where the reward is." if turns else "If the data are fixed:"
+    head = _turn(_counted(gaps))
     shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit + _pair(*sides[p]))
              for p, gap in gaps.items()}  # fmt: skip
     lead = "Best loss with a negative gradient minus best without"
-    return f"**{head}** {_told(lead, shown)}"
+    return f"{head} {_told(lead, shown)}"
+
+
+def _turn(gaps: Gaps) -> str:
+    """On what it hangs whether a negative gradient helps: who wrote the pairs, or else the peak."""
+    gains = {p: _beyond(p, gap) for p, gap in gaps.items()}
+    losses = {p: _beyond(p, -gap) for p, gap in gaps.items()}
+    apart, close = ([p for p in gaps if p.pairs == pairs] for pairs in ("apart", "close"))
+    if apart and all(gains[p] for p in apart):
+        if any(losses[p] for p in close) and not any(gains[p] for p in close):
+            return ("**If the data are fixed, ask who wrote the pairs.** Push bad answers down if "
+                    "your model did; only pull good ones up if they lie where the reward is.")
+        near = [p for p in gaps if p.peak == "near"]
+        if near and not any(gains[p] for p in near) and all(gains[p] for p in close):
+            return "**If the data are fixed, ask where the reward is.**"
+    return "**If the data are fixed:**"
 
 
 def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values]:
@@ -189,9 +205,9 @@ def _told(lead: str, found: Mapping[Problem, tuple[int, str]]) -> str:
     Args: found: problem -> number of seeds, and what they say.
     """
     parts = []
-    for peak, place in PLACES.items():
+    for where, place in PLACES.items():
         told = [f"{text} on {p.title}" for p, (n, text) in found.items()
-                if n >= MIN_SEEDS and p.peak == peak]  # fmt: skip
+                if n >= MIN_SEEDS and p.place == where]  # fmt: skip
         parts += [f"{place}: {', '.join(told)}"] if told else []
     few = [f"{p.title} ({n})" for p, (n, _) in found.items() if n < MIN_SEEDS]
     sentences = [f"{lead}, {'; '.join(parts)}."] if parts else []

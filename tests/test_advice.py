@@ -96,6 +96,18 @@ def test_a_problem_that_disagrees_takes_the_strong_wording_away(rewards, lost):
     assert few.count("Min Length (2)") == 3
 
 
+@pytest.mark.parametrize(("offline", "words"), [
+    ((-30.0, -2.0), "ask who wrote the pairs.** Push bad answers down if your model did"),
+    ((-2.1, -2.0), "If the data are fixed:**"),  # no loss where the pairs come near the reward
+    ((-2.0, -30.0), "ask where the reward is"),  # a negative gradient helps there as well
+])  # fmt: skip
+def test_fixed_data_hang_on_who_wrote_the_pairs_where_the_results_turn_on_it(offline, words):
+    skewed = lengths(offline, (-1.0, -1.0), (-1.0, -1.0), task="skew")
+    *_, third = advice.short_answers({**chapters(), **skewed}).splitlines()
+    assert words in third
+    assert "where it lies far and the pairs come near it: " in third
+
+
 def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
     judged = Handmade()
     for name, fresh, old in (("reinforce", -2.0, -2.5), ("rwr", -2.0, -0.5)):
