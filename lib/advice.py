@@ -1,13 +1,15 @@
 """The landing page's short answers: sentences worded by what the results shown support.
 
-Each has a strong wording and a neutral one that gives the numbers alone. The strong one takes
-intervals over seeds that support it on every problem that counts: one with at least
-`lib.decisions.MIN_SEEDS` seeds. A gap counts when its 95% interval lies beyond the problem's
-margin. Problems, and where the peak of their reward lies: `lib.decisions.PROBLEMS`.
+Each has a strong wording and a neutral one, a sentence that sorts the problems, and the numbers
+folded away below it. The strong wording takes intervals over seeds that support it on every problem
+that counts: one with at least `lib.decisions.MIN_SEEDS` seeds. A gap counts when its 95% interval
+lies beyond the problem's margin. Problems, and where the peak of their reward lies:
+`lib.decisions.PROBLEMS`.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -31,7 +33,7 @@ def short_answers(chapters: Chapters) -> str:
     """Three answers as a Markdown list: sample or not, old samples, fixed data."""
     results = decisions.collect(chapters)
     found = (sampling(results), old_samples(chapters), fixed_data(results))
-    return "\n".join(f"- {text}" for text in found)
+    return "\n".join(f"- {textwrap.indent(text, '  ').lstrip()}" for text in found)
 
 
 def sampling(results: pd.DataFrame) -> str:
@@ -44,11 +46,14 @@ def sampling(results: pd.DataFrame) -> str:
     pays = never_worse and any(_beyond(p, gap) for p, gap in counted.items())
     head = "Sample while you train, if you can." if pays else "Sampling while you train:"
     shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit) for p, gap in gaps.items()}
-    return f"**{head}** {_told('Best on-policy minus best offline method', shown)}{_loss(results)}"
+    best = _sorted("The best on-policy method against the best offline one", counted)
+    loss, means = _loss(results)
+    numbers = f"{_told('Best on-policy minus best offline method', shown)} {means}"
+    return _answer(f"**{head}** {best} {loss}", numbers)
 
 
-def _loss(results: pd.DataFrame) -> str:
-    """How much the on-policy methods differ among themselves."""
+def _loss(results: pd.DataFrame) -> tuple[str, str]:
+    """How much the on-policy methods differ among themselves: a sentence, and the numbers."""
     means = {}
     for p in PROBLEMS:
         found = _values(results, p, "fresh")
@@ -57,12 +62,12 @@ def _loss(results: pd.DataFrame) -> str:
         if len(ends) > 1:
             means[p] = min(ends), max(ends)
     if not means:
-        return ""
+        return "", ""
     little = all(high - low <= ALIKE * p.margin for p, (low, high) in means.items())
-    loss = "Which loss you take then matters little" if little else "The loss matters as well"
+    loss = "Which loss you take then matters little." if little else "The loss matters as well."
     told = ", ".join(f"{low:.2f} and {high:.2f}{p.unit} on {p.title}"
                      for p, (low, high) in means.items())  # fmt: skip
-    return f" {loss}: the on-policy methods' means lie between {told}."
+    return loss, f"The on-policy methods' means lie between {told}."
 
 
 def old_samples(chapters: Chapters) -> str:
@@ -81,7 +86,11 @@ def old_samples(chapters: Chapters) -> str:
     judged = {text for p in shown if (text := _judged(p))}
     mean = "the mean reward over training" + "".join(f" ({text})" for text in sorted(judged))
     lead = f"What drawing for many updates at once does to {mean}"
-    return f"**If sampling is slow, {head}** {_told(lead, shown)}"
+    order = "; ".join(f"{overview.short((names := _order(rare))[0])} bears it best and "
+                      f"{overview.short(names[-1])} worst on {p.title}"
+                      for p, rare in counted.items())  # fmt: skip
+    brief = f" {order[:1].upper()}{order[1:]}." if order else ""
+    return _answer(f"**If sampling is slow, {head}**{brief}", _told(lead, shown))
 
 
 def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
@@ -126,11 +135,13 @@ def fixed_data(results: pd.DataFrame) -> str:
     gaps = _each(lambda p: _lead(*sides[p]))
     if not gaps:
         return f"**If the data are fixed:** {overview.NOT_YET}."
-    head = _turn(_counted(gaps))
+    counted = _counted(gaps)
+    head = _turn(counted)
     shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit + _pair(*sides[p]))
              for p, gap in gaps.items()}  # fmt: skip
     lead = "Best loss with a negative gradient minus best without"
-    return f"{head} {_told(lead, shown)}"
+    best = _sorted("The best loss with a negative gradient against the best without", counted)
+    return _answer(f"{head} {best}", _told(lead, shown))
 
 
 def _turn(gaps: Gaps) -> str:
@@ -185,6 +196,22 @@ def _lead(first: Values, second: Values) -> pd.Series | None:
         return None
     gap = (first[overview.best(first)] - second[overview.best(second)]).dropna()
     return None if gap.empty else gap
+
+
+def _answer(text: str, numbers: str) -> str:
+    """A sentence or two, and the numbers behind them to be opened."""
+    parts = (text.rstrip(), "<details>", "<summary>In numbers</summary>", numbers, "</details>\n")
+    return "\n\n".join(parts)
+
+
+def _sorted(subject: str, gaps: Gaps) -> str:
+    """Where a gap lies beyond the margin, on either side, and where it does not."""
+    ahead = [p for p, gap in gaps.items() if _beyond(p, gap)]
+    behind = [p for p, gap in gaps.items() if _beyond(p, -gap)]
+    rest = [p for p in gaps if p not in (*ahead, *behind)]
+    parts = [f"{word} on {', '.join(p.title for p in found)}" for word, found in
+             (("ahead", ahead), ("behind", behind), ("undecided", rest)) if found]  # fmt: skip
+    return f"{subject}: {'; '.join(parts)}." if parts else ""
 
 
 def _counted(gaps: Gaps) -> dict[Problem, pd.Series]:

@@ -1,5 +1,7 @@
 """The short answers take their strong wording only where the results support it."""
 
+import re
+
 import pandas as pd
 import pytest
 
@@ -8,6 +10,12 @@ from lib.decisions import MIN_SEEDS
 from tests.test_overview import Handmade, rows
 
 FAR = next(p for p in decisions.PROBLEMS if p.name == "R1")
+
+
+def told(chapters):
+    """The answers, each with its numbers on the line of its sentence."""
+    _, *found = re.split(r"^- ", advice.short_answers(chapters), flags=re.MULTILINE)
+    return ["- " + " ".join(answer.split()) for answer in found]
 
 
 def ends(value, seeds=MIN_SEEDS):
@@ -39,7 +47,7 @@ def lengths(offline, sampled, stale, seeds=MIN_SEEDS, task="min"):
 
 
 def test_strong_wording_with_the_numbers_behind_it():
-    first, second, third = advice.short_answers(chapters()).splitlines()
+    first, second, third = told(chapters())
     assert first.startswith("- **Sample while you train, if you can.**")
     assert "far from what the model writes: +0.09 (+0.09 to +0.09) on bandit R1" in first
     assert "where it lies near: +0.09 (+0.09 to +0.09) on bandit R2" in first
@@ -47,6 +55,17 @@ def test_strong_wording_with_the_numbers_behind_it():
     assert "take a loss with a negative gradient" in second and "with DPO and" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
     assert "with DPO (worst run 0.89) over RWR (0.29) on bandit R1" in third
+
+
+def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
+    skewed = lengths((-30.0, -2.0), (-1.0, -1.0), (-1.0, -1.0), task="skew")
+    text = advice.short_answers({**chapters(near=(0.9, 0.9)), **skewed})
+    assert ("against the best without: ahead on bandit R1; behind on Skew Length; "
+            "undecided on bandit R2.") in text  # fmt: skip
+    assert "DPO bears it best and RWR worst on bandit R1" in text
+    sentences = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert text.count("<details>") == text.count("</details>") == 3
+    assert "(+" in text and "(+" not in sentences
 
 
 @pytest.mark.parametrize(("results", "absent"), [
@@ -76,7 +95,7 @@ def test_fewer_seeds_than_count_support_nothing():
 
 def test_the_language_model_is_told_in_tokens():
     both = chapters() | lengths((-5.0, -40.0), (-1.0, -3.0), (-2.0, -40.0))
-    first, second, third = advice.short_answers(both).splitlines()
+    first, second, third = told(both)
     assert "+4.00 (+4.00 to +4.00) tokens on Min Length; where it lies near" in first
     assert "if you can" in first and "take a loss" in second and "ask where" in third
     assert "tokens with DPO (worst run -5.01) over RWR (-40.01) on Min Length" in third
@@ -103,7 +122,7 @@ def test_a_problem_that_disagrees_takes_the_strong_wording_away(rewards, lost):
 ])  # fmt: skip
 def test_fixed_data_hang_on_who_wrote_the_pairs_where_the_results_turn_on_it(offline, words):
     skewed = lengths(offline, (-1.0, -1.0), (-1.0, -1.0), task="skew")
-    *_, third = advice.short_answers({**chapters(), **skewed}).splitlines()
+    *_, third = told({**chapters(), **skewed})
     assert words in third
     assert "where it lies far and the pairs come near it: " in third
 
@@ -114,7 +133,7 @@ def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
         for dial, value in (("", fresh), (",sets=4", old)):
             setting = f"{name}@similar[judged=True{dial}]"
             judged.rows[setting] = rows(ends(0.0)).assign(gold=value)
-    _, second, _ = advice.short_answers({"full_scale": judged}).splitlines()
+    _, second, _ = told({"full_scale": judged})
     assert second.startswith("- **If sampling is slow, mind the loss.**")
     assert "(pairs of one model: the final gold reward)" in second
     assert "+1.50 (+1.50 to +1.50) nats a token with RWR and -0.50" in second
@@ -134,6 +153,6 @@ def test_a_gap_counts_beyond_the_margin_only():
 def test_the_loss_matters_where_it_does_on_any_problem_that_counts():
     """The bandit's on-policy methods are alike, those of a length problem are not."""
     apart = lengths((-5.0, -40.0), (-1.0, -40.0), (-2.0, -41.0))
-    first, *_ = advice.short_answers({**chapters(), **apart}).splitlines()
+    first, *_ = told({**chapters(), **apart})
     assert "The loss matters as well" in first
     assert "0.97 and 0.99 on bandit R1" in first and "-40.00 and -1.00 tokens on Min" in first
