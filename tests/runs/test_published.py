@@ -188,6 +188,15 @@ def test_the_command_computes_the_stages_and_publishes(
     assert capsys.readouterr().out == "walks\nother\n"
 
 
+def test_a_stage_may_have_nothing_to_run(engine, tmp_path):
+    """As a sweep of one learning rate has."""
+    store, run = runs.Store(tmp_path / "store"), Walk(step=0.1, seed=5)
+    table = command.compute_stages([lambda _: [], lambda _: [run]], store, engine, jobs=1)
+    assert set(table["seed"]) == {5}
+    with pytest.raises(ValueError, match="no runs at this profile"):
+        command.compute_stages([lambda _: []], store, engine, jobs=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
