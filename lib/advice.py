@@ -86,10 +86,11 @@ def old_samples(chapters: Chapters) -> str:
     judged = {text for p in shown if (text := _judged(p))}
     mean = "the mean reward over training" + "".join(f" ({text})" for text in sorted(judged))
     lead = f"What drawing for many updates at once does to {mean}"
-    order = "; ".join(f"{overview.short((names := _order(rare))[0])} bears it best and "
-                      f"{overview.short(names[-1])} worst on {p.title}"
-                      for p, rare in counted.items())  # fmt: skip
-    brief = f" {order[:1].upper()}{order[1:]}." if order else ""
+    ends = {p: map(overview.short, (_order(rare)[0], _order(rare)[-1]))
+            for p, rare in counted.items()}  # fmt: skip
+    order = "; ".join(f"{best} bears it best and {worst} worst on {p.title}"
+                      for p, (best, worst) in ends.items())  # fmt: skip
+    brief = f" {order}." if order else ""
     return _answer(f"**If sampling is slow, {head}**{brief}", _told(lead, shown))
 
 

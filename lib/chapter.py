@@ -229,15 +229,18 @@ class Chapter(Page):
     def _rows(self) -> Callable[[Setting], pd.DataFrame]:
         """`reported` of a setting; figures, tables and prose ask for the same ones many times."""
 
-        chosen = experiments.selector(self.results, self.profile)
-
         def rows(setting: Setting) -> pd.DataFrame:
             seeds = (*experiments.report_seeds(setting, self.profile), *self.extra_seeds)
             return experiments.reported(
-                self.results, setting, self.profile, seeds, chosen(setting)
+                self.results, setting, self.profile, seeds, self._chosen(setting)
             )
 
         return cache(rows)
+
+    @cached_property
+    def _chosen(self) -> Callable[[Setting], float]:
+        """The learning rate of a setting; rows and verdicts need the same ones."""
+        return experiments.selector(self.results, self.profile)
 
     def _setting(self, name: str) -> Setting:
         grid = {s.name: s for s in self.settings()}
@@ -256,7 +259,7 @@ class Chapter(Page):
     @cached_property
     def verdicts(self) -> list[claims.Verdict]:
         """The verdict of each comparison that the chapter's claims are split into."""
-        return claims.judge_all(self.name, self.results, self.profile)
+        return claims.judge_all(self.name, self.results, self.profile, self._chosen)
 
     def show_verdicts(self, *ids: str) -> Markdown:
         """The verdicts on claims `ids` (all by default), each with its comparisons."""

@@ -162,13 +162,15 @@ def parent(verdicts: Iterable[str]) -> str:
     return "partly" if "reproduced" in found else "not reproduced"
 
 
-def judge_all(chapter: str, results: pd.DataFrame, profile: experiments.Profile) -> list[Verdict]:
+def judge_all(
+    chapter: str, results: pd.DataFrame, profile: experiments.Profile,
+    chosen: Callable[[experiments.Setting], float],
+) -> list[Verdict]:  # fmt: skip
     """The verdicts of a chapter's comparisons, in the order of the rules.
 
-    Args: results: with the columns that the chapter's `derive` adds.
+    Args: results: with the columns that the chapter's `derive` adds. chosen: setting -> its rate.
     """
     seeds = _all_reported(results, profile)
-    chosen = experiments.selector(results, profile)
     rows = cache(lambda s: experiments.reported(results, s, profile, seeds, chosen(s)))
     return [judge(rule, profile, rows) for rule in rules() if rule.chapter == chapter]
 
