@@ -108,18 +108,24 @@ def grid(settings: Sequence[experiments.Setting], profile: experiments.Profile) 
     values: dict[tuple, dict[str, list]] = {}
     for s in settings:
         keys = ", ".join(name for name, _ in s.options)
-        key = (s.method, keys, s.sweep, len(experiments.report_seeds(s, profile)))
+        key = s.method, keys, _tried(s, profile), len(experiments.report_seeds(s, profile))
         group = values.setdefault(key, {"values": [], "rewards": []})
         group["values"].append(", ".join(str(value) for _, value in s.options))
         group["rewards"].append(s.reward_function)
     rows: dict[tuple, list[str]] = {}
-    for (name, keys, sweep, seeds), group in values.items():
-        tried = "; ".join(dict.fromkeys(group["values"])) or "-"
+    for (name, keys, rates, seeds), group in values.items():
+        varied = "; ".join(dict.fromkeys(group["values"])) or "-"
         rewards = ", ".join(sorted(set(group["rewards"])))
-        row = (f"`{keys}`" if keys else "-", tried, rewards, RATES_TRIED[sweep], seeds)
+        row = (f"`{keys}`" if keys else "-", varied, rewards, rates, seeds)
         rows.setdefault(row, []).append(methods.get(name).title)
     columns = ["methods", "varied", "values", "reward", "rates tried", "seeds"]
     return pd.DataFrame([(", ".join(n), *row) for row, n in rows.items()], columns=columns)
+
+
+def _tried(setting: experiments.Setting, profile: experiments.Profile) -> str:
+    count = len(profile.competing(setting))
+    fewer = setting.sweep == "all" and count < len(profile.rates)
+    return f"the largest {count}" if fewer else RATES_TRIED[setting.sweep]
 
 
 def selection(

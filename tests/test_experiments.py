@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lib import claims, experiments
+from lib import claims, experiments, tables
 from lib.experiments import length
 from lib.experiments.settings import matching
 from lib.lm.config import PREPARED
@@ -62,6 +62,8 @@ def test_on_policy_methods_skip_the_slowest_rate_unless_rates_are_given():
     sweep, *_ = experiments.stages("complementary_length", profile)
     tried = {(config.method, config.learning_rate) for config in sweep(None)}
     assert ("dpo_offline", 1e-4) in tried and ("dpo", 1e-4) not in tried
+    shown = tables.grid([offline, sampled], profile)
+    assert shown["rates tried"].tolist() == ["all", "the largest 2"]
 
 
 def test_full_scale_has_no_pilot_where_there_is_one_rate_to_choose():
