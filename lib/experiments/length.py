@@ -67,7 +67,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "cpu": dict(rates=(3e-4,), sweep_seeds=(0,), report_seeds=(5, 6), dial_seeds=(5, 6)),
     "smoke": dict(rates=(1e-3,), sweep_seeds=(0,), report_seeds=(5,), dial_seeds=(5,), updates=2),
 }  # fmt: skip
-SMALL = (("prompts", 4), ("minibatch", 8), ("max_tokens", 24))  # options of a run at smoke
+# Options of a run at smoke.
+SMALL = (("prompts", 4), ("held_out", 4), ("minibatch", 8), ("max_tokens", 24))
 FULL = LengthProfile(
     **SHARED["full"], updates=48, options=(("evaluations", 12),), slowest=3e-4
 )

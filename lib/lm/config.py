@@ -54,6 +54,7 @@ class LengthRun:
         checkpointing: keep each layer's input for the backward pass, and compute the rest again.
         decoder: how keys and values are kept while sampling (`lib.lm.decode`), None for the
             device's own.
+        held_out: validation pairs whose log-probabilities an evaluation follows.
     Raises: ValueError that names the value and the allowed ones.
     """
 
@@ -88,6 +89,7 @@ class LengthRun:
     lora_rank: int | None = field(default=None, metadata=LATER)
     checkpointing: bool = field(default=False, metadata=LATER)
     decoder: str | None = field(default=None, metadata=LATER)
+    held_out: int = field(default=64, metadata=LATER)
 
     def __post_init__(self) -> None:
         method = methods.get(self.method)
@@ -118,6 +120,7 @@ class LengthRun:
             "completions": (1, 1000),
             "evaluations": (1, 10_000),
             "prompts": (1, 100_000),
+            "held_out": (1, 100_000),
             "max_tokens": (1, 100_000),
             "sampling_temperature": (1e-3, 100.0),
             "clip_norm": (1e-6, float("inf")),

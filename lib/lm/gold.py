@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lib.lm.batches import padded
 from lib.lm.layouts import last
@@ -33,6 +34,7 @@ from lib.lm.models import (
 )
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
+from lib.lm.prefix import Prefixed, shared_prefix
 from lib.lm.reward import RewardModel
 from lib.lm.text import Prompt, encode_responses, render
 from lib.rollouts import Rollout
@@ -63,8 +65,8 @@ class Likelihood:
     def __init__(self, source: str | Path, revision: str | None = None, device: str = "cpu"):
         model, self.source = load_policy(source, revision, device=device)
         self.tokenizer, _ = load_tokenizer(source, revision)
-        found = ids(self.tokenizer, model)
-        self.scorer = Scorer(Network(model), found.eos, found.pad)
+        self.special, self.network = ids(self.tokenizer, model), Network(model)
+        self.budget: int | None = None  # tokens read at once; None for the device's
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """(N,) nats a token."""
@@ -74,28 +76,29 @@ class Likelihood:
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log p with and without the instruction (N, L) nats, copied tokens and mask (N, L)."""
-        heads = [self._ids(prompt) for prompt in prompts]
+        heads = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         bodies = encode_responses(self.tokenizer, responses, MAX_TOKENS).ids
-        tokens, mask = padded(bodies, self.scorer.pad)
+        tokens, mask = padded(bodies, self.special.pad)
         copied = torch.zeros_like(mask)
         texts = self._instructions(prompts)
         for row, (text, body) in enumerate(zip(texts, bodies, strict=True)):
             copied[row, : len(body)] = torch.tensor(copies(text, body))
-        without = [self._ids("")] * len(heads)
-        return *(self._logp(some, tokens, mask).cpu() for some in (heads, without)), copied, mask
+        without = [prompt_ids(self.tokenizer, "")] * len(heads)
+        return *(self._logp(some, tokens, mask) for some in (heads, without)), copied, mask
 
     def _instructions(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of the last message, without the template: what a response could copy."""
         return self.tokenizer([last(p) for p in prompts], add_special_tokens=False)["input_ids"]
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        text = render(self.tokenizer, prompt)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _logp(self, heads: list[list[int]], tokens: Tensor, mask: Tensor) -> Tensor:
-        """log p of every response token after its head, (N, L) nats."""
-        batch = as_rollout(heads, tokens, mask, self.scorer.pad, str(self.scorer.network.device))
-        return self.scorer.score(batch)[:, 0]
+        """log p of every response token after its head, (N, L) nats. What all heads begin with,
+        the template and its system message, is read once."""
+        prefix = shared_prefix(heads)
+        own = [head[len(prefix) :] for head in heads]
+        network = Prefixed(self.network, prefix)
+        scorer = Scorer(network, self.special.eos, self.special.pad, self.budget)
+        batch = as_rollout(own, tokens, mask, self.special.pad, str(network.device))
+        return scorer.score(batch)[:, 0].cpu()
 
 
 def mean_value(given: Tensor, without: Tensor, copied: Tensor, mask: Tensor) -> np.ndarray:
@@ -114,12 +117,16 @@ class Score:
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """(N,) scores."""
-        heads = [self.tokenizer(render(self.tokenizer, prompt), add_special_tokens=False)
-                 ["input_ids"] for prompt in prompts]  # fmt: skip
+        heads = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         bodies = encode_responses(self.tokenizer, responses, MAX_TOKENS).ids
         pad = self.tokenizer.pad_token_id or 0
         batch = as_rollout(heads, *padded(bodies, pad), pad, self.device)
         return self.model.score(batch)[:, 0].double().cpu().numpy()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """A prompt in the tokenizer's own template."""
+    return tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def copies(instruction: Sequence[int], response: Sequence[int], run: int = COPIED) -> list[bool]:

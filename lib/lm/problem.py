@@ -28,7 +28,6 @@ from lib.timing import Clock
 # Streams of random numbers; a run's numbers depend on its seed, the stream and a counter only.
 PROMPTS, TRAIN, EVALUATE = range(3)
 SMALL_SHARE = 8  # a run on less than 1 in 8 of the pairs does not have all of them scored
-HELD_OUT = 64  # validation pairs whose log-probabilities are followed
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ class LengthProblem:
         pairs = self.data.pairs["validation"]
         preferred = pairs.preferred(self.config.task, self.data.target)
         untied = torch.tensor(preferred.any(-1)).nonzero()[:, 0]
-        batch = self._labelled_pairs(pairs, untied[:HELD_OUT])
+        batch = self._labelled_pairs(pairs, untied[: self.config.held_out])
         return replace(batch, ref=self.reference.score(batch))
 
     @torch.no_grad()

@@ -179,6 +179,17 @@ def test_every_method_trains_and_reports(folder, name, task):
     assert first["held_out_accuracy"] == pytest.approx(0.5, abs=0.5)
 
 
+def test_held_out_pairs_change_what_is_looked_at_and_not_the_run(folder):
+    few = small(folder, "dpo_offline", "skew", held_out=3)
+    many = small(folder, "dpo_offline", "skew")
+    assert [len(LengthProblem(r).held_out.rewards) for r in (few, many)] == [3, 8]
+    (one,), (other,) = (LengthEngine().run([r], Silent()) for r in (few, many))
+    own = ["chosen_logratio", "rejected_logratio", "held_out_accuracy", "held_out"]
+    shared = [c for c in without_seconds(other) if c not in own]
+    pd.testing.assert_frame_equal(one[shared], other[shared])
+    assert one["chosen_logratio"].iloc[-1] != other["chosen_logratio"].iloc[-1]
+
+
 def test_long_enough_training_against_the_rule_shortens_the_completions(folder):
     run = small(folder, "reinforce", label="rule", updates=40, minibatch=16, batch=16)
     (table,) = LengthEngine().run([run], Silent())
