@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib.allowed import one_of
+
 STANDARDISE = ("batch", "prompt")
 WEIGHTS = ("normalised", "raw", "clipped")
 
@@ -26,8 +28,7 @@ def standardise(rewards: Tensor, over: str = "batch") -> Tensor:
     Returns: (..., P, C) in the dtype of `rewards`.
     Raises: ValueError for another `over`.
     """
-    if over not in STANDARDISE:
-        raise ValueError(f"standardise must be one of {STANDARDISE}, got {over!r}")
+    one_of("standardise", over, STANDARDISE)
     dims = (-2, -1) if over == "batch" else (-1,)
     wide = rewards.double()
     mean = wide.mean(dims, keepdim=True)
@@ -64,8 +65,7 @@ def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: st
     Returns: (..., P, C), non-negative, dtype of `advantage`.
     Raises: ValueError for another `form`.
     """
-    if form not in WEIGHTS:
-        raise ValueError(f"weights must be one of {WEIGHTS}, got {form!r}")
+    one_of("weights", form, WEIGHTS)
     exponent = advantage.double() / temperature
     if form == "normalised":
         shifted = (exponent - exponent.amax((-2, -1), keepdim=True)).exp()

@@ -23,6 +23,7 @@ from myst_nb import glue
 from scipy import stats as scipy_stats
 
 from lib import claims, costs, experiments, methods, overview, stats
+from lib.allowed import one_of
 from lib.bandit.network import GPT_NANO
 from lib.bandit.reference import LOCATION, SCALE
 from lib.chapter import Chapter
@@ -128,8 +129,7 @@ class Deviation:
             problem(contrast)
 
     def _check(self, name: str, value: str, allowed: Iterable[str]) -> None:
-        if value not in allowed:
-            raise ValueError(f"{self.id}: {name} must be one of {tuple(allowed)}, got {value!r}")
+        one_of(f"{self.id}: {name}", value, allowed)
 
     def compared(self) -> list[tuple[str, str]]:
         """(contrast, statistic) of every comparison that measures it."""

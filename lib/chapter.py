@@ -17,6 +17,7 @@ from IPython.display import Markdown, display
 from myst_nb import glue
 
 from lib import cards, claims, experiments, methods, runs, stats, tables
+from lib.allowed import one_of
 from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
 from lib.experiments import Setting
@@ -43,9 +44,7 @@ class Page:
         self, name: str, *, profile: str = "auto", recompute: bool = False, plan_only: bool = False
     ):
         self.name = name
-        if profile != "auto" and profile not in experiments.PROFILES:
-            allowed = ("auto", *experiments.PROFILES)
-            raise ValueError(f"profile must be one of {allowed}, got {profile!r}")
+        one_of("profile", profile, ("auto", *experiments.PROFILES))
         self.profile_name, self.recompute = profile, _flag("recompute", recompute)
         if _flag("plan_only", plan_only):
             print(f"{name} has no runs of its own: nothing to compute")

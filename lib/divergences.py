@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lib.allowed import one_of
+
 
 def categorical_kl(logp: Tensor, logq: Tensor) -> Tensor:
     """KL(p || q) = sum_a p(a) (log p(a) - log q(a)), with 0 log 0 = 0.
@@ -48,6 +50,4 @@ def sampled_kl(logp: Tensor, logq: Tensor, kind: str = "k1") -> Tensor:
         "k2": lambda: delta**2 / 2,
         "k3": lambda: (-delta).expm1() + delta,
     }
-    if kind not in kinds:
-        raise ValueError(f"kind must be one of {tuple(kinds)}, got {kind!r}")
-    return kinds[kind]()
+    return kinds[one_of("kind", kind, kinds)]()

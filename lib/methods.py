@@ -25,6 +25,7 @@ from lib.advantages import (
     token_rewards,
     whiten,
 )
+from lib.allowed import between, one_of
 from lib.controllers import AdaptiveKL
 from lib.rollouts import Rollout, sequence_logp
 
@@ -136,11 +137,10 @@ class Method:
 
 def check_hyperparameter(name: str, value: Any) -> None:
     """Raises ValueError, naming what is allowed, if `name` cannot be `value`."""
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-    low, high = INTERVALS.get(name, (None, None))
-    if low is not None and not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+    if name in CHOICES:
+        one_of(name, value, CHOICES[name])
+    if name in INTERVALS:
+        between(name, value, *INTERVALS[name])
 
 
 def _prepare_selected(rollout: Rollout, hyper: Hyper) -> Labels:

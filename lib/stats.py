@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
+from lib.allowed import one_of
+
 Curve = Mapping[str, np.ndarray] | pd.DataFrame
 CONFIDENCE = 0.95
 SUSTAINED = 5  # evaluations that must stay at the target for it to count as reached
@@ -111,9 +113,7 @@ def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
     A non-finite value (a run that diverged before it could be evaluated) counts as 0.
     Raises: ValueError for an unknown statistic, or two runs of one seed; MissingColumn.
     """
-    if statistic not in STATISTICS:
-        raise ValueError(f"statistic must be one of {tuple(STATISTICS)}, got {statistic!r}")
-    function = STATISTICS[statistic]
+    function = STATISTICS[one_of("statistic", statistic, STATISTICS)]
     values = {}
     runs, seeds = pd.factorize(results["run"])[0], results["seed"].to_numpy()
     order = np.lexsort((results["update"].to_numpy(), runs, seeds))

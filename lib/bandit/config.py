@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import methods
+from lib.allowed import check_fields
 from lib.finetune import Schedule, exact_div
 
 VOCABULARY = 100
@@ -93,16 +94,9 @@ class BanditRun:
         method = methods.get(self.method)
         if lacking := method.needs - PROVIDES:
             raise ValueError(f"the bandit has no {sorted(lacking)}, which {self.method} needs")
-        if self.reward_function not in REWARD_FUNCTIONS:
-            raise ValueError(
-                f"reward_function must be one of {tuple(REWARD_FUNCTIONS)}, "
-                f"got {self.reward_function!r}"
-            )
-        for name, allowed in CONVENTIONS.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        choices = {"reward_function": REWARD_FUNCTIONS, **CONVENTIONS}
+        check_fields(self, choices, self._ranges())
         method.resolve(self.overrides)
-        self._check_ranges()
         if self.length == 10 and not self.shift:
             raise ValueError("shift=False reads the last token too: length must be 9 or 1, got 10")
         if not method.on_policy and (self.iterations, self.sets) != (1, 1):
@@ -112,8 +106,8 @@ class BanditRun:
             )
         self.schedule  # noqa: B018 (its own checks)
 
-    def _check_ranges(self) -> None:
-        limits = {
+    def _ranges(self) -> dict[str, tuple[float, float]]:
+        ranges = {
             "learning_rate": (0.0, 10.0),
             "seed": (0, 2**31 - 1),
             "prompts": (1, VOCABULARY),
@@ -124,11 +118,8 @@ class BanditRun:
             "reference_seed": (0, 2**31 - 1),
         }
         if self.top_k is not None:
-            limits["top_k"] = (1, self.completions)
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:  # also refuses NaN
-                raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+            ranges["top_k"] = (1, self.completions)
+        return ranges
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from lib.allowed import one_of
 from lib.experiments import bandit, full_scale, length
 from lib.experiments.settings import (
     Grid,
@@ -24,16 +25,13 @@ CHAPTERS: dict[str, Grid] = {**bandit.CHAPTERS, **length.CHAPTERS, **full_scale.
 
 def check_chapter(chapter: str) -> str:
     """Raises: ValueError that names the chapters with runs of their own."""
-    if chapter not in CHAPTERS:
-        raise ValueError(f"chapter must be one of {tuple(CHAPTERS)}, got {chapter!r}")
-    return chapter
+    return one_of("chapter", chapter, CHAPTERS)
 
 
 def profile_named(chapter: str, name: str) -> Profile:
     """A chapter's profile. Raises: ValueError for an unknown one, RuntimeError if its device is
     missing."""
-    if name not in PROFILES:
-        raise ValueError(f"profile must be one of {PROFILES}, got {name!r}")
+    one_of("profile", name, PROFILES)
     profiles = CHAPTERS[check_chapter(chapter)].profiles
     profile = profiles[name]
     if profile.device == "cuda" and not torch.cuda.is_available():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lib import methods
+from lib.allowed import check_fields
 from lib.finetune import Schedule, exact_div
 from lib.lm.length import GIVEN, TASKS, check_task
 
@@ -94,14 +95,11 @@ class LengthRun:
     def __post_init__(self) -> None:
         method = methods.get(self.method)
         check_task(self.task)
-        named = {"label": LABELS, "dtype": DTYPES, "decoder": DECODERS}
-        for name, allowed in named.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        choices = {"label": LABELS, "dtype": DTYPES, "decoder": DECODERS}
+        check_fields(self, choices, self._ranges())
         if self.task == GIVEN and self.label == "rule":
             raise ValueError("preferences that were given follow no rule: label must be 'learned'")
         method.resolve(self.overrides)
-        self._check_ranges()
         if "pairs" in method.needs and self.completions < 2:
             raise ValueError(f"{self.method} learns from pairs: completions must be at least 2, "
                              f"got {self.completions}")  # fmt: skip
@@ -113,8 +111,8 @@ class LengthRun:
                              f"be 2, got {self.completions}")  # fmt: skip
         self.schedule  # noqa: B018 (its own checks)
 
-    def _check_ranges(self) -> None:
-        limits = {
+    def _ranges(self) -> dict[str, tuple[float, float]]:
+        ranges = {
             "learning_rate": (0.0, 10.0),
             "seed": (0, 2**31 - 1),
             "completions": (1, 1000),
@@ -126,13 +124,10 @@ class LengthRun:
             "clip_norm": (1e-6, float("inf")),
         }
         if self.top_k is not None:
-            limits["top_k"] = (1, self.completions)
+            ranges["top_k"] = (1, self.completions)
         if self.lora_rank is not None:
-            limits["lora_rank"] = (1, 10_000)
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:  # also refuses NaN
-                raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+            ranges["lora_rank"] = (1, 10_000)
+        return ranges
 
     @property
     def overrides(self) -> dict[str, Any]:

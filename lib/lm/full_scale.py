@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.allowed import one_of
 from lib.lm.config import PREPARED, TINY, LengthRun
 from lib.lm.length import GIVEN
 from lib.runs import ROOT
@@ -40,13 +41,12 @@ class FullScaleRun(LengthRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        one_of("kind", self.kind, KINDS)
         if self.task != GIVEN:
             raise ValueError(f"the pairs come with their labels: task must be {GIVEN!r}, "
                              f"got {self.task!r}")  # fmt: skip
-        if self.prepared == "tiny" and self.policy not in SIZES:
-            raise ValueError(f"policy must be one of {SIZES}, got {self.policy!r}")
+        if self.prepared == "tiny":
+            one_of("policy", self.policy, SIZES)
         if self.subset is not None and self.subset < 1:
             raise ValueError(f"subset must be at least 1, got {self.subset}")
 

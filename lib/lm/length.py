@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.allowed import one_of
+
 TASKS = ("min", "mode", "skew")
 GIVEN = "given"  # preferences that came with the pairs: no rule, and so no gold reward
 TRUNCATED = 0.95  # share of the Skew data's responses that are cut short (appendix J.1)
@@ -18,9 +20,7 @@ SKEW_MEAN = 0.25  # mean of the exponential length, as a share of the SFT policy
 
 def check_task(task: str) -> str:
     """Raises: ValueError that names the tasks."""
-    if task not in (*TASKS, GIVEN):
-        raise ValueError(f"task must be one of {(*TASKS, GIVEN)}, got {task!r}")
-    return task
+    return one_of("task", task, (*TASKS, GIVEN))
 
 
 def lengths(completions: Tensor, mask: Tensor, eos: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lib.allowed import one_of
 from lib.lm.batches import padded, unpadded
 from lib.lm.length import GIVEN, SKEW_MEAN, check_task, truncated
 from lib.lm.policy import Scorer
@@ -91,8 +92,7 @@ def save(path: Path, splits: dict[str, Pairs], more: dict[str, pd.DataFrame] | N
 
 def load(path: Path, split: str, eos: tuple[int, ...]) -> Pairs:
     """The pairs of one split. Raises: ValueError for another split, FileNotFoundError."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    one_of("split", split, SPLITS)
     table = pd.read_parquet(path)
     rows = table[table["split"] == split]
     columns = (rows[name].map(lambda ids: [int(i) for i in ids]).tolist()

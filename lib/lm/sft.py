@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lib.allowed import check_fields
+
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("cpu", "cuda")
 IGNORED = -100  # the label of a token that carries no loss
@@ -53,17 +55,10 @@ class SFTRun:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, allowed in {"schedule": SCHEDULES, "device": DEVICES}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        limits = {"learning_rate": (0, 1), "batch": (1, 4096), "epochs": (1, 1000),
+        ranges = {"learning_rate": (0, 1), "batch": (1, 4096), "epochs": (1, 1000),
                   "patience": (1, 1000), "weight_decay": (0, 1), "warmup_steps": (0, 10_000),
                   "dropout": (0, 0.9), "seed": (0, 2**31 - 1)}  # fmt: skip
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:  # also refuses NaN
-                raise ValueError(
-                    f"{name} must be between {low} and {high}, got {getattr(self, name)!r}"
-                )
+        check_fields(self, {"schedule": SCHEDULES, "device": DEVICES}, ranges)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib.allowed import one_of
 from lib.lm.sft import Example
 from lib.lm.text import encode_prompts, encode_responses
 
@@ -33,8 +34,7 @@ def pairs(split: str, path: Path = PAIRS) -> pd.DataFrame:
     Columns: prompt, response, topic, template, split. The splits share no topic.
     Raises: ValueError for an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    one_of("split", split, SPLITS)
     table = pd.read_parquet(path)
     keep = (table["split"] == split) & ~table["capped"]
     return table[keep].drop(columns="capped").reset_index(drop=True)

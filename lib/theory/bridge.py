@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lib import methods
+from lib.allowed import one_of
 from lib.bandit.config import VOCABULARY, BanditRun, bandit_run
 from lib.bandit.network import GPT_NANO, Parameters, logits
 from lib.bandit.policy import StackedAdam, invert_cdf
@@ -50,8 +51,7 @@ class Switches:
     seed: int = 5
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        one_of("method", self.method, METHODS)
 
     @property
     def learning_rate(self) -> float:

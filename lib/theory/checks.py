@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import claims
+from lib.allowed import one_of
 from lib.theory import cases, lemmas
 from lib.theory.found import Found
 
@@ -44,11 +45,9 @@ class Check:
     says: str
 
     def __post_init__(self) -> None:
-        allowed = {"id": tuple(FUNCTIONS), "part": PARTS, "rule": KINDS}
+        allowed = {"id": FUNCTIONS, "part": PARTS, "rule": KINDS}
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{self.id}: {name} must be one of {values}, "
-                                 f"got {getattr(self, name)!r}")  # fmt: skip
+            one_of(f"{self.id}: {name}", getattr(self, name), values)
 
 
 @dataclass(frozen=True)

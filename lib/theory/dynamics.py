@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib.allowed import one_of
 from lib.divergences import categorical_kl
 
 Push = Callable[[Tensor, Tensor], Tensor]
@@ -38,9 +39,7 @@ OBJECTIVES: dict[str, Push] = {"forward": forward_push, "reverse": reverse_push}
 
 def push_of(objective: str) -> Push:
     """The push of "forward" or "reverse". Raises: ValueError for another name."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {tuple(OBJECTIVES)}, got {objective!r}")
-    return OBJECTIVES[objective]
+    return OBJECTIVES[one_of("objective", objective, OBJECTIVES)]
 
 
 def descend(logp: Tensor, push: Tensor, rate: float) -> Tensor:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lib.allowed import one_of
 from lib.theory import dynamics
 
 CATEGORIES, LIKELY = 10, 0.95
@@ -36,8 +37,7 @@ def target(n: int, count: int, heights: str, generator: torch.Generator) -> Tens
 
     Raises: ValueError if heights is neither "equal" nor "random".
     """
-    if heights not in HEIGHTS:
-        raise ValueError(f"heights must be one of {HEIGHTS}, got {heights!r}")
+    one_of("heights", heights, HEIGHTS)
     parts = torch.ones(n, count, dtype=torch.float64)
     if heights == "random":
         parts = torch._standard_gamma(2 * parts, generator=generator)
