@@ -27,6 +27,7 @@ from lib.publish import STORE
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
+NOT_RUN = "(not run at this profile)"  # in place of a number in the prose
 BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
           "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
 
@@ -335,9 +336,19 @@ class Chapter(Page):
         """Makes a contrast's mean and 95% interval available to the prose as `name`."""
         values = self.contrast(text, statistic)
         signed = len(claims.terms(text)) > 1
-        shown = "(not run at this profile)" if values is None or values.empty else (
+        shown = NOT_RUN if values is None or values.empty else (
             tables.interval_text(values, signed, digits))  # fmt: skip
         glue(name, shown, display=False)
+
+    def number_at(
+        self, name: str, setting: str, column: str, updates: Sequence[int], form: str = ".0f"
+    ) -> None:
+        """Makes a column's mean over the rows of some updates available to the prose as `name`."""
+        values = pd.Series(dtype=float)
+        if self.has(setting):
+            rows = self.reported(setting)
+            values = rows.loc[rows["update"].isin(updates), column]
+        glue(name, NOT_RUN if values.empty else f"{values.mean():{form}}", display=False)
 
     def numbers(self, statistics: Mapping[str, str], digits: int = 1) -> None:
         """Makes means and 95% intervals of every setting of profile `full` available to the prose.

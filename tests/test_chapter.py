@@ -77,3 +77,15 @@ def test_numbers_of_the_prose_are_named_after_their_settings(monkeypatch):
     assert said["length_ppo_token_min_sets_4"].startswith(f"{own.mean():.0f} (")
     assert said["length_rwr_min_sets_4"] == "(not run at this profile)"
     assert len(said) == len(experiments.settings("on_policy_length", LENGTH["full"]))
+
+
+def test_a_column_at_some_updates_is_a_number_of_the_prose(monkeypatch):
+    said = {}
+    monkeypatch.setattr(chapter, "glue", lambda name, text, display: said.update({name: text}))
+    shown = Chapter("on_policy_length", methods=["ppo_token"])
+    rows = shown.reported("ppo_token@min").groupby("update")["length"].mean()
+    shown.number_at("both", "ppo_token@min", "length", [4, 8], ".3f")
+    shown.number_at("none", "ppo_token@min", "length", [5])
+    shown.number_at("other", "rwr@min", "length", [4])
+    assert said == {"both": f"{rows[[4, 8]].mean():.3f}", "none": chapter.NOT_RUN,
+                    "other": chapter.NOT_RUN}  # fmt: skip

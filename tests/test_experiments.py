@@ -77,19 +77,6 @@ def test_full_scale_has_no_pilot_where_there_is_one_rate_to_choose():
     assert {c.seed for c in experiments.assumed("full_scale", one)} == set(one.dial_seeds)
 
 
-def test_full_scale_evaluates_less_often_where_nobody_judges():
-    profiles = experiments.CHAPTERS["full_scale"].profiles
-    pilot = experiments.Setting("dpo_offline", "similar")
-    judged = replace(pilot, options=(("judged", True),))
-
-    def evaluations(name):
-        return [s.run(profiles[name], 1e-3, 5).evaluations for s in (pilot, judged)]
-
-    assert evaluations("full") == [3, 6]
-    assert evaluations("cpu") == [4, 4]
-    assert judged.run(profiles["full"], 1e-3, 5).judged == (0, 24, 48)
-
-
 def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
     profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
     run = experiments.Setting("ppo_token", "min", (("sets", 4),)).run(profile, 1e-3, 0)

@@ -30,7 +30,6 @@ class FullScaleProfile(Profile):
     Args:
         sets: values of B as multiples of M. policies: the smallest, the base one, the largest.
         few, many: pairs of the small and the large data set. judge: the gold model.
-        unjudged: evaluations of a run that nobody judges, None for as many as of the others.
     """
 
     sets: tuple[int, ...] = (4,)
@@ -38,7 +37,6 @@ class FullScaleProfile(Profile):
     few: int = 100
     many: int = 800
     judge: str = JUDGE
-    unjudged: int | None = None
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> FullScaleRun:
         options = {**dict(self.options), **dict(setting.options)}
@@ -47,8 +45,6 @@ class FullScaleProfile(Profile):
         options.setdefault("policy", self.policies[1])
         if options.pop("judged", False):
             options["judge"] = self.judge_here
-        elif self.unjudged is not None:
-            options["evaluations"] = self.unjudged
         return length_run(
             setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
             kind=setting.reward_function, **options,
@@ -95,7 +91,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         updates=24,
         options=(("evaluations", 4), ("prompts", 32)),
     ),
-    "full": replace(FULL, unjudged=3),
+    "full": FULL,
     # SmolLM2-135M and 360M with a judge of the user's; then the paper's policies and gold model.
     "gpu": replace(
         FULL,

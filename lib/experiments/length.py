@@ -194,7 +194,7 @@ def _engine(device: str = "cpu") -> Engine:
 _grid = partial(Grid, PROFILES, engine=_engine)
 
 CHAPTERS: dict[str, Grid] = {
-    "on_policy_length": _grid(_on_policy, prose="cpu"),
+    "on_policy_length": _grid(_on_policy),
     "negative_gradient_length": _grid(_negative_gradient),
     "complementary_length": _grid(_complementary, derive=with_target),
 }
