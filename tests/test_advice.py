@@ -141,6 +141,18 @@ def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
     assert "take a loss" not in both and "take a loss" in advice.short_answers(chapters())
 
 
+def test_a_method_whose_seeds_scatter_is_called_neither_best_nor_worst():
+    rare = {"rwr": [-1.0, -1.2, -0.8], "reinforce": [4.0, -9.0, 5.0],
+            "ppo_token": [-7.0, -7.2, -6.8]}  # fmt: skip
+    values = {name: pd.Series(x) for name, x in rare.items()}
+    assert values["reinforce"].mean() > values["rwr"].mean()
+    assert advice._extremes(values) == ("rwr", "ppo_token")
+    flipped = {name: -x for name, x in values.items()}
+    assert advice._extremes(flipped) == ("ppo_token", "rwr")
+    one_seed = {name: x[:1] for name, x in values.items()}  # no interval: by their values
+    assert advice._extremes(one_seed) == ("reinforce", "ppo_token")
+
+
 def test_without_results_each_answer_says_so():
     assert advice.short_answers({}).lower().count(overview.NOT_YET) == 3
 
