@@ -66,6 +66,15 @@ def test_on_policy_methods_skip_the_slowest_rate_unless_rates_are_given():
     assert shown["rates tried"].tolist() == ["all", "the largest 2"]
 
 
+def test_lengths_have_no_pilot_where_there_is_one_rate_to_choose():
+    one = experiments.CHAPTERS["on_policy_length"].profiles["smoke"]
+    assert len(one.rates) == 1
+    assert experiments.stages("on_policy_length", one)[0](None) == []
+    offline, sampled = (experiments.Setting(m, "min") for m in ("dpo_offline", "dpo"))
+    two = replace(one, rates=(1e-3, 1e-4), slowest=1e-3)  # on-policy methods try one of them
+    assert two.sweep(sampled) == [] and len(two.sweep(offline)) == 2
+
+
 def test_full_scale_has_no_pilot_where_there_is_one_rate_to_choose():
     one = experiments.CHAPTERS["full_scale"].profiles["smoke"]
     two = replace(one, rates=(1e-3, 3e-4))

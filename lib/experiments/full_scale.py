@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lib.experiments.length import GPU_RATES, PAPER_RATES, SHARED, SMALL
-from lib.experiments.settings import Grid, Profile, Setting
+from lib.experiments.length import GPU_RATES, PAPER_RATES, SHARED, SMALL, PilotProfile
+from lib.experiments.settings import Grid, Setting
 from lib.lm.config import MINIBATCH, length_run, prepared_folder
 from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
 from lib.lm.length import GIVEN
@@ -24,7 +24,7 @@ BATCHED = ("rwr", "reinforce")  # Figure 7's
 
 
 @dataclass(frozen=True)
-class FullScaleProfile(Profile):
+class FullScaleProfile(PilotProfile):
     """The full-scale dials beside what every profile has.
 
     Args:
@@ -49,10 +49,6 @@ class FullScaleProfile(Profile):
             setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
             kind=setting.reward_function, **options,
         )  # fmt: skip
-
-    def sweep(self, setting: Setting) -> list[tuple[float, int]]:
-        """Empty where there is one rate: nothing but the choice uses a pilot's runs."""
-        return super().sweep(setting) if len(self.rates) > 1 else []
 
     @property
     def folder(self) -> Path | None:

@@ -26,7 +26,16 @@ TITLES = {"min": "Min Length", "skew": "Skew Length", "mode": "Mode Length",
 
 
 @dataclass(frozen=True)
-class LengthProfile(Profile):
+class PilotProfile(Profile):
+    """A profile whose sweep is a pilot: no figure or table but the pilot's own shows its runs."""
+
+    def sweep(self, setting: Setting) -> list[tuple[float, int]]:
+        """Empty where there is one rate to choose from."""
+        return super().sweep(setting) if len(self.competing(setting)) > 1 else []
+
+
+@dataclass(frozen=True)
+class LengthProfile(PilotProfile):
     """The length problems' dials beside what every profile has.
 
     Args:
