@@ -136,7 +136,8 @@ def _extremes(rare: Values) -> tuple[str, str]:
     means, lows, highs = ({name: stats.interval(values)[i] for name, values in rare.items()}
                           for i in range(3))  # fmt: skip
     best = max(rare, key=lambda name: (lows[name], means[name]))
-    return best, min(set(rare) - {best}, key=lambda name: (highs[name], means[name]))
+    others = (name for name in rare if name != best)
+    return best, min(others, key=lambda name: (highs[name], means[name]))
 
 
 def _order(found: Values) -> list[str]:

@@ -27,6 +27,7 @@ from lib.publish import STORE
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
+PROSE = "full"  # the profile whose published results the chapters' sentences interpret
 NOT_RUN = "(not run at this profile)"  # in place of a number in the prose
 BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
           "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
@@ -197,8 +198,8 @@ class Chapter(Page):
     def is_interpreted(self) -> bool:
         """Whether these are the published results that the chapter's prose was written for."""
         own = self.methods is not None or self.extra_seeds
-        grid = experiments.CHAPTERS[self.name]
-        standard = self.profile_name == grid.prose and self.profile == grid.profiles[grid.prose]
+        profiles = experiments.CHAPTERS[self.name].profiles
+        standard = self.profile_name == PROSE and self.profile == profiles[PROSE]
         return self.published is not None and standard and not own
 
     def reading(self) -> str:
@@ -206,9 +207,8 @@ class Chapter(Page):
         sentences = "The sentences that interpret figures and tables were written for"
         if self.is_interpreted:
             return f"{sentences} these results."
-        profile = experiments.CHAPTERS[self.name].prose
-        written = _published(self.name, profile)
-        about = f"`{profile}` results"
+        written = _published(self.name, PROSE)
+        about = f"`{PROSE}` results"
         if written is not None:
             commit, date = written.meta["commit"][:10], written.meta["published"][:10]
             about = f"the published {about} (commit `{commit}`, {date})"
@@ -351,12 +351,12 @@ class Chapter(Page):
         glue(name, NOT_RUN if values.empty else f"{values.mean():{form}}", display=False)
 
     def numbers(self, statistics: Mapping[str, str], digits: int = 1) -> None:
-        """Makes means and 95% intervals of every setting of profile `full` available to the prose.
+        """Makes means and 95% intervals of every setting of profile `PROSE` available to the prose.
 
         Args: statistics: first word of a number's name -> what it is. With {"length": "final
             length"} the names are "length_dpo_offline_min", "length_ppo_token_min_sets_4".
         """
-        whole = experiments.CHAPTERS[self.name].profiles["full"]
+        whole = experiments.CHAPTERS[self.name].profiles[PROSE]
         for s in experiments.settings(self.name, whole):
             for word, statistic in statistics.items():
                 name = re.sub(r"\W+", "_", f"{word}_{s.name}").strip("_")

@@ -104,7 +104,6 @@ class Grid:
         engine: device -> what computes the runs.
         jobs: processes that may share the machine, None for one per core.
         derive: (results, profile) -> results with the columns that its statistics need.
-        prose: the profile whose published results the chapter's sentences interpret.
     """
 
     profiles: Mapping[str, Profile]
@@ -112,7 +111,6 @@ class Grid:
     engine: Callable[[str], Engine]
     jobs: int | None = None
     derive: Callable[[pd.DataFrame, Profile], pd.DataFrame] = lambda results, profile: results
-    prose: str = "full"
 
 
 def final(results: pd.DataFrame) -> pd.DataFrame:
