@@ -154,10 +154,21 @@ class Chapter(Page):
 
     def _read_or_computed(self, configs: Sequence[Any]) -> pd.DataFrame:
         """The table of `configs`: cut out of the published one where that has them all, which is
-        several times as quick as asking for each of thousands of runs."""
+        several times as quick as asking for each of thousands of runs.
+
+        Raises: RuntimeError where it has not and nobody asked for more than the published grid:
+            to read a page should not start hours of work.
+        """
         if self.published is not None:
             wanted = {runs.identity(config) for config in configs}
-            if wanted <= self.published.runs.keys():
+            if lacking := len(wanted - self.published.runs.keys()):
+                if not self.extra_seeds and self._profile_as_named:
+                    raise RuntimeError(
+                        f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
+                        f"profile {self.profile_name} has now: recompute=True computes them, "
+                        f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
+                    )
+            else:
                 table = self.published.table
                 return table[table["run"].isin(wanted)].reset_index(drop=True)
         return runs.compute(
@@ -198,9 +209,13 @@ class Chapter(Page):
     def is_interpreted(self) -> bool:
         """Whether these are the published results that the chapter's prose was written for."""
         own = self.methods is not None or self.extra_seeds
-        profiles = experiments.CHAPTERS[self.name].profiles
-        standard = self.profile_name == PROSE and self.profile == profiles[PROSE]
+        standard = self.profile_name == PROSE and self._profile_as_named
         return self.published is not None and standard and not own
+
+    @property
+    def _profile_as_named(self) -> bool:
+        """Whether no learning rates or options of the caller's own changed the profile."""
+        return self.profile == experiments.CHAPTERS[self.name].profiles[self.profile_name]
 
     def reading(self) -> str:
         """How to read the sentences that interpret figures and tables, given what is shown."""

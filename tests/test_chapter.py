@@ -38,6 +38,17 @@ def test_a_plan_computes_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("complementary at profile smoke: ")
 
 
+def test_runs_that_the_published_table_lacks_are_not_computed_unasked(tmp_path):
+    shown = Chapter("complementary", methods=["ipo"], store=tmp_path)
+    gone = next(iter(set(shown.results["run"])))
+    lacking = Chapter("complementary", methods=["ipo"], store=tmp_path)
+    del lacking.published.runs[gone]
+    with pytest.raises(RuntimeError, match=r"full.parquet lacks 1 of the .*make publish CHAPTER="):
+        _ = lacking.results
+    lacking.published.runs[gone] = shown.published.runs[gone]
+    assert lacking.results["run"].nunique() == shown.results["run"].nunique()
+
+
 def test_without_published_results_the_reading_still_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(chapter, "_published", lambda name, profile: None)
     shown = Chapter("complementary", profile="smoke", store=tmp_path)
