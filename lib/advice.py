@@ -88,9 +88,8 @@ def old_samples(chapters: Chapters) -> str:
     lead = f"What drawing for many updates at once does to {mean}"
     places: dict[tuple[str, str], list[str]] = {}
     for p, rare in counted.items():
-        best, worst = _extremes(rare)
-        if _beyond(p, (rare[best] - rare[worst]).dropna()):
-            places.setdefault((overview.short(best), overview.short(worst)), []).append(p.title)
+        if _apart(p, rare):
+            places.setdefault(tuple(map(overview.short, _extremes(rare))), []).append(p.title)
     order = "; ".join(f"{best} bears it best and {worst} worst on {', '.join(titles)}"
                       for (best, worst), titles in places.items())  # fmt: skip
     brief = f" {order}." if order else ""
@@ -117,10 +116,16 @@ def _judged(problem: Problem) -> str:
 
 def _split(problem: Problem, rare: Values) -> bool:
     """Whether every loss with a negative gradient bears it better than every one without."""
-    order = _order(rare)
+    order = sorted(rare, key=lambda name: rare[name].mean(), reverse=True)
     pushed = [methods.get(name).negative_gradient for name in order]
-    apart = _beyond(problem, (rare[order[0]] - rare[order[-1]]).dropna())
-    return apart and pushed == sorted(pushed, reverse=True) and len(set(pushed)) == 2
+    sorted_out = pushed == sorted(pushed, reverse=True) and len(set(pushed)) == 2
+    return sorted_out and _apart(problem, rare)
+
+
+def _apart(problem: Problem, rare: Values) -> bool:
+    """Whether who bears it best and who worst can be told apart."""
+    best, worst = _extremes(rare)
+    return _beyond(problem, (rare[best] - rare[worst]).dropna())
 
 
 def _ends(problem: Problem, rare: Values) -> str:
@@ -138,10 +143,6 @@ def _extremes(rare: Values) -> tuple[str, str]:
     best = max(rare, key=lambda name: (lows[name], means[name]))
     others = (name for name in rare if name != best)
     return best, min(others, key=lambda name: (highs[name], means[name]))
-
-
-def _order(found: Values) -> list[str]:
-    return sorted(found, key=lambda name: found[name].mean(), reverse=True)
 
 
 def fixed_data(results: pd.DataFrame) -> str:

@@ -161,16 +161,16 @@ class Chapter(Page):
         """
         if self.published is not None:
             wanted = {runs.identity(config) for config in configs}
-            if lacking := len(wanted - self.published.runs.keys()):
-                if not self.extra_seeds and self._profile_as_named:
-                    raise RuntimeError(
-                        f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
-                        f"profile {self.profile_name} has now: recompute=True computes them, "
-                        f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
-                    )
-            else:
+            lacking = len(wanted - self.published.runs.keys())
+            if not lacking:
                 table = self.published.table
                 return table[table["run"].isin(wanted)].reset_index(drop=True)
+            if not self.extra_seeds and self._profile_as_named:
+                raise RuntimeError(
+                    f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
+                    f"profile {self.profile_name} has now: recompute=True computes them, "
+                    f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
+                )
         return runs.compute(
             configs, self.store, self.engine, self.jobs, published=self.published, say=self._say
         )
