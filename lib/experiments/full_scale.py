@@ -30,6 +30,7 @@ class FullScaleProfile(PilotProfile):
     Args:
         sets: values of B as multiples of M. policies: the smallest, the base one, the largest.
         few, many: pairs of the small and the large data set. judge: the gold model.
+        unjudged: evaluations of a run that nobody judges, None for as many as of the others.
     """
 
     sets: tuple[int, ...] = (4,)
@@ -37,6 +38,7 @@ class FullScaleProfile(PilotProfile):
     few: int = 100
     many: int = 800
     judge: str = JUDGE
+    unjudged: int | None = None
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> FullScaleRun:
         options = {**dict(self.options), **dict(setting.options)}
@@ -45,6 +47,8 @@ class FullScaleProfile(PilotProfile):
         options.setdefault("policy", self.policies[1])
         if options.pop("judged", False):
             options["judge"] = self.judge_here
+        elif self.unjudged is not None:
+            options["evaluations"] = self.unjudged
         return length_run(
             setting.method, GIVEN, rate, seed, updates=self.updates, run=FullScaleRun,
             kind=setting.reward_function, **options,
@@ -69,7 +73,7 @@ class FullScaleProfile(PilotProfile):
 
 
 FULL = FullScaleProfile(
-    **{**SHARED["full"], "rates": (1e-3, 3e-4)}, updates=48, options=(("evaluations", 6),)
+    **{**SHARED["full"], "rates": (1e-3, 3e-4)}, updates=48, options=(("evaluations", 4),)
 )
 PROFILES: dict[str, FullScaleProfile] = {
     "smoke": replace(
@@ -87,7 +91,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         updates=24,
         options=(("evaluations", 4), ("prompts", 32)),
     ),
-    "full": FULL,
+    "full": replace(FULL, unjudged=3),
     # SmolLM2-135M and 360M with a judge of the user's; then the paper's policies and gold model.
     "gpu": replace(
         FULL,

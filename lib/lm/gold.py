@@ -34,6 +34,7 @@ from lib.lm.models import (
 )
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
+from lib.lm.prefix import Prefixed, shared_prefix
 from lib.lm.reward import RewardModel
 from lib.lm.text import Prompt, encode_responses, render
 from lib.rollouts import Rollout
@@ -64,8 +65,8 @@ class Likelihood:
     def __init__(self, source: str | Path, revision: str | None = None, device: str = "cpu"):
         model, self.source = load_policy(source, revision, device=device)
         self.tokenizer, _ = load_tokenizer(source, revision)
-        special = ids(self.tokenizer, model)
-        self.scorer = Scorer(Network(model), special.eos, special.pad)
+        self.special, self.network = ids(self.tokenizer, model), Network(model)
+        self.budget: int | None = None  # tokens read at once; None for the device's
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """(N,) nats a token."""
@@ -77,7 +78,7 @@ class Likelihood:
         """log p with and without the instruction (N, L) nats, copied tokens and mask (N, L)."""
         heads = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         bodies = encode_responses(self.tokenizer, responses, MAX_TOKENS).ids
-        tokens, mask = padded(bodies, self.scorer.pad)
+        tokens, mask = padded(bodies, self.special.pad)
         copied = torch.zeros_like(mask)
         texts = self._instructions(prompts)
         for row, (text, body) in enumerate(zip(texts, bodies, strict=True)):
@@ -90,9 +91,14 @@ class Likelihood:
         return self.tokenizer([last(p) for p in prompts], add_special_tokens=False)["input_ids"]
 
     def _logp(self, heads: list[list[int]], tokens: Tensor, mask: Tensor) -> Tensor:
-        """log p of every response token after its head, (N, L) nats."""
-        batch = as_rollout(heads, tokens, mask, self.scorer.pad, str(self.scorer.network.device))
-        return self.scorer.score(batch)[:, 0].cpu()
+        """log p of every response token after its head, (N, L) nats. What all heads begin with,
+        the template and its system message, is read once."""
+        prefix = shared_prefix(heads)
+        own = [head[len(prefix) :] for head in heads]
+        network = Prefixed(self.network, prefix)
+        scorer = Scorer(network, self.special.eos, self.special.pad, self.budget)
+        batch = as_rollout(own, tokens, mask, self.special.pad, str(network.device))
+        return scorer.score(batch)[:, 0].cpu()
 
 
 def mean_value(given: Tensor, without: Tensor, copied: Tensor, mask: Tensor) -> np.ndarray:

@@ -30,7 +30,7 @@ def by_hand(judge, prompt, response):
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     body = [*judge.tokenizer(response)["input_ids"], judge.tokenizer.eos_token_id]
-    logits = judge.scorer.network.model(torch.tensor([head + body])).logits[0, len(head) - 1 : -1]
+    logits = judge.network.model(torch.tensor([head + body])).logits[0, len(head) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(body)[:, None])[:, 0], body
 
 
@@ -70,9 +70,9 @@ def test_a_score_depends_on_no_neighbour_no_padding_and_no_batch_size(judge):
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(judge.score(PROMPTS[::-1], RESPONSES[::-1]), together[::-1],
                                atol=1e-5)  # fmt: skip
-    budget, judge.scorer.budget = judge.scorer.budget, 1
+    judge.budget = 1
     np.testing.assert_allclose(judge.score(PROMPTS, RESPONSES), together, atol=1e-5)
-    judge.scorer.budget = budget
+    judge.budget = None
 
 
 def test_an_empty_response_has_a_finite_score(judge):
