@@ -5,10 +5,16 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# the first Python >= 3.11; another one: make book PYTHON=/path/to/python
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
-  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-# more flags for pip, for instance an index with CPU builds of torch
+# The packages install on these; the first that is there is taken, else a later one, which is not
+# tested. Another: make book PYTHON=/path/to/python
+PYTHONS := 3.11 3.12
+PYTHON ?= $(shell for p in $(PYTHONS:%=python%) python3; do \
+  $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+  2>/dev/null && echo $$p && break; done)
+NO_PYTHON := error: no Python >= 3.11 that can make an environment. Debian and Ubuntu: \
+  apt install python3-venv. Or name one: make PYTHON=/path/to/python
+# More flags for pip. On Linux the locked torch is the CUDA build of several GB; who has no GPU passes the
+# address of the CPU wheels from PyTorch's installation page: PIP_ARGS="--extra-index-url ADDRESS"
 PIP_ARGS ?=
 
 PROFILE ?=
@@ -22,9 +28,12 @@ help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml requirements.lock
-	@[ -n "$(PYTHON)" ] || { echo "error: no Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "setting up $(VENV) (once, and again when pyproject.toml or requirements.lock changes)"
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@# without pip it is what an interrupted set-up left behind
+	@$(PY) -m pip --version >/dev/null 2>&1 || { python="$(PYTHON)"; \
+	  [ -n "$$python" ] || { echo "$(NO_PYTHON)" >&2; exit 1; }; \
+	  "$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	    echo "error: $$python cannot make $(VENV). Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
 	@$(PY) -m pip install --quiet $(PIP_ARGS) -r requirements.lock -e '.[all]'
 	@touch $(READY)
 

@@ -1,10 +1,13 @@
 """pyproject.toml, requirements.lock and environment.yml agree, and name what the code imports.
 
-environment.yml (conda, Binder) is compared here, not executed.
+environment.yml (conda, Binder) is compared here, not executed. The Makefile sets up `.venv` with a
+Python that it looks for, and mends one that was interrupted.
 """
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -76,11 +79,110 @@ def test_environment_yml_packages_are_locked():
 
 
 def test_python_versions_agree():
+    """The tested one is said by the lock, which environment.yml takes; the others by README."""
     python = next(e for e in environment() if isinstance(e, str) and e.startswith("python="))
+    tested, also = re.search(
+        r"\(Python (\S+); they resolve on (\S+) too\)", (ROOT / "requirements.lock").read_text()
+    ).groups()
+    assert python == f"python={tested}"
+    makefile = (ROOT / "Makefile").read_text()
+    taken = re.search(r"^PYTHONS := (.*)$", makefile, flags=re.MULTILINE)[1].split()
+    assert sorted(taken) == [tested, also]
+    assert f"no Python >= {tested}" in makefile
+    assert f"Python {tested} or {also} (tested on {tested})" in (ROOT / "README.md").read_text()
+    named = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if " :: 3." in c]
+    assert named == [tested, also]
     allowed = Requirement(f"python{PROJECT['requires-python']}").specifier
-    assert allowed.contains(python.removeprefix("python="))
-    assert {"3.11", "3.12"} <= {v for v in ("3.10", "3.11", "3.12") if allowed.contains(v)}
-    assert not allowed.contains("3.10")
+    assert [v for v in ("3.10", tested, also) if allowed.contains(v)] == [tested, also]
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert ruff["target-version"] == "py" + tested.replace(".", "")
+
+
+# The Makefile's set-up, with programs that only pretend to be Python
+
+
+PRETENDER = """#!/bin/sh
+echo "$(basename "$0") $*" >> calls
+case "$0 $*" in
+  *"-m venv --clear .venv") [ -z "$NO_VENV" ] || {{ mkdir -p .venv/bin && exit 1; }}
+    mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  *" -c "*) [ "$(basename "$0")" = {answers} ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def setting_up(tmp_path):
+    """make env in a folder of its own: (answering Python, arguments, ...) -> status, stderr, calls.
+
+    Of the programs on the path, only the one that answers has a version that is taken.
+    """
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "requirements.lock").touch()
+
+    def make(answers: str, *arguments: str, **variables: str) -> tuple[int, str, list[str]]:
+        programs = tmp_path / "programs"
+        programs.mkdir(exist_ok=True)
+        for name in ("python3", "python3.11", "python3.12", "python3.13"):
+            (programs / name).write_text(PRETENDER.format(answers=answers))
+            (programs / name).chmod(0o755)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+        kept.pop("PYTHON", None)
+        kept["PATH"] = f"{programs}:{kept['PATH']}"
+        done = subprocess.run(["make", "env", *arguments], cwd=tmp_path, env=kept | variables,
+                              capture_output=True, text=True)  # fmt: skip
+        calls = tmp_path / "calls"
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return done.returncode, done.stderr, [x for x in lines if " -c " not in x]
+
+    return make
+
+
+VENV = "-m venv --clear .venv"
+INSTALL = "python -m pip install --quiet -r requirements.lock -e .[all]"
+
+
+@pytest.mark.parametrize("name", ["python3.11", "python3.12", "python3"])
+def test_make_takes_the_first_python_that_is_supported(setting_up, name):
+    status, _, calls = setting_up(name)
+    assert (status, calls) == (0, [f"{name} {VENV}", INSTALL])
+
+
+def test_make_takes_the_python_it_is_given(setting_up):
+    status, _, calls = setting_up("python3.12", "PYTHON=python3.13")
+    assert (status, calls) == (0, [f"python3.13 {VENV}", INSTALL])
+
+
+def test_make_without_a_supported_python_says_what_to_do(setting_up):
+    status, said, calls = setting_up("python3.10")
+    assert status and calls == []
+    assert "no Python >= 3.11" in said and "PYTHON=" in said and "python3-venv" in said
+
+
+def test_make_mends_an_environment_without_pip(setting_up, tmp_path):
+    """As `python -m venv` leaves one when the packages for it are missing."""
+    left = tmp_path / ".venv" / "bin" / "python"
+    left.parent.mkdir(parents=True)
+    left.write_text("#!/bin/sh\nexit 1\n")
+    left.chmod(0o755)
+    status, _, calls = setting_up("python3.11")
+    assert (status, calls) == (0, [f"python3.11 {VENV}", INSTALL])
+
+
+def test_make_keeps_an_environment_with_pip(setting_up, tmp_path):
+    setting_up("python3.11")
+    (tmp_path / ".venv" / ".ready").unlink()
+    status, _, calls = setting_up("no Python at all")
+    assert (status, calls) == (0, ["python -m pip --version", INSTALL])
+
+
+def test_make_leaves_no_half_environment_behind(setting_up, tmp_path):
+    status, said, _ = setting_up("python3.11", NO_VENV="1")
+    assert status and "apt install python3-venv" in said
+    assert not (tmp_path / ".venv").exists()
+    assert setting_up("python3.11")[0] == 0
 
 
 def test_jupyter_book_stays_below_2():
@@ -159,3 +261,13 @@ def test_version_and_authors_are_said_once():
     assert citation["authors"] == PROJECT["authors"] == [{"name": config["author"]}]
     assert citation["title"] == config["title"]
     assert citation["license"] == PROJECT["license"]["text"] == "Apache-2.0"
+
+
+def test_the_paper_is_cited_as_in_the_book():
+    (paper,) = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    entry = (ROOT / "book" / "references.bib").read_text().partition("@inproceedings{taj")[2]
+    url = re.search(r"url *= \{(.*?)\}", entry)[1]
+    assert paper["url"] == url and url in (ROOT / "README.md").read_text()
+    assert [a["family-names"] for a in paper["authors"]] == re.findall(
+        r"(\w+), \w+", re.search(r"author *= \{(.*?)\}", entry)[1]
+    )
