@@ -21,21 +21,19 @@ from benchmarks import bandit, lm, store  # noqa: E402
 from lib.runs import ROOT, environment, provenance, write_atomically  # noqa: E402
 
 OUTPUT = ROOT / "_build" / "benchmarks.json"
-STORE = "store"
-BENCHMARKS = {**bandit.BENCHMARKS, **lm.BENCHMARKS}
-NAMES = (*BENCHMARKS, STORE)
+BENCHMARKS = {**bandit.BENCHMARKS, **lm.BENCHMARKS, **store.BENCHMARKS}
 
 
 def arguments() -> argparse.Namespace:
     """The command line. Exits with the known names if a word is part of none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("words", nargs="*", help=f"parts of names: {', '.join(NAMES)}")
+    parser.add_argument("words", nargs="*", help=f"parts of names: {', '.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="under a minute, few repeats")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
     args = parser.parse_args()
     for word in args.words:
-        if not any(word in name for name in NAMES):
-            parser.error(f"no benchmark is called {word!r}; there are {', '.join(NAMES)}")
+        if not any(word in name for name in BENCHMARKS):
+            parser.error(f"no benchmark is called {word!r}; there are {', '.join(BENCHMARKS)}")
     return args
 
 
@@ -51,16 +49,13 @@ def save(path: Path, quick: bool, lines: list[dict]) -> None:
 def main() -> int:
     """Runs what was asked for; 1 if a benchmark found something wrong."""
     args = arguments()
-    chosen = [name for name in NAMES if not args.words or any(w in name for w in args.words)]
+    chosen = [name for name in BENCHMARKS if not args.words or any(w in name for w in args.words)]
     torch.set_num_threads(1)
     effort = bandit.QUICK if args.quick else bandit.FULL
     lines, failed = [], False
     if os.getloadavg()[0] > 0.5:
         print(f"note: other work is running (load {os.getloadavg()[0]:.1f}); times are unreliable")
     for name in chosen:
-        if name == STORE:
-            failed |= bool(store.main())
-            continue
         try:
             for result in BENCHMARKS[name](effort):
                 print(result, flush=True)

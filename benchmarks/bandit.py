@@ -35,6 +35,7 @@ from lib.bandit.problem import EVALUATE, TRACKED, BanditProblem
 from lib.finetune import State, fine_tune
 from lib.randomness import uniforms
 from lib.rollouts import Rollout, sequence_logp
+from lib.untracked import Untracked
 
 BLOCK = BanditEngine.block_size
 METHODS = ("best_of_n", "ipo")
@@ -62,17 +63,11 @@ QUICK = Effort(rounds=1, steps=3, released=1, grids=(10, 20), machine=False, upd
 # --- timing ---------------------------------------------------------------------------------------
 
 
-class Ticks:
+class Ticks(Untracked):
     """Stands in for a run's checkpoint: nothing to resume or save, notes when a row is done."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
-
-    def load(self) -> None:
-        """Nothing was saved."""
-
-    def due(self) -> bool:
-        return False
 
     def progress(self, done: int, total: int, **shown: str) -> None:
         self.times.append(perf_counter())

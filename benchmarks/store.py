@@ -1,4 +1,4 @@
-"""Sixteen processes on one store, against one process alone: `python benchmarks/store.py`.
+"""Sixteen processes on one store, against one process alone.
 
 Every run must be computed exactly once. The runs sleep rather than compute, so that the ratio shows
 what locks, checks and waiting cost, whatever the number of cores.
@@ -7,19 +7,18 @@ what locks, checks and waiting cost, whatever the number of cores.
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import joblib
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks import Result
 from lib import runs
 
 PROCESSES = 16
@@ -85,19 +84,17 @@ def measure(processes: int) -> tuple[float, Counter[str]]:
         return time.perf_counter() - started, Counter(log.read_text().split())
 
 
-def main() -> int:
-    """Print one line: name, result, ratio and what limits it."""
+def shared(effort: Any) -> Iterator[Result]:
+    """The same whatever the effort. Raises: AssertionError unless each run is computed once."""
     alone, _ = measure(1)
     together, counts = measure(PROCESSES)
-    once = len(counts) == RUNS and set(counts.values()) == {1}
-    print(
-        f"store: {PROCESSES} processes, {RUNS} runs of {SECONDS} s, each computed once: "
-        f"{'yes' if once else 'NO'}; {together:.1f} s, {alone / together:.1f} times as fast as one "
-        f"process ({alone:.1f} s; {PROCESSES} is ideal); limited by planning and reading in every "
-        f"process, which share {joblib.cpu_count()} cores"
-    )
-    return 0 if once else 1
+    assert len(counts) == RUNS and set(counts.values()) == {1}, f"computed: {counts}"
+    yield Result(
+        "store", alone / together,
+        f"one process ({RUNS} runs of {SECONDS} s, each computed once; {PROCESSES} is ideal)",
+        together, alone, f"{PROCESSES} processes x 1",
+        f"planning and reading in every process, which share {joblib.cpu_count()} cores",
+    )  # fmt: skip
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARKS: dict[str, Callable[[Any], Iterator[Result]]] = {"store": shared}

@@ -34,6 +34,9 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP_CELL = Path("book/assets/setup_cell.py")
+# chapters that run or read language models, and need the extra `llm`
+LANGUAGE_MODELS = {"length", "own_model", "on_policy_length", "negative_gradient_length",
+                   "complementary_length", "full_scale"}  # fmt: skip
 SITE_FILES = "book/assets/extra"  # its content lands in the site as it is (html_extra_path)
 KNOWN_HOSTS = {"github.com": "github", "gitlab.com": "gitlab", "bitbucket.org": "bitbucket"}
 SKIPPED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
@@ -130,10 +133,19 @@ def declared_parameters(notebook: Path) -> set[str]:
     return set(inspect_notebook(str(notebook)))
 
 
+def recomputes(parameters: dict[str, str]) -> bool:
+    return parameters.get("recompute", "").lower() in {"true", "1"}
+
+
 def parameters_of(book: Book) -> dict[str, dict[str, str]]:
-    """The parameters that each chapter takes; one that no chapter declares is an error."""
+    """The parameters that each chapter takes.
+
+    Raises: BookError for one that no chapter declares, or to recompute without a profile.
+    """
     if not book.parameters:
         return {chapter: {} for chapter in book.chapters}
+    if recomputes(book.parameters) and book.parameters.get("profile", "auto") == "auto":
+        raise BookError("recompute needs a profile, such as PROFILE=cpu (-p profile cpu)")
     declared = {chapter: declared_parameters(book.notebook(chapter)) for chapter in book.chapters}
     for name in book.parameters.keys() - set().union(*declared.values()):
         allowed = ", ".join(sorted(set().union(*declared.values())))
@@ -206,7 +218,7 @@ def run_chapters(book: Book, jobs: int = 1) -> list[str]:
         inputs = {**shared, f"{chapter}.ipynb": notebook, **given}
         last = read_execution(book, chapter)
         reason = changes(last.inputs, inputs) if last else "no finished run yet"
-        if parameters[chapter].get("recompute", "").lower() in {"true", "1"}:
+        if recomputes(parameters[chapter]):
             reason = reason or "recompute asked for"
         if not reason:
             say(f"{name}: up to date")
@@ -478,10 +490,15 @@ def check(book: Book) -> bool:
 # The setup cell
 
 
-def setup_cell(root: Path) -> str:
-    """The first code cell of every chapter, with the address from _config.yml."""
+def setup_cell(root: Path, chapter: str) -> str:
+    """The first code cell of a chapter ("book/on_policy"), with the address from _config.yml.
+
+    On a hosted machine it installs the book, with the extra `llm` only where a chapter needs it.
+    """
     config = yaml.safe_load((root / "_config.yml").read_text())
     text = (root / SETUP_CELL).read_text().strip()
+    if Path(chapter).name not in LANGUAGE_MODELS:
+        text = text.replace("[llm]", "").replace(', "trl")', ",)")
     return text.replace("{repository_url}", config["repository"]["url"])
 
 
@@ -490,7 +507,7 @@ def write_setup(book: Book) -> None:
     for chapter in book.chapters:
         notebook = nbformat.read(book.notebook(chapter), as_version=4)
         first = next(c for c in notebook.cells if c.cell_type == "code")
-        first.source = setup_cell(book.root)
+        first.source = setup_cell(book.root, chapter)
         nbformat.write(notebook, book.notebook(chapter))
 
 

@@ -1,73 +1,184 @@
 """The landing page's short answers: sentences worded by what the results shown support.
 
-Each has a strong wording and a neutral one, a sentence that sorts the problems, and the numbers
-folded away below it. The strong wording takes intervals over seeds that support it on every problem
-that counts: one with at least `lib.decisions.MIN_SEEDS` seeds. A gap counts when its 95% interval
-lies beyond the problem's margin. Problems, and where the peak of their reward lies:
-`lib.decisions.PROBLEMS`.
+First a default: the methods that failed on the fewest problems, with fresh samples and on fixed
+data. A method fails on a problem where it does not lead or where a run of it harms (`lib.decisions`
+has both words); methods that fewer than half of the problems ran are left out.
+
+Then three answers, each with a strong wording and a neutral one, a sentence that sorts the
+problems, and the numbers folded away below it. The strong wording takes intervals over seeds that
+support it on every problem that counts: one with at least `lib.decisions.MIN_SEEDS` seeds. A gap
+counts when its 95% interval lies beyond the problem's margin. Problems, and where the peak of their
+reward lies: `lib.decisions.PROBLEMS`.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
-from lib import decisions, methods, overview, stats
-from lib.decisions import MIN_SEEDS, PROBLEMS, Problem
+from lib import cards, decisions, methods, overview, stats
+from lib.chapter import Chapter
+from lib.decisions import MIN_SEEDS, PROBLEMS, Entry, Problem, Standing, label
+from lib.experiments import Setting
 from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
 ALIKE = 5  # margins of a problem: how far methods' means may part for the loss to matter little
-PLACES = {
-    ("far", "apart"): "where the reward lies far from what the model writes",
-    ("far", "close"): "where it lies far and the pairs come near it",
-    ("near", None): "where it lies near",
-}
+PICKS = 2  # methods that the default names for either kind of data
+PLACES = {("far", "apart"): "far", ("far", "close"): "far, pairs near it", ("near", None): "near"}
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
 
 
 def short_answers(chapters: Chapters) -> str:
-    """Three answers as a Markdown list: sample or not, old samples, fixed data."""
+    """Four answers as a Markdown list: a default, sample or not, old samples, fixed data."""
     results = decisions.collect(chapters)
-    found = (sampling(results), old_samples(chapters), fixed_data(results))
+    found = (default(results), sampling(results), old_samples(chapters), fixed_data(results))
     return "\n".join(f"- {textwrap.indent(text, '  ').lstrip()}" for text in found)
+
+
+# --- one default ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of a method, by its short name.
+
+    Args: ran, led, harmed: the problems that ran it, on which it led, on which a run ended below
+        the untrained model (`lib.decisions`). first: its mean share of first places.
+    """
+
+    name: str
+    ran: tuple[Problem, ...]
+    led: tuple[Problem, ...]
+    harmed: tuple[Problem, ...]
+
+    first: float
+
+    @property
+    def order(self) -> tuple[int, int, float]:
+        """By the problems on which it failed either way, then by those on which it led."""
+        behind = set(self.ran) - set(self.led)
+        return len(behind | set(self.harmed)), -len(self.led), -self.first
+
+    def __str__(self) -> str:
+        """ "DPO (level with the best on 5 of 6 problems, not on Mode Length)"."""
+        missed = [p.title for p in self.ran if p not in self.led]
+        notes = [f"level with the best on {len(self.led)} of {len(self.ran)} problems"
+                 + (f", not on {', '.join(missed)}" if missed else "")]  # fmt: skip
+        if self.harmed:
+            titles = ", ".join(p.title for p in self.harmed)
+            notes.append(f"a run ended below the untrained model on {titles}")
+        return f"{self.name} ({'; '.join(notes)})"
+
+
+def default(results: pd.DataFrame) -> str:
+    """What to take unseen: the methods that failed least often, with fresh samples and without."""
+    fresh, fixed = (_standings(results, choice) for choice in ("fresh", "fixed"))
+    sides = {"With fresh samples": _records(fresh, True), "On fixed data": _records(fixed, False)}
+    told = [f"{side}: {'; '.join(map(str, records[:PICKS]))}." for side, records in sides.items()
+            if records]  # fmt: skip
+    if not told:
+        return f"**One default?** {overview.NOT_YET.capitalize()}."
+    sampled = {s.problem for s in fresh}
+    table = matrix([*fresh, *(s for s in fixed if s.problem not in sampled)])
+    legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
+              "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
+              "margin. \N{EN DASH}: not run.")  # fmt: skip
+    return _answer(f"**If you want one default.** {' '.join(told)}",
+                   f"{cards.markdown(table)}\n\n{legend}",
+                   "Every method on every problem")  # fmt: skip
+
+
+def _standings(results: pd.DataFrame, choice: str) -> list[Standing]:
+    found = (decisions.standing(results, p, choice) for p in PROBLEMS)
+    return [s for s in found if s is not None and s.votes]
+
+
+def _records(standings: Sequence[Standing], on_policy: bool) -> list[Record]:
+    """Methods that more than half of the problems ran, the one that failed least often first."""
+    ran: dict[str, list[tuple[Standing, Entry]]] = {}
+    for s in standings:
+        for e in s.entries:
+            if methods.get(e.method).on_policy is on_policy:
+                ran.setdefault(overview.short(e.method), []).append((s, e))
+    found = [
+        Record(name, tuple(s.problem for s, _ in of),
+               tuple(s.problem for s, e in of if e.leads),
+               tuple(s.problem for s, e in of if e.harms),
+               sum(e.first / s.n for s, e in of) / len(of))
+        for name, of in ran.items() if 2 * len(of) > len(standings)
+    ]  # fmt: skip
+    return sorted(found, key=lambda record: record.order)
+
+
+def matrix(standings: Sequence[Standing]) -> pd.DataFrame:
+    """Final rewards: a row per method, on-policy ones first, a column per problem."""
+    cells: dict[str, dict[str, str]] = {"untrained": {}}
+    for s in standings:
+        title = s.problem.title + (f" ({s.problem.unit.strip()})" if s.problem.unit else "")
+        cells["untrained"][title] = f"{s.start:.2f}"
+        for e in sorted(s.entries, key=lambda e: not methods.get(e.method).on_policy):
+            text = f"{e.mean:.2f}" + ("\N{DAGGER}" if e.harms else "")
+            cells.setdefault(label(e.method), {})[title] = f"**{text}**" if e.leads else text
+    table = pd.DataFrame.from_dict(cells, orient="index").fillna("\N{EN DASH}")
+    kinds = [name.endswith("(offline)") for name in table.index]
+    table = table.iloc[sorted(range(len(table)), key=kinds.__getitem__)]
+    return table.rename_axis("method").reset_index()
+
+
+# --- sample or not --------------------------------------------------------------------------------
 
 
 def sampling(results: pd.DataFrame) -> str:
     """Whether to sample while training, by the gap between the best methods of either kind."""
-    gaps = _each(lambda p: _lead(_values(results, p, "fresh"), _values(results, p, "fixed")))
+    sides = {p: (_values(results, p, "fresh"), _values(results, p, "fixed")) for p in PROBLEMS}
+    gaps = _each(lambda p: _lead(*sides[p]))
     if not gaps:
         return f"**Sample while you train?** {overview.NOT_YET.capitalize()}."
     counted = _counted(gaps)
     never_worse = all(stats.interval(gap)[2] > -p.margin for p, gap in counted.items())
     pays = never_worse and any(_beyond(p, gap) for p, gap in counted.items())
     head = "Sample while you train, if you can." if pays else "Sampling while you train:"
-    shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit) for p, gap in gaps.items()}
     best = _sorted("The best on-policy method against the best offline one", counted)
-    loss, means = _loss(results)
-    numbers = f"{_told('Best on-policy minus best offline method', shown)} {means}"
-    return _answer(f"**{head}** {best} {loss}", numbers)
+    rows = [
+        _place(p) | {
+            "best on-policy": _named(sides[p][0]), "best offline": _named(sides[p][1]),
+            "difference": interval_text(gap, signed=True) + p.unit,
+            "all on-policy means": _range(sides[p][0]),
+            "completions": _completions(results, p),
+        } for p, gap in counted.items()
+    ]  # fmt: skip
+    notes = ("*Completions*: how many each kind of run labels or is given, offline first. The best "
+             "method of each kind is picked on the seeds shown, which flatters both.")  # fmt: skip
+    return _answer(f"**{head}** {best} {_loss(counted, sides)}", _numbers(rows, gaps, notes))
 
 
-def _loss(results: pd.DataFrame) -> tuple[str, str]:
-    """How much the on-policy methods differ among themselves: a sentence, and the numbers."""
-    means = {}
-    for p in PROBLEMS:
-        found = _values(results, p, "fresh")
-        ends = [v.mean() for name, v in found.items()
-                if methods.get(name).on_policy and len(v) >= MIN_SEEDS]  # fmt: skip
-        if len(ends) > 1:
-            means[p] = min(ends), max(ends)
-    if not means:
-        return "", ""
-    little = all(high - low <= ALIKE * p.margin for p, (low, high) in means.items())
-    loss = "Which loss you take then matters little." if little else "The loss matters as well."
-    told = ", ".join(f"{low:.2f} and {high:.2f}{p.unit} on {p.title}"
-                     for p, (low, high) in means.items())  # fmt: skip
-    return loss, f"The on-policy methods' means lie between {told}."
+def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Values]]) -> str:
+    """How much the on-policy methods differ among themselves, in a sentence."""
+    ends = {p: [v.mean() for v in sides[p][0].values() if len(v) >= MIN_SEEDS] for p in counted}
+    spread = {p: max(e) - min(e) for p, e in ends.items() if len(e) > 1}
+    if not spread:
+        return ""
+    little = all(gap <= ALIKE * p.margin for p, gap in spread.items())
+    return "Which loss you take then matters little." if little else "The loss matters as well."
+
+
+def _range(found: Values) -> str:
+    means = [v.mean() for v in found.values() if len(v) >= MIN_SEEDS]
+    return f"{min(means):.2f} to {max(means):.2f}" if means else "-"
+
+
+def _completions(results: pd.DataFrame, problem: Problem) -> str:
+    """ "100 and 10,000": medians of the offline and the fresh on-policy runs of a problem."""
+    own = results[results["problem"] == problem.name].groupby("choice")["completions"].median()
+    return " and ".join(f"{own[choice]:,.0f}" for choice in ("fixed", "fresh"))
+
+
+# --- old samples ----------------------------------------------------------------------------------
 
 
 def old_samples(chapters: Chapters) -> str:
@@ -82,36 +193,67 @@ def old_samples(chapters: Chapters) -> str:
     counted = {p: rare for p, rare in found.items() if _seeds(rare) >= MIN_SEEDS}
     split = bool(counted) and all(_split(p, rare) for p, rare in counted.items())
     head = "take a loss with a negative gradient." if split else "mind the loss."
-    shown = {p: (_seeds(rare), _ends(p, rare)) for p, rare in found.items()}
-    judged = {text for p in shown if (text := _judged(p))}
-    mean = "the mean reward over training" + "".join(f" ({text})" for text in sorted(judged))
-    lead = f"What drawing for many updates at once does to {mean}"
-    places: dict[tuple[str, str], list[str]] = {}
+    serves = {p: _serves(chapters, p) for p in counted}
+    groups: dict[tuple, list[str]] = {}
     for p, rare in counted.items():
         if _apart(p, rare):
-            places.setdefault(tuple(map(overview.short, _extremes(rare))), []).append(p.title)
-    order = "; ".join(f"{best} bears it best and {worst} worst on {', '.join(titles)}"
-                      for (best, worst), titles in places.items())  # fmt: skip
-    brief = f" {order}." if order else ""
-    return _answer(f"**If sampling is slow, {head}**{brief}", _told(lead, shown))
+            key = serves[p], tuple(rare), tuple(map(overview.short, _extremes(rare)))
+            groups.setdefault(key, []).append(p.title)
+    order = [f"With one drawing for {n} updates, of {_listed(ran)}, {best} bears it best and "
+             f"{worst} worst on {_and(titles)}."
+             for (n, ran, (best, worst)), titles in groups.items()]  # fmt: skip
+    gains: dict[str, list[str]] = {}
+    for p, rare in counted.items():
+        for name in (n for n, change in rare.items() if _beyond(p, change)):
+            gains.setdefault(name, []).append(p.title)
+    order += [f"{overview.short(name)} even does better with old samples on {_and(titles)}."
+              for name, titles in gains.items()]  # fmt: skip
+    rows = [
+        {"problem": p.title, "updates per drawing": serves[p],
+         "what old samples change in": _judged(p),
+         "bears it best": _ends(p, rare, 0), "bears it worst": _ends(p, rare, 1)}
+        for p, rare in counted.items()
+    ]  # fmt: skip
+    return _answer(f"**If sampling is slow, {head}** {' '.join(order)}",
+                   _numbers(rows, {p: rare[min(rare)] for p, rare in found.items()}))  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names of a few methods, or how many there are."""
+    few = len(names) < 4
+    return _and([overview.short(name) for name in names]) if few else f"{len(names)} methods"
+
+
+def _and(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
     """What the rarest drawing of the grid changes in the mean reward, by on-policy method."""
     found = {}
     statistic = overview.SPEED if problem.column == "reward" else f"final {problem.column}"
-    for chapter in (chapters[name] for name in problem.chapters if name in chapters):
-        for s in decisions.stalest(chapter.settings(), problem):
-            fresh = replace(s, options=problem.base)
-            change = chapter.contrast(f"{s.name} - {fresh.name}", statistic)
-            found |= {} if change is None else {s.method: change}
+    for chapter, s in _stalest(chapters, problem):
+        fresh = replace(s, options=problem.base)
+        change = chapter.contrast(f"{s.name} - {fresh.name}", statistic)
+        found |= {} if change is None else {s.method: change}
     return found
 
 
+def _stalest(chapters: Chapters, problem: Problem) -> list[tuple[Chapter, Setting]]:
+    own = (chapters[name] for name in problem.chapters if name in chapters)
+    return [(c, s) for c in own for s in decisions.stalest(c.settings(), problem)]
+
+
+def _serves(chapters: Chapters, problem: Problem) -> int:
+    """How many updates the rarest drawing of the grid serves."""
+    return max(dict(s.options)["sets"] for _, s in _stalest(chapters, problem))
+
+
 def _judged(problem: Problem) -> str:
-    """What is told of a problem in place of the mean reward over training, if anything is."""
+    """What is told of a problem: the mean over training, or the end where a judge looked."""
     column = problem.column
-    return "" if column == "reward" else f"{problem.title}: the final {column} reward"
+    return "mean reward over training" if column == "reward" else f"final {column} reward"
 
 
 def _split(problem: Problem, rare: Values) -> bool:
@@ -128,9 +270,10 @@ def _apart(problem: Problem, rare: Values) -> bool:
     return _beyond(problem, (rare[best] - rare[worst]).dropna())
 
 
-def _ends(problem: Problem, rare: Values) -> str:
-    return " and ".join(f"{interval_text(rare[name], signed=True)}{problem.unit} with "
-                        f"{overview.short(name)}" for name in _extremes(rare))  # fmt: skip
+def _ends(problem: Problem, rare: Values, which: int) -> str:
+    """ "RWR: -0.97 (-1.91 to -0.04) tokens": who bears it best (0) or worst (1)."""
+    name = _extremes(rare)[which]
+    return f"{overview.short(name)}: {interval_text(rare[name], signed=True)}{problem.unit}"
 
 
 def _extremes(rare: Values) -> tuple[str, str]:
@@ -152,12 +295,16 @@ def fixed_data(results: pd.DataFrame) -> str:
     if not gaps:
         return f"**If the data are fixed:** {overview.NOT_YET}."
     counted = _counted(gaps)
-    head = _turn(counted)
-    shown = {p: (len(gap), interval_text(gap, signed=True) + p.unit + _pair(*sides[p]))
-             for p, gap in gaps.items()}  # fmt: skip
-    lead = "Best loss with a negative gradient minus best without"
     best = _sorted("The best loss with a negative gradient against the best without", counted)
-    return _answer(f"{head} {best}", _told(lead, shown))
+    rows = [
+        _place(p) | {
+            "best with a negative gradient": _named(sides[p][0]),
+            "best without": _named(sides[p][1]),
+            "difference": interval_text(gap, signed=True) + p.unit,
+        } for p, gap in counted.items()
+    ]  # fmt: skip
+    notes = "In brackets: the worst run."
+    return _answer(f"{_turn(counted)} {best}", _numbers(rows, gaps, notes))
 
 
 def _turn(gaps: Gaps) -> str:
@@ -184,13 +331,6 @@ def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values
     )
 
 
-def _pair(pushed: Values, pulled: Values) -> str:
-    """ " with DPO (worst run 0.61) over RWR (0.07)"."""
-    first, second = overview.best(pushed), overview.best(pulled)
-    return (f" with {overview.short(first)} (worst run {pushed[first].min():.2f}) over "
-            f"{overview.short(second)} ({pulled[second].min():.2f})")  # fmt: skip
-
-
 # --- parts of sentences ---------------------------------------------------------------------------
 
 
@@ -214,10 +354,28 @@ def _lead(first: Values, second: Values) -> pd.Series | None:
     return None if gap.empty else gap
 
 
-def _answer(text: str, numbers: str) -> str:
+def _answer(text: str, numbers: str, summary: str = "In numbers") -> str:
     """A sentence or two, and the numbers behind them to be opened."""
-    parts = (text.rstrip(), "<details>", "<summary>In numbers</summary>", numbers, "</details>\n")
+    parts = (text.rstrip(), "<details>", f"<summary>{summary}</summary>", numbers, "</details>\n")
     return "\n\n".join(parts)
+
+
+def _place(problem: Problem) -> dict[str, str]:
+    return {"problem": problem.title, "peak": PLACES[problem.place]}
+
+
+def _named(found: Values) -> str:
+    """ "DPO 0.87 (0.37)": the best method, its mean and its worst run."""
+    top = overview.best(found)
+    return f"{overview.short(top)} {found[top].mean():.2f} ({found[top].min():.2f})"
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], gaps: Gaps, notes: str = "") -> str:
+    """A table of the problems that count, and a sentence that names the others."""
+    few = [f"{p.title} ({len(gap)})" for p, gap in gaps.items() if len(gap) < MIN_SEEDS]
+    parts = [cards.markdown(pd.DataFrame(rows)), notes] if rows else []
+    parts += [f"Too few seeds to say: {', '.join(few)}."] if few else []
+    return "\n\n".join(filter(None, parts))
 
 
 def _sorted(subject: str, gaps: Gaps) -> str:
@@ -240,19 +398,3 @@ def _seeds(found: Values) -> int:
 
 def _beyond(problem: Problem, gap: pd.Series) -> bool:
     return stats.interval(gap)[1] > problem.margin
-
-
-def _told(lead: str, found: Mapping[Problem, tuple[int, str]]) -> str:
-    """A sentence on the problems that count, by where their peak lies; one that names the others.
-
-    Args: found: problem -> number of seeds, and what they say.
-    """
-    parts = []
-    for where, place in PLACES.items():
-        told = [f"{text} on {p.title}" for p, (n, text) in found.items()
-                if n >= MIN_SEEDS and p.place == where]  # fmt: skip
-        parts += [f"{place}: {', '.join(told)}"] if told else []
-    few = [f"{p.title} ({n})" for p, (n, _) in found.items() if n < MIN_SEEDS]
-    sentences = [f"{lead}, {'; '.join(parts)}."] if parts else []
-    sentences += [f"Too few seeds to say: {', '.join(few)}."] if few else []
-    return " ".join(sentences)

@@ -79,6 +79,7 @@ SUMMARIES = {"matters": "partly", "no effect": "reproduced", "undecided": "incon
 BETAS = (0.01, 0.05, 0.1, 0.5)  # Table 6
 SUMMED = {"reference": 10, "sampler": 100}  # samples over which the released code sums a KL
 PAPER_SEEDS = 5  # I.3
+PAPER_LENGTH = 203  # tokens: Figure 12, J.1
 MIN_SEEDS = 5  # fewer leave an effect undecided, as they leave a claim
 
 Chapters = Mapping[str, Chapter]
@@ -512,6 +513,13 @@ def mean_and_mode() -> str:
             f"({counts.max() / len(lengths):.1%} of responses)")  # fmt: skip
 
 
+def shorter() -> str:
+    """The mean length of this book's responses beside the paper's."""
+    mean = policy_lengths().mean()
+    return (f"{mean:.1f} tokens in the mean, {mean / PAPER_LENGTH:.0%} of the paper's "
+            f"{PAPER_LENGTH}")  # fmt: skip
+
+
 def printed(setting: str, method: str) -> Any:
     """The row of the paper's Table 3 that holds a method of this book.
 
@@ -576,7 +584,7 @@ def clock_statement() -> str:
 
 ARITHMETIC: dict[str, Callable[[], str]] = {
     f.__name__: f for f in (ceiling, histogram, kl_axes, ipo_target, parameters, betas,
-                            mean_and_mode, spread, clock_statement)
+                            mean_and_mode, shorter, spread, clock_statement)
 }  # fmt: skip
 
 

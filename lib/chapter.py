@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import warnings
@@ -22,6 +23,7 @@ from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
 from lib.experiments import Setting
 from lib.publish import STORE
+from lib.untracked import Untracked
 
 # said by tqdm, for bars that are not drawn here, when a language-model library is imported
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -29,6 +31,11 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
 PROSE = "full"  # the profile whose published results the chapters' sentences interpret
 NOT_RUN = "(not run at this profile)"  # in place of a number in the prose
+COMMON = {"profile", "recompute", "plan_only"}  # parameters of every chapter
+INJECTED = "# Parameters\n"  # how the cell begins in which papermill sets what it was given
+LIFTS = re.compile(r"plan_only|\b(Chapter|Page)\(")  # a cell to run also after `plan_only`
+SAID: dict[str, str] = {}  # what this kernel made available to the prose, by name
+LISTENING: set[Any] = set()  # the shells whose outputs SAID is taken from
 BADGES = {"reproduced": "reproduced", "partly": "partly", "not reproduced": "not",
           "inconclusive": "inconclusive", "not judged": "inconclusive"}  # fmt: skip
 
@@ -39,18 +46,34 @@ class Page:
     Args:
         name: the chapter's, for the files of its figures' numbers.
         profile, recompute, plan_only: as `Chapter`; with `plan_only` the rest is skipped.
-    Raises: ValueError that names the bad value and the allowed ones.
+    Raises: ValueError that names the bad value and the allowed ones, or a parameter that papermill
+        was given and the notebook does not have.
     """
 
     def __init__(
         self, name: str, *, profile: str = "auto", recompute: bool = False, plan_only: bool = False
     ):
         self.name = name
-        one_of("profile", profile, ("auto", *experiments.PROFILES))
-        self.profile_name, self.recompute = profile, _flag("recompute", recompute)
-        if _flag("plan_only", plan_only):
+        self._take(profile, recompute, plan_only)
+        if self.plan_only:
             print(f"{name} has no runs of its own: nothing to compute")
             _skip_the_rest()
+
+    def _take(self, profile: str, recompute: bool, plan_only: bool) -> None:
+        """Checks and keeps what every chapter is given."""
+        _refuse_unknown(get_ipython())
+        self.profile_name = one_of("profile", profile, ("auto", *experiments.PROFILES))
+        self.recompute = _flag("recompute", recompute)
+        self.plan_only = _flag("plan_only", plan_only)
+        if recompute and profile == "auto":
+            raise ValueError(f"recompute needs a profile: {', '.join(experiments.PROFILES)}")
+        if not plan_only and _listen(get_ipython()):
+            print("Numbers in sentences are filled in on the rendered page; "
+                  f"{type(self).__name__.lower()}.said() lists them.")  # fmt: skip
+
+    def said(self) -> Markdown:
+        """The numbers of this notebook's sentences, by name: those of the cells run so far."""
+        return tables.shown(pd.DataFrame(sorted(SAID.items()), columns=["name", "text"]))
 
     def keep(self, name: str, table: pd.DataFrame) -> Markdown:
         """Stores the numbers of a figure as CSV beside the page and returns a link to them."""
@@ -72,15 +95,19 @@ class Chapter(Page):
     Args:
         name: of `lib.experiments.CHAPTERS`.
         profile: "auto" for the largest published one, or a name of `lib.experiments.PROFILES`.
-        recompute: leave published results aside and compute (finished runs are kept in `store`).
+        recompute: leave published results aside and compute (finished runs are kept in `store`);
+            a profile must say how much.
         plan_only: print what would be run and skip the rest of the notebook.
         methods: only these, None for all of the chapter.
         seeds: reported seeds beyond the profile's, pooled with those and marked.
         learning_rates: of the sweep, None for the profile's.
+        prepared: the folder of a policy of your own, None for the profile's.
+        options: fields of every run that differ from the profile's; None leaves a field as it is.
         store: folder of finished runs.
-        options: fields of every run that differ from the profile's, such as a policy of your own
-            (`prepared`); None leaves a field as it is.
-    Raises: ValueError that names the bad value and the allowed ones, before anything is run.
+    Raises: before anything is run, ValueError that names the bad value and the allowed ones, or a
+        parameter that papermill was given and the notebook does not have; FileNotFoundError for a
+        `prepared` that has not been made. Where something is to be computed, RuntimeError if the
+        profile's device is missing.
     """
 
     def __init__(
@@ -93,25 +120,27 @@ class Chapter(Page):
         methods: Sequence[str] | None = None,
         seeds: Sequence[int] = (),
         learning_rates: Sequence[float] | None = None,
-        store: str | Path | None = None,
+        prepared: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
+        store: str | Path | None = None,
     ):
         self.name = experiments.check_chapter(name)
-        published = runs.largest_published(name)
+        self._take(profile, recompute, plan_only)
         if profile == "auto":
-            profile = published.profile if published else "cpu"
-        self.profile_name = profile
-        self.profile = _with_options(
-            _with_rates(experiments.profile_named(name, profile), learning_rates), options or {}
-        )
-        self.methods = None if methods is None else list(methods)
-        experiments.settings(name, self.profile, self.methods)
+            published = runs.largest_published(name)
+            self.profile_name = published.profile if published else "cpu"
+        named = experiments.profile_named(name, self.profile_name)
+        folder = None if prepared is None else str(prepared)
+        given = _checked_options({"prepared": folder}, options)
+        experiments.check_options(name, given)
+        self.profile = replace(_with_rates(named, learning_rates),
+                               options=(*(dict(named.options) | given).items(),))  # fmt: skip
+        self.methods = None if methods is None else listed("methods", methods, "[dpo, rwr]")
         full = experiments.CHAPTERS[name].profiles["full"]
         self.extra_seeds = _checked_seeds(seeds, max(full.report_seeds) + 1)
-        self.recompute = _flag("recompute", recompute)
+        experiments.check_runs(name, self.profile, self.methods, self.extra_seeds, given)
         self.store = runs.Store(store or STORE)
-        self.published = None if recompute else _published(name, profile)
-        self.plan_only = _flag("plan_only", plan_only)
+        self.published = None if recompute else _published(name, self.profile_name)
         if self.plan_only:
             print(self.plan())
             _skip_the_rest()
@@ -132,11 +161,39 @@ class Chapter(Page):
     def plan(self) -> str:
         """What a run of this chapter would compute, how long it would take, and how much disk.
 
-        Learning rates that have not been selected yet are assumed: they change no cost.
+        Learning rates are selected where the store or the published table has their sweep, and
+        assumed elsewhere: they change no cost.
         """
-        configs = experiments.assumed(self.name, self.profile, self.methods, self.extra_seeds)
-        plan = runs.plan(configs, self.store, self.engine, self.jobs, self.published)
-        return f"{self.name} at profile {self.profile_name}: {plan}"
+        asked = self.name, self.profile, self.methods, self.extra_seeds
+        configs: dict[Any, None] = {}
+        for stage in experiments.stages(*asked, experiments.assumer):
+            configs |= dict.fromkeys(stage(self._at_hand([*configs])))
+        return f"{self.name} at profile {self.profile_name}: {self._plan([*configs])}"
+
+    def _plan(self, configs: Sequence[Any]) -> runs.Plan:
+        return runs.plan(configs, self.store, self.engine, self.jobs, self.published)
+
+    def _at_hand(self, configs: Sequence[Any]) -> pd.DataFrame | None:
+        """The table of those of `configs` that need not be computed, None if all must be."""
+        if not configs:
+            return None
+        if (table := self._cut(configs)) is not None:
+            return table
+        plan = self._plan(configs)
+        todo = {run.identity for run in plan.todo}
+        have = [run for run in plan.runs if run.identity not in todo]
+        found = [self.store.read(run.identity)[0] if run.status.table is None else run.status.table
+                 for run in have]  # fmt: skip
+        return runs.assemble([run.config for run in have], found) if have else None
+
+    def _cut(self, configs: Sequence[Any]) -> pd.DataFrame | None:
+        """The table of `configs` cut out of the published one where that has them all, which is
+        several times as quick as asking for each of thousands of runs."""
+        wanted = {runs.identity(config) for config in configs}
+        if self.published is None or wanted - self.published.runs.keys():
+            return None
+        table = self.published.table
+        return table[table["run"].isin(wanted)].reset_index(drop=True)
 
     @cached_property
     def results(self) -> pd.DataFrame:
@@ -153,24 +210,22 @@ class Chapter(Page):
         return experiments.CHAPTERS[self.name].derive(results, self.profile)
 
     def _read_or_computed(self, configs: Sequence[Any]) -> pd.DataFrame:
-        """The table of `configs`: cut out of the published one where that has them all, which is
-        several times as quick as asking for each of thousands of runs.
+        """The table of `configs`, computed where it is not published.
 
-        Raises: RuntimeError where it has not and nobody asked for more than the published grid:
-            to read a page should not start hours of work.
+        Raises: RuntimeError where it is not all published and nobody asked for more than the
+            published grid: to read a page should not start hours of work.
         """
-        if self.published is not None:
+        if (table := self._cut(configs)) is not None:
+            return table
+        if self.published is not None and not self.extra_seeds and self._profile_as_named:
             wanted = {runs.identity(config) for config in configs}
             lacking = len(wanted - self.published.runs.keys())
-            if not lacking:
-                table = self.published.table
-                return table[table["run"].isin(wanted)].reset_index(drop=True)
-            if not self.extra_seeds and self._profile_as_named:
-                raise RuntimeError(
-                    f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
-                    f"profile {self.profile_name} has now: recompute=True computes them, "
-                    f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
-                )
+            raise RuntimeError(
+                f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
+                f"profile {self.profile_name} has now: recompute=True with "
+                f"profile={self.profile_name!r} computes them, "
+                f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
+            )
         return runs.compute(
             configs, self.store, self.engine, self.jobs, published=self.published, say=self._say
         )
@@ -378,22 +433,9 @@ class Chapter(Page):
                 self.number(name, s.name, statistic, digits)
 
 
-class _Untracked:
-    """The checkpoint of a run that is neither saved nor watched."""
-
-    def load(self) -> None:
-        return None
-
-    def due(self) -> bool:
-        return False
-
-    def progress(self, done: int, total: int, **shown: str) -> None:
-        return None
-
-
 def trial(config: BanditRun) -> pd.DataFrame:
     """The result table of one run, computed in this process and not stored: to try a method out."""
-    (table,) = BanditEngine().run([config], _Untracked())
+    (table,) = BanditEngine().run([config], Untracked())
     return table
 
 
@@ -427,29 +469,44 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def listed(name: str, values: Any, example: str) -> list[Any]:
+    """A parameter that is a list. Raises: ValueError that shows how to give one."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f'{name} must be a list such as -y "{name}: {example}", got {values!r}')
+    return list(values)
+
+
 def _checked_seeds(seeds: Sequence[int], first: int) -> tuple[int, ...]:
     """Extra seeds, refused where they would be reported and have chosen the rate as well."""
-    bad = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < first]
-    if bad or len(set(seeds)) != len(list(seeds)):
+    given = listed("seeds", seeds, f"[{first}]")
+    bad = [s for s in given if isinstance(s, bool) or not isinstance(s, int) or s < first]
+    if bad or len(set(given)) != len(given):
         raise ValueError(
             f"seeds must be distinct integers from {first} on, since 0 to {first - 1} choose the "
-            f"learning rate or are reported already; got {list(seeds)}"
+            f"learning rate or are reported already; got {given}"
         )
-    return tuple(seeds)
+    return tuple(given)
 
 
 def _with_rates(profile: experiments.Profile, rates: Sequence[float] | None) -> experiments.Profile:
     if rates is None:
         return profile
-    bad = [r for r in rates if not isinstance(r, int | float) or not 0 < r <= 10]
-    if bad or not rates:
-        raise ValueError(f"learning_rates must be numbers in (0, 10], got {list(rates)}")
-    return profile.with_rates(tuple(sorted({float(r) for r in rates}, reverse=True)))
+    given = listed("learning_rates", rates, "[0.01, 0.001]")
+    bad = [r for r in given
+           if isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 10]  # fmt: skip
+    if bad or not given:
+        raise ValueError(f"learning_rates must be numbers in (0, 10], got {given}")
+    return profile.with_rates(tuple(sorted({float(r) for r in given}, reverse=True)))
 
 
-def _with_options(profile: experiments.Profile, options: Mapping[str, Any]) -> experiments.Profile:
-    given = {name: value for name, value in options.items() if value is not None}
-    return replace(profile, options=(*(dict(profile.options) | given).items(),))
+def _checked_options(shorthands: dict[str, Any], options: Any) -> dict[str, Any]:
+    """All options that are not None."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f'options must be a mapping such as -y "options: {{evaluations: 10}}", got {options!r}'
+        )
+    given = shorthands | dict(options or {})
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _published(name: str, profile: str) -> runs.Published | None:
@@ -457,8 +514,58 @@ def _published(name: str, profile: str) -> runs.Published | None:
     return runs.Published.load(path) if path.exists() else None
 
 
+def _refuse_unknown(shell: Any) -> None:
+    """Raises: ValueError for parameters that papermill set and the notebook does not have.
+
+    papermill warns and runs the notebook without them. It sets what it was given in a cell of its
+    own, behind the one that has the parameters.
+    """
+    cells = shell.user_ns.get("In", []) if shell is not None else []
+    given, own = set(), set()
+    for names, injected in ((_assigned(cell), cell.startswith(INJECTED)) for cell in cells):
+        if injected:
+            given = names
+        elif names >= COMMON:
+            given, own = set(), names
+    if own and given - own:
+        raise ValueError(f"unknown parameter {sorted(given - own)}; there are {sorted(own)}")
+
+
+def _assigned(cell: str) -> set[str]:
+    """The names that a cell's lines assign."""
+    return set(re.findall(r"^(\w+) *=(?!=)", cell, re.MULTILINE))
+
+
+def _listen(shell: Any) -> bool:
+    """Notes in SAID what is glued from here on. Whether a reader is to be told, once a kernel:
+    nobody can answer questions of the notebooks that papermill and the build run."""
+    if not hasattr(shell, "kernel") or shell in LISTENING:
+        return False
+    LISTENING.add(shell)
+    shell.display_pub.register_hook(_note)
+    return getattr(shell.kernel, "_allow_stdin", False)
+
+
+def _note(message: dict[str, Any]) -> dict[str, Any]:
+    """Takes a glued value's name and text from the message that displays it."""
+    content = message["content"]
+    if glued := content.get("metadata", {}).get("scrapbook"):
+        text = content["data"].get(f"{glued['mime_prefix']}text/plain", "")
+        SAID[glued["name"]] = str(ast.literal_eval(text)) if text[:1] in ("'", '"') else text
+    return message
+
+
 def _skip_the_rest() -> None:
-    """Makes the remaining cells of the notebook do nothing; a script simply goes on."""
+    """Makes the cells below do nothing, until one that LIFTS this; a script simply goes on."""
     shell = get_ipython()
-    if shell is not None:
-        shell.input_transformers_cleanup.append(lambda lines: [])
+    if shell is None:
+        return
+    print("The cells below are skipped until plan_only = False is run, and this cell again.")
+
+    def skipped(lines: list[str]) -> list[str]:
+        if not any(map(LIFTS.search, lines)):
+            return []
+        shell.input_transformers_cleanup.remove(skipped)
+        return lines
+
+    shell.input_transformers_cleanup.append(skipped)

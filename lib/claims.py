@@ -139,6 +139,7 @@ def judge(rule: Rule, profile: experiments.Profile, rows: Rows) -> Verdict:
 
 
 def _decide(rule: Rule, low: float, high: float, seeds: int) -> str:
+    """A rule's verdict on an interval; an end that lies at a margin is not beyond it."""
     if seeds < rule.min_seeds or not np.isfinite([low, high]).all():
         return "inconclusive"
     alike = -rule.equivalence <= low and high <= rule.equivalence
@@ -153,13 +154,18 @@ def _decide(rule: Rule, low: float, high: float, seeds: int) -> str:
 
 
 def parent(verdicts: Iterable[str]) -> str:
-    """A claim's verdict from its comparisons': "partly" when some are reproduced and some not."""
+    """A claim's verdict from those of its parts; parts that were not judged have no say.
+
+    Where all agree, theirs. Where they differ, "partly" (reproduced) if any part is reproduced, if
+    only partly; else "not reproduced": a claim says that all its parts hold, so one that does not
+    is enough, however many others are inconclusive.
+    """
     found = {v for v in verdicts if v != "not judged"}
     if not found:
         return "not judged"
     if len(found) == 1:
         return found.pop()
-    return "partly" if "reproduced" in found else "not reproduced"
+    return "partly" if found & {"reproduced", "partly"} else "not reproduced"
 
 
 def judge_all(
@@ -173,18 +179,6 @@ def judge_all(
     seeds = _all_reported(results, profile)
     rows = cache(lambda s: experiments.reported(results, s, profile, seeds, chosen(s)))
     return [judge(rule, profile, rows) for rule in rules() if rule.chapter == chapter]
-
-
-def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """One row per comparison, for the reader and for `data/results`."""
-    return pd.DataFrame([
-        {"claim": v.rule.claim, "comparison": v.rule.id, "says": v.rule.says,
-         "contrast": v.rule.contrast, "statistic": v.rule.statistic,
-         "expects": f"{v.rule.direction} {v.rule.margin if v.rule.direction != '=' else '0'}",
-         "effect": v.effect, "low": v.low, "high": v.high, "seeds": v.seeds,
-         "verdict": v.verdict}
-        for v in verdicts
-    ])  # fmt: skip
 
 
 def summary(verdicts: Iterable[Verdict]) -> pd.DataFrame:

@@ -13,10 +13,10 @@ import pandas as pd
 from lib import experiments, methods, stats, tables
 from lib.bandit.reference import reward_table
 from lib.claims import DATA
+from lib.tables import quantile, reaching
 
-PHASES = {"seconds_sampling": "sampling", "seconds_scoring": "scoring",
-          "seconds_training": "training"}  # fmt: skip
 PROMPT_AND_RESPONSE = 10  # tokens that the paper's code averages over: the prompt and 9 more
+HALF = 0.5  # of the best reward there is: the goal of the second price
 Lines = Mapping[str, pd.DataFrame]  # label -> rows of one setting, one run per seed
 
 
@@ -40,10 +40,9 @@ def in_papers_convention(reward: float) -> float:
 
 
 def table_3(lines: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> pd.DataFrame:
-    """The paper's Table 3 beside this book's runs: reward, hours, and what reaching a target took.
+    """The bandit's column of the paper's Table 3 beside this book's runs: reward and time.
 
-    Medians are over the runs that reach the target. Args: lines: method name -> rows with the
-        columns `seconds` and `target`. titles: method name -> title.
+    Args: lines: method name -> rows with the column `seconds`. titles: method name -> title.
     """
     printed = {name: row for row in paper().itertuples() for name in row.ours.split("|")}
     found = []
@@ -81,9 +80,9 @@ def table_3_lengths(
                 "ours: length": tables.interval_text(stats.per_run(rows, "final length"), digits=1),
                 "paper: hours": f"{row.hours:g}",
                 "ours: reached by": f"{np.isfinite(took['seconds']).sum()} of {len(took)}",
-                "seconds to it": _time(_quantile(took["seconds"], 0.5)),
-                "updates": _count(_quantile(took["update"], 0.5)),
-                "responses": _count(_quantile(took["samples"], 0.5)),
+                "seconds to it": _time(quantile(took["seconds"], 0.5)),
+                "updates": _count(quantile(took["update"], 0.5)),
+                "responses": _count(quantile(took["samples"], 0.5)),
             })  # fmt: skip
     return pd.DataFrame(found)
 
@@ -92,13 +91,9 @@ def _ends(rows: pd.DataFrame, column: str) -> pd.Series:
     return experiments.final(rows)[column]
 
 
-def reaching(rows: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Seconds, updates and completions to `target`, one row per run; inf where it is never kept."""
-    curves = [c.sort_values("update") for _, c in rows.groupby("run", observed=True)]
-    return pd.DataFrame([
-        {name: stats.reaching(c, target, name) for name in ("seconds", "update", "samples")}
-        for c in curves
-    ])  # fmt: skip
+def _spent(rows: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of whole runs, by phase."""
+    return experiments.final(rows.assign(**stats.phases(rows)))[list(stats.PHASES)]
 
 
 def clock(lines: Lines, target: float) -> pd.DataFrame:
@@ -110,19 +105,14 @@ def clock(lines: Lines, target: float) -> pd.DataFrame:
     found = []
     for label, rows in lines.items():
         took = reaching(rows, target)
-        low, middle, high = (_quantile(took["seconds"], q) for q in (0.25, 0.5, 0.75))
+        low, middle, high = (quantile(took["seconds"], q) for q in (0.25, 0.5, 0.75))
         found.append({
             "method": label, "reached by": f"{np.isfinite(took['seconds']).sum()} of {len(took)}",
             "seconds": _time(middle), "quartiles": f"{_time(low)} to {_time(high)}",
-            "updates": _count(_quantile(took["update"], 0.5)),
-            "completions": _count(_quantile(took["samples"], 0.5)),
+            "updates": _count(quantile(took["update"], 0.5)),
+            "completions": _count(quantile(took["samples"], 0.5)),
         })  # fmt: skip
     return pd.DataFrame(found)
-
-
-def _quantile(values: pd.Series, q: float) -> float:
-    """A value of the sample, so that censored ones (inf) need no arithmetic."""
-    return float(np.sort(values.to_numpy())[int(np.ceil(q * len(values))) - 1])
 
 
 def _time(value: float) -> str:
@@ -135,11 +125,9 @@ def _count(value: float) -> str:
 
 def split(lines: Lines) -> pd.DataFrame:
     """Mean seconds of a whole run by phase: columns method, sampling, scoring, training, total."""
-    found = []
-    for label, rows in lines.items():
-        seconds = {name: _ends(rows, column).mean() for column, name in PHASES.items()}
-        found.append({"method": label, **seconds, "total": sum(seconds.values())})
-    return pd.DataFrame(found)
+    found = {label: _spent(rows).mean() for label, rows in lines.items()}
+    table = pd.DataFrame(found).T.rename_axis("method")
+    return table.assign(total=table.sum(axis=1)).reset_index()
 
 
 def priced(lines: Lines, target: float, prices: Sequence[float]) -> pd.DataFrame:
@@ -153,7 +141,7 @@ def priced(lines: Lines, target: float, prices: Sequence[float]) -> pd.DataFrame
         took = reaching(rows, target)
         for price in prices:
             cost = took["seconds"] + price * took["samples"]
-            found.append((label, price, *(_quantile(cost, q) for q in (0.25, 0.5, 0.75)),
+            found.append((label, price, *(quantile(cost, q) for q in (0.25, 0.5, 0.75)),
                           len(cost)))  # fmt: skip
     return pd.DataFrame(found, columns=["method", "price", "low", "cost", "high", "n"])
 
@@ -165,8 +153,8 @@ def crossing(thrifty: pd.DataFrame, hungry: pd.DataFrame, target: float) -> floa
     not get there. Raises: ValueError if it does not draw fewer.
     """
     few, many = (reaching(rows, target) for rows in (thrifty, hungry))
-    t_few, t_many = _quantile(few["seconds"], 0.5), _quantile(many["seconds"], 0.5)
-    n_few, n_many = _quantile(few["samples"], 0.5), _quantile(many["samples"], 0.5)
+    t_few, t_many = quantile(few["seconds"], 0.5), quantile(many["seconds"], 0.5)
+    n_few, n_many = quantile(few["samples"], 0.5), quantile(many["samples"], 0.5)
     if not np.isfinite(t_few):
         return float("inf")
     if not np.isfinite(t_many):
@@ -196,7 +184,7 @@ def crossings(
 def _price(value: float) -> str:
     if not np.isfinite(value):
         return "offline does not get there"
-    return f"{value:.2g} s" if value else "offline is cheaper at any"
+    return f"{1000 * value:.2g} ms" if value else "offline is cheaper at any"
 
 
 def numbers(lines: Lines, target: float) -> dict[str, str]:
@@ -205,18 +193,31 @@ def numbers(lines: Lines, target: float) -> dict[str, str]:
     Args: lines: method name -> rows.
     """
     run = lines.get("ipo")
-    ms = {"write_ms": _per_unit(run, "seconds_sampling", "samples"),
-          "train_ms": _per_unit(run, "seconds_training", "update")}  # fmt: skip
+    ms = {"write_ms": _per_unit(run, "sampling", "samples"),
+          "train_ms": _per_unit(run, "training", "update")}  # fmt: skip
     reached = {
         f"{name}_reached": f"{np.isfinite(reaching(rows, target)['update']).sum()} of "
         f"{rows['run'].nunique()}" for name, rows in lines.items()
     }  # fmt: skip
     pair = [lines.get(name) for name in ("dpo_offline", "dpo")]
     known = all(rows is not None for rows in pair)
-    turn = {"turn_ms": f"{1000 * crossing(*pair, 0.5):.2g}" if known else "-"}
-    return ms | reached | turn
+    turn = {"turn_ms": f"{1000 * crossing(*pair, HALF):.2g}" if known else "-"}
+    rounds = {"rounds": _rounds(lines, [target]), "rounds_any": _rounds(lines, [target, HALF])}
+    return ms | reached | turn | rounds
 
 
-def _per_unit(rows: pd.DataFrame | None, column: str, unit: str) -> str:
+def _rounds(lines: Lines, targets: Sequence[float]) -> str:
+    """ "3 to 5": median updates of the on-policy methods that get to a target, each one drawing."""
+    found = [
+        quantile(reaching(rows, target)["update"], 0.5)
+        for name, rows in lines.items() if methods.get(name).on_policy for target in targets
+    ]  # fmt: skip
+    found = [updates for updates in found if np.isfinite(updates)]
+    return f"{min(found):.0f} to {max(found):.0f}" if found else "-"
+
+
+def _per_unit(rows: pd.DataFrame | None, phase: str, unit: str) -> str:
     """Milliseconds of a phase for each completion or update, over whole runs."""
-    return "-" if rows is None else f"{1000 * (_ends(rows, column) / _ends(rows, unit)).mean():.2g}"
+    if rows is None:
+        return "-"
+    return f"{1000 * (_spent(rows)[phase] / _ends(rows, unit)).mean():.2g}"

@@ -27,9 +27,13 @@ The rule, written before its first use:
    "not computed yet": no method has results on any of its problems;
    "inconclusive": no problem votes, no comparison bears on it, or half of those that do or more
    are inconclusive;
-   "mixed": some comparisons are reproduced and some not, or the voting problems share no method;
+   "mixed": some comparisons are reproduced and some not, or no method leads on every voting
+   problem that ran it;
    "as the paper says": all that are decided are reproduced;
    "against the paper": all that are decided are not.
+
+Beside the rule, and without a say in it, stands the reward of the untrained model: a method *harms*
+if a run of it ended below that by more than the margin.
 
 Chapter: index.
 """
@@ -57,8 +61,8 @@ TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed:
 NOT_YET = "not computed yet"
 OUTCOMES = ("as the paper says", "mixed", "against the paper", "inconclusive", NOT_YET)
 MIB = 1024  # in a GiB
-COLUMNS = ("problem", "choice", "chapter", "method", "serves", "seed", "reward", "completions",
-           "seconds", "memory")  # fmt: skip
+COLUMNS = ("problem", "choice", "chapter", "method", "serves", "seed", "start", "reward",
+           "completions", "seconds", "memory")  # fmt: skip
 
 SAMPLING = {
     "fixed": "No, the data are fixed.",
@@ -133,7 +137,7 @@ class Entry:
         first, alone: in how many of the n seeds it was first, and first with no other. low, high:
             95% interval of first / n.
         mean, mean_low, mean_high, worst: final reward, its 95% interval and its lowest value.
-        leads: see the rule.
+        leads, harms: see the rule.
         completions, seconds: medians of a whole run, evaluation left out; completions are those
             drawn in training, or the fixed ones that it reads.
         memory: MiB that training takes at most, by the formula of `lib.footprint`; NaN where the
@@ -150,6 +154,7 @@ class Entry:
     mean_high: float
     worst: float
     leads: bool
+    harms: bool
     completions: float
     seconds: float
     memory: float
@@ -159,12 +164,13 @@ class Entry:
 class Standing:
     """The methods on a problem, the most often first on top.
 
-    Args: n: seeds that all have in common. chapters: whose results these are. serves: how many
-        updates one drawing serves.
+    Args: n: seeds that all have in common. start: reward of the untrained model. chapters: whose
+        results these are. serves: how many updates one drawing serves.
     """
 
     problem: Problem
     n: int
+    start: float
     chapters: tuple[str, ...]
     serves: int
     entries: tuple[Entry, ...]
@@ -194,6 +200,10 @@ class Leaf:
     recommended: tuple[str, ...]
     outcome: str
 
+    def found(self, name: str) -> list[Entry]:
+        """What a method, by its label, reached on each of the problems that vote."""
+        return [e for s in self.standings if s.votes for e in s.entries if label(e.method) == name]
+
 
 # --- from chapters to a table ---------------------------------------------------------------------
 
@@ -203,8 +213,8 @@ def collect(
 ) -> pd.DataFrame:
     """What every method reached: a table with `COLUMNS`, one row per problem, choice, method, seed.
 
-    serves: how many updates one drawing serves, 0 where nothing is drawn. completions, seconds,
-    memory: as in `Entry`.
+    serves: how many updates one drawing serves, 0 where nothing is drawn. start: the reward before
+    training. completions, seconds, memory: as in `Entry`.
 
     A problem's chapters must share a profile, which says how long runs are: those that differ from
     the first one of the problem that has results are left out.
@@ -244,18 +254,19 @@ def stalest(settings: Iterable[Setting], problem: Problem) -> list[Setting]:
 
 
 def _ends(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """seed, final reward, completions and seconds of each run.
+    """seed, reward before and after training, completions and seconds of each run.
 
     A run without a finite reward gets the worst one that any run of the setting has had: zero would
     be the best there is where rewards are negative.
     """
-    last = experiments.final(rows)
-    phases = [f"seconds_{phase}" for phase in ("sampling", "scoring", "training")]
+    last = experiments.final(rows.assign(seconds=stats.seconds(rows)))
+    start = rows.loc[rows["update"] == 0].set_index("seed")[column].astype(float)
     reward = last[column].astype(float)
     worst = rows[column].replace([np.inf, -np.inf], np.nan).min()
     return pd.DataFrame({
-        "seed": last["seed"], "reward": reward.where(np.isfinite(reward), worst),
-        "completions": last["samples"], "seconds": last[phases].sum(axis=1),
+        "seed": last["seed"], "start": last["seed"].map(start),
+        "reward": reward.where(np.isfinite(reward), worst),
+        "completions": last["samples"], "seconds": last["seconds"],
     })  # fmt: skip
 
 
@@ -316,17 +327,18 @@ def standing(results: pd.DataFrame, problem: Problem, choice: str) -> Standing |
     costs = rows.groupby("method", observed=True)[["completions", "seconds", "memory"]].median()
     firsts = rewards.ge(rewards.max(axis=1) - problem.margin, axis=0)
     alone = firsts.mul(firsts.sum(axis=1) == 1, axis=0)
-    top = rewards.mean().idxmax()
+    top, start = rewards.mean().idxmax(), float(rows["start"].mean())
     entries = [
         Entry(name, int(firsts[name].sum()), int(alone[name].sum()),
               *stats.share(firsts[name].sum(), len(rewards))[1:], *stats.interval(rewards[name]),
               float(rewards[name].min()),
               not stats.interval(rewards[top] - rewards[name])[1] > problem.margin,
+              bool(rewards[name].min() < start - problem.margin),
               *costs.loc[name].astype(float))
         for name in rewards
     ]  # fmt: skip
     entries.sort(key=lambda e: (-e.first, -e.mean))
-    return Standing(problem, len(rewards), tuple(rows["chapter"].unique()),
+    return Standing(problem, len(rewards), start, tuple(rows["chapter"].unique()),
                     int(rows["serves"].max()), tuple(entries))  # fmt: skip
 
 

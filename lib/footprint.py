@@ -2,7 +2,7 @@
 
 P: parameters. d, l, f, k, v: width, layers, width of the MLP, width of all key heads together,
 vocabulary. Bytes of training with Adam, float32 weights and products in 16 bits, as the book's loop
-does it (chapter length, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two
+does it (chapter own_model, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two
 moments 8 P, a frozen reference 4 P; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2,
 or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
 scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values 4 l k for each token of the
@@ -27,6 +27,7 @@ from lib.lm.config import MINIBATCH, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.network import LOGIT_BUDGET, Network
 from lib.lm.policy import TOKEN_BUDGET
+from lib.untracked import Untracked
 
 GIB = 2**30
 COMPUTE = 0.4  # share of the peak that matrix products reach
@@ -285,19 +286,6 @@ def written(table: pd.DataFrame) -> pd.DataFrame:
 # --- an estimate beside a measurement -------------------------------------------------------------
 
 
-class _Once:
-    """The checkpoint of a run that is neither saved nor watched."""
-
-    def load(self) -> None:
-        return None
-
-    def due(self) -> bool:
-        return False
-
-    def progress(self, done: int, total: int, **shown: Any) -> None:
-        return None
-
-
 def this_core(size: int = 1024, times: int = 4) -> Machine:
     """This machine with the peak that float32 matrix products reach now, on torch's threads."""
     a = torch.rand(size, size)
@@ -316,7 +304,7 @@ def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: An
     """
     run = length_run("dpo", "min", 1e-4, 0, updates=updates, prepared=prepared, evaluations=1,
                      prompts=8, **options)  # fmt: skip
-    (table,) = LengthEngine(device).run([run], _Once())
+    (table,) = LengthEngine(device).run([run], Untracked())
     last = table.iloc[-1]
     phases = ("sampling", "scoring", "training")
     took = {phase: float(last[f"seconds_{phase}"]) / updates for phase in phases}

@@ -26,6 +26,11 @@ from lib.lm.gold import as_rollout
 FACTORS = {"policy": "large policy", "pairs": "much data", "kind": "distinct pairs"}
 SCORED = 128  # pairs whose log-probability under the reference policy is shown
 ANSWERERS = {"first": "the tiny policy", "second": "the tiny policy", "strong": "SmolLM2"}
+# Kinds of answers whose names in the shipped table need the row above them: how they are shown.
+SPELLED = {
+    "its own answer": "own answer", "its first half": "own answer, first half",
+    "it, said twice": "own answer, said twice", "its words shuffled": "own answer, words shuffled",
+}  # fmt: skip
 
 
 def calibration(path: Path = DATA / "calibration.parquet") -> pd.DataFrame:
@@ -33,16 +38,18 @@ def calibration(path: Path = DATA / "calibration.parquet") -> pd.DataFrame:
     of (nats a token), the share of copied tokens, and how often the prompt's own answer beats it.
     """
     table = pd.read_parquet(path)
-    own = table[table["answer"] == table["answer"].iloc[0]].set_index("prompt")["score"]
+    full = table["answer"].iloc[0]
+    own = table[table["answer"] == full].set_index("prompt")["score"]
     rows = []
     for name, part in table.groupby("answer", sort=False):
         better = own.loc[part["prompt"]].to_numpy() > part["score"].to_numpy()
         mean, low, high = stats.interval(part["score"])
         rows.append({
-            "answer": name, "effect": mean, "low": low, "high": high, "n": len(part),
+            "answer": SPELLED.get(name, name), "effect": mean, "low": low, "high": high,
+            "n": len(part),
             "given": part["given"].mean(), "without": part["without"].mean(),
             "copied": part["copied"].mean(),
-            "loses to its own answer": float("nan") if name == own.name else better.mean(),
+            "loses to own answer": float("nan") if name == full else better.mean(),
         })  # fmt: skip
     found = pd.DataFrame(rows).sort_values("effect", ascending=False, ignore_index=True)
     return found.rename(columns={"answer": "label"})

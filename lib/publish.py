@@ -77,6 +77,13 @@ def check_chapter(experiments: ModuleType, chapter: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def positive(text: str) -> int:
+    """A count of a command line. Raises: ArgumentTypeError for what is not 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def chapter_engine(experiments: ModuleType, chapter: str, profile: str) -> runs.Engine:
     """The engine of a chapter on the device of a profile; RuntimeError if that is missing."""
     return experiments.engine(chapter, experiments.profile_named(chapter, profile).device)
@@ -102,7 +109,7 @@ def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
     parser.add_argument("chapter", nargs="?", type=lambda name: check_chapter(experiments, name))
     parser.add_argument("--profile", choices=runs.PROFILES, default="full")
     parser.add_argument(
-        "--jobs", type=int, help="processes (default: one per core, or the chapter's own)"
+        "--jobs", type=positive, help="processes (default: one per core, or the chapter's own)"
     )
     parser.add_argument("--store", type=Path, default=STORE, help="folder of finished runs")
     parser.add_argument("--results", type=Path, help="folder to publish into (data/results)")

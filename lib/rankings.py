@@ -1,6 +1,6 @@
 """How methods rank on the bandit, by which rule, and what a ranking hangs on.
 
-A ranking is made of five readings of the same published runs (`CRITERIA`). Pairs of methods are
+A ranking is made of four readings of the same published runs (`CRITERIA`). Pairs of methods are
 told apart seed by seed; how far a ranking moves under other seeds, learning rates and batches is
 Kendall's tau to the ranking as it is. Chapter: audit.
 """
@@ -16,6 +16,7 @@ import pandas as pd
 
 from lib import experiments, methods, stats
 from lib.audit import Chapters, home
+from lib.decisions import NOT_YET, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
 from lib.tables import CEILING, COLLAPSED, NEAR
 
@@ -115,6 +116,34 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 def shades(ranked: pd.DataFrame) -> pd.DataFrame:
     """`ranks` as shades: 1 for the first place, 0 for the last."""
     return 1 - (ranked - 1) / max(len(ranked) - 1, 1)
+
+
+def near_best(runs: Runs) -> int:
+    """At how many learning rates of the sweep a method ends within 0.02 of its own best."""
+    means = runs.swept.groupby("learning_rate")["end"].mean()
+    return int((means >= means.max() - NEAR).sum())
+
+
+def practical(runs: Field, reward: str) -> str:
+    """What a ranking of ends leaves open, as a Markdown list: a short way, and an untuned rate."""
+    if not runs:
+        return NOT_YET
+    short_way = values(runs)["10 nats"].sort_values(ascending=False)
+    tried = max((own.swept["learning_rate"].nunique() for own in runs.values()), default=0)
+    near = pd.Series({name: near_best(own) for name, own in runs.items()}, dtype=int)
+    near = near.sort_values(ascending=False, kind="stable")
+
+    def listed(by_method: pd.Series, form: str) -> str:
+        return ", ".join(f"{label(name)} {value:{form}}" for name, value in by_method.items())
+
+    return (
+        "- **How far may the model move?** The order changes if it has to stay close to where it "
+        f"started. Reward on bandit {reward} within 10 nats: {listed(short_way, '.2f')} "
+        "([audit](audit.ipynb)).\n"
+        "- **Can you tune the learning rate?** If not, take a method that does well at many. Of "
+        f"{tried} rates tried on bandit {reward}, so many end within {NEAR} of the method's best: "
+        f"{listed(near, 'd')}."
+    )
 
 
 def tau(first: pd.Series, second: pd.Series) -> float:

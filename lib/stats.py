@@ -12,10 +12,12 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
+from scipy.integrate import trapezoid
 
 from lib.allowed import one_of
 
 Curve = Mapping[str, np.ndarray] | pd.DataFrame
+PHASES = ("sampling", "scoring", "training")  # of a run, on its clock; evaluation is left out
 CONFIDENCE = 0.95
 SUSTAINED = 5  # evaluations that must stay at the target for it to count as reached
 
@@ -41,7 +43,7 @@ def area(curve: Curve, column: str = "reward", over: str = "update", limit=None)
     x, y = _array(curve, over), _array(curve, column)
     if limit is not None:
         x, y = x[x <= limit], y[x <= limit]
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+    return float(trapezoid(y, x) / (x[-1] - x[0]))
 
 
 def at_kl(curve: Curve, kl: float) -> float:
@@ -71,12 +73,35 @@ def reaching(curve: Curve, target: float, column: str = "update") -> float:
     return float("inf")
 
 
-def _array(curve: Curve, column: str) -> np.ndarray:
-    return np.asarray(curve[column], float)
-
-
 class MissingColumn(ValueError):
     """Results that a statistic cannot be taken of, such as a gold reward that nobody judged."""
+
+
+def _array(curve: Curve, column: str) -> np.ndarray:
+    """Raises: MissingColumn also for a column without any value."""
+    values = np.asarray(curve[column], float) if column in curve else np.array([])
+    if np.isnan(values).all():
+        raise MissingColumn(f"{column!r}, which these results lack")
+    return values
+
+
+def phases(results: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of each of `PHASES` that a run has spent since its first evaluation, by row.
+
+    What comes before the row at update 0 is left out: there the bandit draws the answers that its
+    evaluations follow, whatever the method. What a method trains on comes after it and counts:
+    every answer that an on-policy method draws, the one set that an offline method draws on the
+    bandit, and the scoring of a given data set, which costs nothing to draw.
+    """
+    spent = results[[f"seconds_{phase}" for phase in PHASES]].astype(float)
+    spent = spent.set_axis(list(PHASES), axis=1)
+    before = spent.where(results["update"] == 0).groupby(results["run"], observed=True)
+    return spent - before.transform("max")
+
+
+def seconds(results: pd.DataFrame) -> pd.Series:
+    """Seconds of all `phases` together: the clock of this book."""
+    return phases(results).sum(axis=1, skipna=False)
 
 
 STATISTICS: dict[str, Callable[[Curve], float]] = {
@@ -102,6 +127,7 @@ STATISTICS: dict[str, Callable[[Curve], float]] = {
 }
 
 
+REWARDS = ("reward", "proxy")  # of which a policy that went non-finite has the lowest there is
 # The columns that a statistic may read.
 CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "gold", "length", "kl_ref",
          "kl_gen", "chosen_logratio", "rejected_logratio", "support_share")  # fmt: skip
@@ -110,14 +136,20 @@ CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "gold", "l
 def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
     """A statistic of every run. Returns: values indexed by seed.
 
-    A non-finite value (a run that diverged before it could be evaluated) counts as 0.
-    Raises: ValueError for an unknown statistic, or two runs of one seed; MissingColumn.
+    Where the policy went non-finite, its reward counts as the lowest that any run of `results` had
+    anywhere: such a run must not look better than those that can be evaluated, as it would with 0
+    where rewards are negative. What else is non-finite at the end (a KL, a log-ratio) is no number
+    to average: the run is left out.
+    Raises: ValueError for an unknown statistic, or two runs of one seed; MissingColumn, also where
+        one run has no value at all.
     """
     function = STATISTICS[one_of("statistic", statistic, STATISTICS)]
     values = {}
     runs, seeds = pd.factorize(results["run"])[0], results["seed"].to_numpy()
     order = np.lexsort((results["update"].to_numpy(), runs, seeds))
     arrays = {name: results[name].to_numpy(float)[order] for name in CURVE if name in results}
+    arrays |= {name: _lowest_if_lost(arrays[name], runs[order]) for name in REWARDS
+               if name in arrays}  # fmt: skip
     starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
     for start, end in pairwise([*starts, len(order)]):
         seed = int(seeds[order[start]])
@@ -125,10 +157,18 @@ def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:
             raise ValueError(f"two runs of seed {seed}")
         try:
             value = function({name: array[start:end] for name, array in arrays.items()})
-        except KeyError as error:
-            raise MissingColumn(f"{statistic} needs {error}, which these results lack") from None
-        values[seed] = value if np.isfinite(value) else 0.0
-    return pd.Series(values, dtype=float)
+        except MissingColumn as error:
+            raise MissingColumn(f"{statistic} needs {error}") from None
+        values[seed] = value
+    found = pd.Series(values, dtype=float)
+    return found[np.isfinite(found)]
+
+
+def _lowest_if_lost(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Non-finite values become the lowest of all, in runs that have a finite one."""
+    lost = ~np.isfinite(values)
+    evaluated = np.isin(runs, runs[~lost])
+    return np.where(lost & evaluated, np.min(values, initial=np.inf, where=~lost), values)
 
 
 def interval(values: np.ndarray | pd.Series) -> tuple[float, float, float]:

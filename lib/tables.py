@@ -18,7 +18,10 @@ NEAR = 0.02  # of reward: what this book's verdicts treat as no difference
 
 
 def shown(table: pd.DataFrame, digits: int = 2) -> Markdown:
-    """A table in Markdown: text to the left, numbers to the right with `digits` decimals."""
+    """A table in Markdown: text to the left, numbers to the right with `digits` decimals.
+
+    NaN is "-"; inf, a cost at which no target was reached, is in words.
+    """
     numeric = [pd.api.types.is_numeric_dtype(table[c]) for c in table]
     lines = [_row(table.columns), _row("---:" if n else "---" for n in numeric)]
     lines += [_row(_cell(v, digits) for v in row) for row in table.itertuples(index=False)]
@@ -31,18 +34,26 @@ def _row(cells: Iterable[Any]) -> str:
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float | np.floating):
-        return "-" if np.isnan(value) else f"{value:.{digits}f}"
+        words = "-" if np.isnan(value) else "not reached" if np.isinf(value) else ""
+        return words or f"{value:.{digits}f}"
     return str(value)
 
 
 def interval_text(values: Sequence[float], signed: bool = False, digits: int = 2) -> str:
     """ "0.93 (0.91 to 0.95)": mean and its 95% interval; a single value has no interval."""
-    mean, low, high = stats.interval(values)
-    sign = "+" if signed else ""
-    text = f"{mean:{sign}.{digits}f}"
-    if not np.isfinite(low):
-        return text
-    return f"{text} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+    return _interval(*stats.interval(values), signed, digits)
+
+
+def _interval(mean: float, low: float, high: float, signed: bool, digits: int) -> str:
+    text, *limits = (number_text(value, signed, digits) for value in (mean, low, high))
+    return f"{text} ({limits[0]} to {limits[1]})" if np.isfinite(low) else text
+
+
+def number_text(value: float, signed: bool = False, digits: int = 2) -> str:
+    """ "0.15", or "+0.15" if signed; what rounds to zero has no sign."""
+    value = round(float(value), digits) + 0.0  # no "-0.00"
+    sign = "+" if signed and value else ""
+    return f"{value:{sign}.{digits}f}"
 
 
 def rate_text(rate: float) -> str:
@@ -66,40 +77,53 @@ def effects(pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], statistic: s
     return pd.DataFrame(rows, columns=["label", "effect", "low", "high", "n"])
 
 
-def effects_shown(tables: Mapping[str, pd.DataFrame]) -> Markdown:
+def effects_shown(tables: Mapping[str, pd.DataFrame], digits: int = 1) -> Markdown:
     """Several `effects` side by side, one column of "mean (low to high)" each.
 
     Args: tables: column title -> effects of the same labels.
     """
     first = next(iter(tables.values()))
     columns = {
-        title: [
-            f"{r.effect:+.3f}" + (f" ({r.low:+.3f} to {r.high:+.3f})" if np.isfinite(r.low) else "")
-            for r in table.itertuples()
-        ]
+        title: [_interval(r.effect, r.low, r.high, True, digits) for r in table.itertuples()]
         for title, table in tables.items()
     }
     return shown(pd.DataFrame({"setting": first["label"], **columns, "seeds": first["n"]}))
 
 
+def within(tables: Iterable[pd.DataFrame], bound: float = NEAR) -> int:
+    """How many settings have an interval within `bound` of zero in each of several `effects`."""
+    inside = [table[["low", "high"]].abs().le(bound).all(axis=1) for table in tables]
+    return int(pd.concat(inside, axis=1).all(axis=1).sum())
+
+
+def reaching(rows: pd.DataFrame, target: float) -> pd.DataFrame:
+    """Seconds, updates and completions to `target`, one row per run; inf where it is never kept."""
+    curves = [c.sort_values("update") for _, c in rows.groupby("run", observed=True)]
+    return pd.DataFrame([
+        {name: stats.reaching(c, target, name) for name in ("seconds", "update", "samples")}
+        for c in curves
+    ])  # fmt: skip
+
+
+def quantile(values: pd.Series, q: float) -> float:
+    """A value of the sample, so that censored ones (inf) need no arithmetic."""
+    return float(np.sort(values.to_numpy())[int(np.ceil(q * len(values))) - 1])
+
+
 def cost_to_reach(parts: Mapping[str, pd.DataFrame], target: float) -> pd.DataFrame:
     """Updates, completions and seconds until the reward reaches `target` and stays there.
 
-    Medians over the runs that reach it; `reached` counts them.
+    Medians over all runs: one that never gets there counts as slower than every other, so where
+    half of them do not, the median is inf, "not reached" in print. `reached by` counts the others.
     Args: parts: label -> rows of one setting, with a column `seconds`.
     """
     rows = []
     for label, table in parts.items():
-        curves = [c.sort_values("update") for _, c in table.groupby("run", observed=True)]
-        found = {
-            name: np.array([stats.reaching(c, target, name) for c in curves])
-            for name in ("update", "samples", "seconds")
-        }
-        reached = np.isfinite(found["update"])
-        median = {k: np.median(v[reached]) if reached.any() else np.nan for k, v in found.items()}
-        rows.append({"setting": label, "reached by": f"{reached.sum()} of {len(curves)}",
-                     "updates": median["update"], "completions": median["samples"],
-                     "seconds": median["seconds"]})  # fmt: skip
+        took = reaching(table, target)
+        median = {name: quantile(took[name], 0.5) for name in took}
+        reached = f"{np.isfinite(took['seconds']).sum()} of {len(took)}"
+        rows.append({"setting": label, "reached by": reached, "updates": median["update"],
+                     "completions": median["samples"], "seconds": median["seconds"]})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -157,10 +181,33 @@ def selection(
 
 def near_best(swept: pd.DataFrame) -> str:
     """How many rates of a sweep end within `NEAR` of the best one's mean final reward."""
-    finals = experiments.final(swept)
-    means = finals.assign(reward=finals["reward"].fillna(0.0)).groupby("learning_rate")["reward"]
-    means = means.mean()
+    means = _final_means(swept)
     return f"{int((means >= means.max() - NEAR).sum())} of {len(means)}"
+
+
+def _final_means(swept: pd.DataFrame) -> pd.Series:
+    """Mean final reward by learning rate; a run that went non-finite counts as 0."""
+    finals = experiments.final(swept)
+    return finals["reward"].fillna(0.0).groupby(finals["learning_rate"]).mean()
+
+
+def plateau(parts: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Where most methods of a sweep end within `NEAR` of the ceiling, in words for the prose.
+
+    Args: parts: method -> rows at several rates. Returns: `low` and `high`, the lowest and the
+        highest such rate; `factor` between them; `n`, how many methods are there at all of these
+        rates; and `from_...`, the lowest rate that brings a method there. "-" where there is none.
+    """
+    means = pd.DataFrame({name: _final_means(rows) for name, rows in parts.items()})
+    there = means >= CEILING - NEAR
+    rates = there.index[there.mean(axis=1) > 0.5].sort_values()
+    own = {f"from_{name}": there.index[there[name]].min() for name in there}
+    found = {"low": "-", "high": "-", "factor": "-", "n": "-"}
+    if len(rates):
+        found = {"low": rate_text(rates[0]), "high": rate_text(rates[-1]),
+                 "factor": f"{rates[-1] / rates[0]:.0f}",
+                 "n": f"{int(there.loc[rates].all().sum())} of {len(parts)}"}  # fmt: skip
+    return found | {key: "-" if np.isnan(rate) else rate_text(rate) for key, rate in own.items()}
 
 
 def by_rate(parts: Mapping[float, pd.DataFrame], statistic: str, dial: str) -> pd.DataFrame:
@@ -256,13 +303,12 @@ def spent(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Final length, and what whole runs took: completions, and seconds by phase (means)."""
     rows = []
     for label, table in parts.items():
-        last = experiments.final(table)
+        last = experiments.final(table.assign(**stats.phases(table)))
         rows.append({
             "setting": label,
             "length": interval_text(stats.per_run(table, "final length"), digits=1),
             "responses": int(last["samples"].mean()),
-            **{f"{phase}, s": float(last[f"seconds_{phase}"].mean())
-               for phase in ("sampling", "scoring", "training")},
+            **{f"{phase}, s": float(last[phase].mean()) for phase in stats.PHASES},
         })  # fmt: skip
     return pd.DataFrame(rows)
 

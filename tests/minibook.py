@@ -26,7 +26,7 @@ def write_chapter(path: Path, text: str, *code: str) -> None:
 
     tagged = new_code_cell('profile = "auto"\nrecompute = False\nplan_only = False')
     tagged.metadata["tags"] = ["parameters"]
-    setup = new_code_cell(build.setup_cell(ROOT), metadata={"tags": ["remove-cell"]})
+    setup = new_code_cell(build.setup_cell(ROOT, path.stem), metadata={"tags": ["remove-cell"]})
     cells = [new_markdown_cell(text), setup, tagged, *map(new_code_cell, code)]
     cells[-1].metadata["tags"] = ["figure"]
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

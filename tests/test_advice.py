@@ -47,14 +47,46 @@ def lengths(offline, sampled, stale, seeds=MIN_SEEDS, task="min"):
 
 
 def test_strong_wording_with_the_numbers_behind_it():
-    first, second, third = told(chapters())
+    _, first, second, third = told(chapters())
     assert first.startswith("- **Sample while you train, if you can.**")
-    assert "far from what the model writes: +0.09 (+0.09 to +0.09) on bandit R1" in first
-    assert "where it lies near: +0.09 (+0.09 to +0.09) on bandit R2" in first
-    assert "matters little" in first and "between 0.97 and 0.99" in first
-    assert "take a loss with a negative gradient" in second and "with DPO and" in second
+    gap = "+0.09 (+0.09 to +0.09) | 0.97 to 0.99 | 100 and 100 |"
+    assert f"| bandit R1 | far | DPO 0.99 (0.98) | DPO 0.90 (0.89) | {gap}" in first
+    assert f"| bandit R2 | near | DPO 0.99 (0.98) | DPO 0.90 (0.89) | {gap}" in first
+    assert "matters little" in first
+    assert "take a loss with a negative gradient" in second
+    assert ("With one drawing for 50 updates, of DPO and RWR, DPO bears it best and RWR worst on "
+            "bandit R1.") in second  # fmt: skip
+    assert "| bandit R1 | 50 | mean reward over training | DPO: -0.04" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
-    assert "with DPO (worst run 0.89) over RWR (0.29) on bandit R1" in third
+    assert "| bandit R1 | far | DPO 0.90 (0.89) | RWR 0.30 (0.29) | +0.60" in third
+
+
+def test_the_default_is_who_failed_least_often_and_says_where():
+    first, *_ = told(chapters(sampled=(0.99, 0.5), near=(0.9, -0.3)))
+    fresh = "DPO (level with the best on 2 of 2 problems); RWR (level with the best on 0 of 2"
+    assert f"With fresh samples: {fresh} problems, not on bandit R1, bandit R2)." in first
+    assert ("On fixed data: DPO (level with the best on 2 of 2 problems); RWR (level with the best "
+            "on 0 of 2 problems, not on bandit R1, bandit R2; a run ended below the untrained "
+            "model on bandit R2).") in first  # fmt: skip
+    assert "| untrained | 0.00 | 0.00 |" in first
+    assert "| DPO (on-policy) | **0.99** | **0.99** |" in first
+    assert "| RWR (offline) | 0.30 | -0.30\N{DAGGER} |" in first
+
+
+def test_a_problem_that_nobody_sampled_on_is_in_the_matrix():
+    offline = chapters()["negative_gradient"]
+    table = advice.matrix(advice._standings(advice.decisions.collect(
+        {"negative_gradient": offline}), "fixed"))  # fmt: skip
+    assert list(table["method"]) == ["untrained", "DPO (offline)", "RWR (offline)"]
+    first, *_ = told({"negative_gradient": offline})
+    assert "On fixed data" in first and "With fresh samples" not in first
+    assert "| DPO (offline) | **0.90** | **0.90** |" in first
+
+
+def test_a_method_that_gains_by_old_samples_is_told():
+    _, _, second, _ = told(chapters(sampled=(0.5, 0.5), stale=(0.9, 0.3)))
+    assert "DPO even does better with old samples on bandit R1." in second
+    assert "RWR even" not in second
 
 
 def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
@@ -64,7 +96,7 @@ def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
             "undecided on bandit R2.") in text  # fmt: skip
     assert "DPO bears it best and RWR worst on bandit R1" in text
     sentences = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
-    assert text.count("<details>") == text.count("</details>") == 3
+    assert text.count("<details>") == text.count("</details>") == 4
     assert "(+" in text and "(+" not in sentences
 
 
@@ -95,10 +127,10 @@ def test_fewer_seeds_than_count_support_nothing():
 
 def test_the_language_model_is_told_in_tokens():
     both = chapters() | lengths((-5.0, -40.0), (-1.0, -3.0), (-2.0, -40.0))
-    first, second, third = told(both)
-    assert "+4.00 (+4.00 to +4.00) tokens on Min Length; where it lies near" in first
+    _, first, second, third = told(both)
+    assert "| Min Length | far | DPO -1.00 (-1.01) | DPO -5.00 (-5.01) | +4.00 (+4.00" in first
     assert "if you can" in first and "take a loss" in second and "ask where" in third
-    assert "tokens with DPO (worst run -5.01) over RWR (-40.01) on Min Length" in third
+    assert "| DPO -5.00 (-5.01) | RWR -40.00 (-40.01) | +35.00 (+35.00 to +35.00) tokens" in third
 
 
 @pytest.mark.parametrize(("rewards", "lost"), [
@@ -124,7 +156,7 @@ def test_fixed_data_hang_on_who_wrote_the_pairs_where_the_results_turn_on_it(off
     skewed = lengths(offline, (-1.0, -1.0), (-1.0, -1.0), task="skew")
     *_, third = told({**chapters(), **skewed})
     assert words in third
-    assert "where it lies far and the pairs come near it: " in third
+    assert "| Skew Length | far, pairs near it |" in third
 
 
 def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
@@ -133,10 +165,11 @@ def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
         for dial, value in (("", fresh), (",sets=4", old)):
             setting = f"{name}@similar[judged=True{dial}]"
             judged.rows[setting] = rows(ends(0.0)).assign(gold=value)
-    _, second, _ = told({"full_scale": judged})
+    _, _, second, _ = told({"full_scale": judged})
     assert second.startswith("- **If sampling is slow, mind the loss.**")
-    assert "(pairs of one model: the final gold reward)" in second
-    assert "+1.50 (+1.50 to +1.50) nats a token with RWR and -0.50" in second
+    assert "RWR even does better with old samples on pairs of one model." in second
+    assert ("| pairs of one model | 4 | final gold reward | RWR: +1.50 (+1.50 to +1.50) nats a "
+            "token | REINFORCE: -0.50") in second  # fmt: skip
     both = advice.short_answers({**chapters(), "full_scale": judged})
     assert "take a loss" not in both and "take a loss" in advice.short_answers(chapters())
 
@@ -154,7 +187,7 @@ def test_a_method_whose_seeds_scatter_is_called_neither_best_nor_worst():
 
 
 def test_without_results_each_answer_says_so():
-    assert advice.short_answers({}).lower().count(overview.NOT_YET) == 3
+    assert advice.short_answers({}).lower().count(overview.NOT_YET) == 4
 
 
 def test_a_gap_counts_beyond_the_margin_only():
@@ -165,6 +198,6 @@ def test_a_gap_counts_beyond_the_margin_only():
 def test_the_loss_matters_where_it_does_on_any_problem_that_counts():
     """The bandit's on-policy methods are alike, those of a length problem are not."""
     apart = lengths((-5.0, -40.0), (-1.0, -40.0), (-2.0, -41.0))
-    first, *_ = told({**chapters(), **apart})
+    _, first, *_ = told({**chapters(), **apart})
     assert "The loss matters as well" in first
-    assert "0.97 and 0.99 on bandit R1" in first and "-40.00 and -1.00 tokens on Min" in first
+    assert "| 0.97 to 0.99 |" in first and "| -40.00 to -1.00 |" in first

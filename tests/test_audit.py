@@ -299,6 +299,14 @@ def test_lengths_are_those_of_the_shipped_pairs():
 
     pairs = load(TINY / "pairs.parquet", "train", (0,))
     assert sorted(audit.policy_lengths()) == sorted(pairs.lengths.ravel())
+    mean = pairs.lengths.ravel().mean()
+    assert audit.shorter() == f"{mean:.1f} tokens in the mean, {mean / 203:.0%} of the paper's 203"
+
+
+def test_no_value_of_the_table_reads_as_the_number_of_a_list():
+    """ "96. Why: ..." is an ordered list in Markdown."""
+    values = [value for d in audit.deviations() for value in vars(d).values()]
+    assert [value for value in values if re.match(r"\d+(\.\s|$)", value)] == []
 
 
 def test_a_setting_is_found_in_the_first_chapter_that_has_it():

@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,15 @@ def test_an_unknown_parameter_is_refused_before_any_work(mini):
     assert "running" not in result.text
 
 
+def test_recomputing_without_a_profile_is_refused_before_any_work(mini):
+    """It would mean the whole published grid."""
+    for profile in ((), ("-p", "profile", "auto")):
+        result = run_build(mini, "-p", "recompute", "True", *profile)
+        assert result.status == 1
+        assert "error: recompute needs a profile" in result.text
+        assert "running" not in result.text
+
+
 # What fails
 
 
@@ -247,7 +257,7 @@ def test_the_setup_cell_carries_the_address(mini):
     )
     assert run_build(mini, "--write-setup").status == 0
     notebook = nbformat.read(mini / "book" / "index.ipynb", as_version=4)
-    assert '"https://github.com/owner/book", root])' in notebook.cells[1].source
+    assert 'url = "https://github.com/owner/book" or' in notebook.cells[1].source
 
 
 # No network
@@ -373,14 +383,68 @@ def test_readme_names_commands_that_exist():
     assert set(re.findall(r"\bmake ([a-z]+)\b", readme())) <= targets
 
 
-def test_readme_passes_parameters_that_exist():
-    commands = re.findall(r"papermill (book/\w+)\.ipynb \S+((?: -p \S+ \S+)*)", readme())
-    assert commands
-    for chapter, flags in commands:
+def printed_commands(text: str) -> list[tuple[str, list[str]]]:
+    """(chapter, arguments) of each papermill command with an output that a text prints."""
+    text = re.sub(r"\\\n\s*", "", text)
+    found = re.findall(r"papermill (book/\w+)\.ipynb \w+\.ipynb([^`\n]*)", text)
+    return [(chapter, shlex.split(rest)) for chapter, rest in found]
+
+
+def passed(arguments: list[str], text: str) -> dict[str, object]:
+    """Parameters (name -> value) of -p, -y and -f; a file is the YAML block that `text` shows."""
+    given, rest = {}, iter(arguments)
+    for flag in rest:
+        assert flag in {"-p", "-y", "-f"}, flag
+        value = next(rest)
+        if flag == "-p":
+            given[value] = next(rest)
+        elif flag == "-y":
+            given |= yaml.safe_load(value)
+        else:
+            given |= yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[1])
+    return given
+
+
+def wrong_commands(text: str) -> list[str]:
+    """What is wrong with a text's papermill commands: unknown parameters, recompute of nothing."""
+    problems = []
+    for chapter, arguments in printed_commands(text):
+        given = passed(arguments, text)
         declared = build.declared_parameters(ROOT / f"{chapter}.ipynb")
-        assert set(re.findall(r"-p (\S+)", flags)) <= declared
-    given = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme(), flags=re.DOTALL)[1])
-    assert given.keys() <= build.declared_parameters(ROOT / "book" / "on_policy.ipynb")
+        problems += [f"{chapter} has no {name}" for name in sorted(given.keys() - declared)]
+        if given.get("recompute") and "profile" not in given:
+            problems.append(f"{chapter}: recompute without a profile")
+    return problems
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_printed_commands_pass_parameters_that_exist(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert len(printed_commands(text)) == len(re.findall(r"papermill book/\w+\.ipynb \w", text))
+    assert wrong_commands(text) == []
+
+
+def test_readme_prints_commands():
+    flags = {flag for _, arguments in printed_commands(readme()) for flag in arguments}
+    assert {"-p", "-y", "-f"} <= flags
+
+
+@pytest.mark.parametrize(("command", "problem"), [
+    ("-p profil smoke", "has no profil"),
+    ('-y "{options: {a: 1}, seed: [1]}"', "has no seed"),
+    ("-p profile cpu \\\n    -p prepared x", "has no prepared"),
+    ("-f a.yml`\n```yaml\nrate: 1\n```", "has no rate"),
+    ("-p recompute True", ": recompute without a profile"),
+])  # fmt: skip
+def test_a_command_that_fails_is_noticed(command, problem):
+    text = f"`papermill book/on_policy.ipynb out.ipynb {command}`"
+    assert wrong_commands(text) == [f"book/on_policy{'' if problem[0] == ':' else ' '}{problem}"]
 
 
 def test_what_stands_below_a_figure_is_no_figure():

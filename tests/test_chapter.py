@@ -1,12 +1,23 @@
 """What a chapter tells its reader about the results it shows, and the rows it hands to figures."""
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from myst_nb import glue
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from traitlets.config import Config
 
 from lib import chapter, claims, experiments
-from lib.chapter import Chapter
+from lib.chapter import Chapter, Page
 from lib.experiments.bandit import FULL
 from lib.experiments.length import PROFILES as LENGTH
 
+ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def complementary():
@@ -47,6 +58,25 @@ def test_runs_that_the_published_table_lacks_are_not_computed_unasked(tmp_path):
         _ = lacking.results
     lacking.published.runs[gone] = shown.published.runs[gone]
     assert lacking.results["run"].nunique() == shown.results["run"].nunique()
+
+
+def test_a_published_gpu_table_is_shown_on_a_cpu(monkeypatch, tmp_path):
+    """Its runs are the full profile's; the device is needed only to compute."""
+    full = chapter._published("complementary", "full")
+    folder = tmp_path / "complementary"
+    folder.mkdir()
+    shutil.copy(full.path, folder / "gpu.parquet")
+    shutil.copy(full.path.with_suffix(".json"), folder / "gpu.json")
+    monkeypatch.setattr("lib.runs.published.results_folder", lambda results=None: tmp_path)
+    monkeypatch.setattr("lib.chapter.runs.results_folder", lambda results=None: tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    shown = Chapter("complementary", methods=["ipo"], store=tmp_path / "store")
+    assert shown.profile_name == "gpu" and shown.profile.device == "cuda"
+    assert "profile `gpu`" in shown.source().data and len(shown.reported("ipo@R1"))
+    afresh = Chapter("complementary", methods=["ipo"], profile="gpu", recompute=True,
+                     store=tmp_path / "store")  # fmt: skip
+    with pytest.raises(RuntimeError, match="needs a CUDA device to compute"):
+        _ = afresh.results
 
 
 def test_without_published_results_the_reading_still_says_so(monkeypatch, tmp_path):
@@ -100,3 +130,171 @@ def test_a_column_at_some_updates_is_a_number_of_the_prose(monkeypatch):
     shown.number_at("other", "rwr@min", "length", [4])
     assert said == {"both": f"{rows[[4, 8]].mean():.3f}", "none": chapter.NOT_RUN,
                     "other": chapter.NOT_RUN}  # fmt: skip
+
+
+# Plans
+
+
+def test_a_chapter_whose_runs_are_published_plans_nothing(tmp_path):
+    plan = Chapter("complementary", store=tmp_path).plan()
+    assert plan.endswith("560 published. Nothing to compute.")
+
+
+@pytest.mark.parametrize(("name", "method"), [
+    ("wall_clock", "ipo"), ("negative_gradient", "ipo_offline"),
+])  # fmt: skip
+def test_a_plan_of_more_seeds_counts_those_alone(name, method, tmp_path):
+    """Base settings and dials at the rates that the published sweeps select."""
+    more = Chapter(name, methods=[method], seeds=[25], store=tmp_path)
+    assert f" To compute: {len(more.settings())} runs = " in more.plan()
+
+
+def test_a_plan_finds_what_the_store_has(tmp_path):
+    asked = {"profile": "smoke", "methods": ["ipo"], "recompute": True, "store": tmp_path}
+    before = Chapter("complementary", **asked)
+    assert "8 missing" in before.plan()
+    assert before.results["run"].nunique() == 8
+    assert "8 stored. Nothing to compute." in Chapter("complementary", **asked).plan()
+
+
+# What is refused, before anything is run
+
+
+@pytest.mark.parametrize(("own", "said"), [
+    ({"seeds": 25}, r'seeds must be a list such as -y "seeds: \[25\]", got 25'),
+    ({"seeds": "25"}, "seeds must be a list"),
+    ({"seeds": [2**31]}, "seed must be between 0 and 2147483647"),
+    ({"learning_rates": 0.01}, "learning_rates must be a list such as"),
+    ({"learning_rates": [True]}, r"learning_rates must be numbers in \(0, 10\], got \[True\]"),
+    ({"methods": 3}, "methods must be a list such as"),
+    ({"methods": "dpo"}, "methods must be a list such as .*, got 'dpo'"),
+    ({"options": "tau"}, "options must be a mapping such as"),
+    ({"options": {"tua": 1}}, "option must be one of .*'tau'.*, got 'tua'"),
+    ({"options": {"seed": 1}}, "option must be one of .*, got 'seed'"),
+    ({"options": {"prompts": "4"}}, r"options \{'prompts': '4'\}: "),
+    ({"options": {"prompts": 0}}, "prompts must be between 1 and"),
+    ({"prepared": "folder"}, "option must be one of .*, got 'prepared'"),
+    ({"profile": "smok"}, "profile must be one of .*'auto', 'smoke'"),
+    ({"recompute": True}, "recompute needs a profile: smoke, cpu, full, gpu, paper"),
+    ({"recompute": "true"}, "recompute must be True or False"),
+])  # fmt: skip
+def test_a_bad_value_is_refused_by_name(own, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        Chapter("complementary", store=tmp_path, **own)
+
+
+@pytest.mark.parametrize(("name", "own", "said"), [
+    ("complementary_length", {"options": {"lora_rnk": 1}}, "option must be one of .*'lora_rank'"),
+    ("negative_gradient_length", {"options": {"completions": 4}}, "no run .* takes completions=4"),
+    ("full_scale", {"options": {"kind": "similar"}}, "option must be one of .*, got 'kind'"),
+])  # fmt: skip
+def test_a_bad_option_of_a_language_models_run_is_refused(name, own, said):
+    with pytest.raises(ValueError, match=said):
+        Chapter(name, **own)
+
+
+@pytest.mark.parametrize("name", ["complementary_length", "full_scale"])
+def test_a_folder_that_is_not_prepared_is_refused(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Chapter(name, prepared=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"has nothing that {name} runs on"):
+        Chapter(name, prepared=tmp_path)
+
+
+def test_options_change_every_run(tmp_path):
+    own = Chapter("complementary", profile="smoke", options={"prompts": 3, "tau": None})
+    (run, *_) = (s.run(own.profile, 0.01, 5) for s in own.settings())
+    assert run.prompts == 3 and not own.is_interpreted
+    assert Chapter("complementary", options={"tau": None}).is_interpreted
+
+
+def test_a_page_refuses_what_a_chapter_refuses():
+    with pytest.raises(ValueError, match="profile must be one of .*'auto', 'smoke'"):
+        Page("methods", profile="smok")
+    with pytest.raises(ValueError, match="recompute needs a profile"):
+        Page("methods", recompute=True)
+
+
+# In a kernel
+
+
+class Publisher(DisplayPublisher):
+    """With hooks, as a kernel's."""
+
+    def publish(self, data, metadata=None, **_):
+        for hook in self.hooks:
+            assert hook({"content": {"data": data, "metadata": metadata or {}}})
+
+    def register_hook(self, hook):
+        self.hooks = [*getattr(self, "hooks", []), hook]
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """run(cell) -> what it raised, in a shell of its own; `run.shell` is that shell."""
+    monkeypatch.setattr(chapter, "SAID", {})
+    config = Config({"HistoryManager": {"enabled": False}})
+    own = InteractiveShell.instance(config=config, display_pub_class=Publisher)
+
+    def run(cell: str) -> Exception | None:
+        return own.run_cell(cell, store_history=True).error_in_exec
+
+    run.shell = own
+    yield run
+    own.restore_sys_module_state()
+    InteractiveShell.clear_instance()
+
+
+def cells_of(name: str, **parameters) -> list[str]:
+    """A chapter's code cells from `parameters` on, with the one that papermill puts behind it."""
+    notebook = load_notebook_node(str(ROOT / "book" / f"{name}.ipynb"))
+    if parameters:
+        notebook = parameterize_notebook(notebook, parameters)
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"][1:]
+
+
+@pytest.mark.parametrize("name", ["methods", "complementary"])
+def test_a_parameter_that_the_notebook_does_not_have_is_refused(shell, name):
+    own, injected, made, *_ = cells_of(name, profil="smoke")
+    assert shell(own) is None and shell(injected) is None
+    error = shell(made)
+    assert isinstance(error, ValueError)
+    assert "unknown parameter ['profil']; there are ['" in str(error)
+    assert shell(injected.replace("profil ", "profile ")) is None
+    assert shell("1\n" + made.partition("chapter.counts")[0]) is None
+
+
+def test_the_rest_is_skipped_until_the_first_cells_are_run_again(shell, capsys):
+    own, made, *_ = cells_of("methods")
+    for cell in (own + "\nplan_only = True", made, "below = 1"):
+        assert shell(cell) is None
+    assert "page" in shell.shell.user_ns and "below" not in shell.shell.user_ns
+    assert "skipped until plan_only = False is run" in capsys.readouterr().out
+    for cell in (own, made, "below = 1"):
+        assert shell(cell) is None
+    assert shell.shell.user_ns["below"] == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("cell", ["page = Page('methods')", "c = lib.chapter.Chapter('theory')"])
+def test_a_chapter_made_elsewhere_ends_the_skipping_too(shell, cell):
+    own, made, *_ = cells_of("methods")
+    for source in (own + "\nplan_only = True", made, cell, "below = 1"):
+        shell(source)
+    assert shell.shell.user_ns["below"] == 1
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_numbers_of_the_prose_are_listed_where_nobody_fills_them_in(shell, reader, capsys):
+    """papermill and the build fill them in, or have nobody to tell."""
+    shell.shell.kernel = SimpleNamespace(_allow_stdin=reader)
+    page = Page("methods")
+    told = capsys.readouterr().out
+    assert told.startswith("Numbers in sentences are filled in on the rendered page; page.said()"
+                           if reader else "")  # fmt: skip
+    assert bool(told) is reader
+    Chapter("complementary").counts()
+    glue("share", "it's 5%", display=False)
+    assert capsys.readouterr().out == ""
+    rows = page.said().data.splitlines()
+    assert "| n_rates | 10 |" in rows and "| share | it's 5% |" in rows

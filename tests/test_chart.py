@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lib import chart, decisions
-from tests.test_decisions import ALL, ALSO, CLEAR, results, verdicts
+from tests.test_decisions import ALL, ALSO, CLEAR, FAR, results, verdicts
 
 FEW = results({"dpo_offline": [-20.0] * 2, "rwr_offline": [-2.0] * 2}, "min")
 
@@ -58,15 +58,16 @@ def test_it_is_read_as_question_answer_outcome_methods(text):
              "Near what the model writes. not computed yet")  # fmt: skip
     assert heard.strip().startswith(start)
     assert ("Far from it. Do the preference pairs come near the peak? No: they are what the model "
-            "writes. mixed Ahead: offline DPO.") in heard  # fmt: skip
+            "writes. mixed Leading: offline DPO.") in heard  # fmt: skip
 
 
 def test_a_leaf_gives_frequency_interval_n_costs_and_links(text):
     line = next(x for x in text.splitlines() if x.startswith("- **DPO (offline)**"))
-    assert "first in 6 of 6 (61% to 100%), always alone" in line
+    assert "first in 6 of 6 (61% to 100%); final reward" in line
     assert "final reward 0.90 (0.90 to 0.90), worst run 0.90" in line
     assert "100 completions given, 2.0" in line
     assert "- Behind, first in so many: RWR (offline) 0" in text
+    assert f"**{FAR.title}** (untrained -99.00): 6 seeds. Evidence" in text
     assert "- Peak memory, estimated: 10 MiB" in text
     counts = "1 reproduced, 1 not reproduced"
     assert f"bear on this: {counts} ([negative gradient](negative_gradient.ipynb))." in text
@@ -75,8 +76,8 @@ def test_a_leaf_gives_frequency_interval_n_costs_and_links(text):
 
 
 @pytest.mark.parametrize(("table", "found", "says"), [
-    (CLEAR, ("reproduced",), "Ahead: offline DPO."),
-    (CLEAR, ("inconclusive",), "Ahead so far: offline DPO."),
+    (CLEAR, ("reproduced",), "Leading: offline DPO."),
+    (CLEAR, ("inconclusive",), "Leading so far: offline DPO."),
     (FEW, ("reproduced",), "Fewer than 5 seeds so far."),
     (pd.concat([CLEAR, results({"dpo_offline": [-20.0] * 6, "rwr_offline": [-2.0] * 6}, "min")]),
      ("reproduced",), "No method leads on all its problems."),
@@ -87,11 +88,31 @@ def test_what_a_leaf_recommends(table, found, says):
     assert chart.take(leaf) == says
 
 
+def test_a_method_that_may_harm_is_named_apart():
+    table = results({"dpo_offline": [0.9] * 5 + [0.1], "rwr_offline": [0.85] * 6}, start=0.3)
+    leaf = decisions.leaf("fixed", ("far", "apart"), table, verdicts("reproduced"), ALL)
+    safe, harmful = chart.take(leaf).split(". ")
+    assert safe == "Leading: offline RWR"
+    assert harmful == "Leading, but a run ended below the untrained model: offline DPO."
+
+
+def test_a_method_that_some_problems_did_not_run_says_so():
+    table = pd.concat([CLEAR, results({"dpo_offline": [-2.0] * 6, "pref_ft": [-2.0] * 6}, "min")])
+    leaf = decisions.leaf("fixed", ("far", "apart"), table, verdicts("reproduced"), ALL)
+    assert chart.take(leaf) == "Leading: offline DPO, Pref-FT (1 of 2)."
+
+
+def test_where_no_method_gains_the_problem_says_so():
+    table = results({"dpo_offline": [0.1] * 6, "rwr_offline": [0.2] * 6}, start=0.3)
+    text = chart.chart(leaves(table, ("reproduced",)))
+    assert "(untrained 0.30, above which no method ends)" in text
+
+
 def test_on_policy_and_offline_methods_are_told_apart():
     table = pd.concat([CLEAR, results({"dpo": [0.9] * 6, "ppo_sequence": [0.9] * 6},
                                       choice="rare")])  # fmt: skip
     found = decisions.leaf("rare", ("far", "apart"), table, verdicts("reproduced"), ALL)
-    assert chart.take(found) == "Ahead so far: on-policy DPO, PPO; offline DPO."
+    assert chart.take(found) == "Leading so far: on-policy DPO, PPO; offline DPO."
     assert "6 seeds, one drawing for 50 updates." in chart.chart(
         decisions.leaves(table, verdicts("reproduced"), ALL))  # fmt: skip
 

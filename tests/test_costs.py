@@ -11,11 +11,14 @@ TITLES = {"ipo": "IPO (on-policy)", "ipo_offline": "IPO (offline)"}
 
 
 def rows(reach_at, seconds_per_update=0.1, per_update=100, seeds=(5, 6, 7), height=0.8):
-    """Reward steps to `height` at an update (one per seed) and stays; 20 evaluated updates."""
+    """Reward steps to `height` at an update (one per seed) and stays; 20 evaluated updates.
+
+    Sampling for evaluations has taken 7 seconds before the first one.
+    """
     return pd.DataFrame([
         {"seed": s, "run": f"r{s}-{seconds_per_update}", "update": u,
          "seconds": u * seconds_per_update, "samples": 100 if per_update == 0 else u * per_update,
-         "seconds_sampling": u * seconds_per_update / 2, "seconds_scoring": 0.0,
+         "seconds_sampling": 7 + u * seconds_per_update / 2, "seconds_scoring": 0.0,
          "seconds_training": u * seconds_per_update / 2, "target": 0.7,
          "reward": height if u >= at else 0.1}
         for s, at in zip(seeds, reach_at, strict=True) for u in range(21)
@@ -76,6 +79,20 @@ def test_tables_name_what_does_not_get_there():
     printed = costs.table_3(lines, TITLES).set_index("method")
     assert printed.loc["IPO (on-policy)", "paper: reward"] == "0.92 (0.01)"
     assert printed.loc["IPO (offline)", "paper: hours"] == "1.7"
+
+
+def test_prices_are_in_milliseconds():
+    lines = {"ipo": rows([5] * 3), "ipo_offline": rows([10] * 3, 0.5, per_update=0)}
+    table = costs.crossings(lines, TITLES, [0.7])
+    assert table.iloc[0]["price to turn, reward 0.70"] == "11 ms"  # 4.5 s for 400 completions
+
+
+def test_rounds_are_those_of_on_policy_methods_that_get_there():
+    lines = {"ipo": rows([5] * 3, height=0.8), "rwr": rows([3] * 3), "dpo": rows([99] * 3),
+             "ipo_offline": rows([12] * 3)}  # fmt: skip
+    found = costs.numbers(lines, 0.7)
+    assert (found["rounds"], found["rounds_any"]) == ("3 to 5", "3 to 5")
+    assert costs.numbers({"ipo": rows([99] * 3)}, 0.7)["rounds"] == "-"
 
 
 def test_numbers_are_per_completion_and_per_update():

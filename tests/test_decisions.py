@@ -19,13 +19,14 @@ WITH = Problem("R2", "near", ("a",), "near", sizes="bandit")
 ALL = (FAR, ALSO, WITH)
 
 
-def results(rewards, problem="R1", choice="fixed", chapter="a", first=5):
-    """Rows of a problem. Args: rewards: method -> a reward for each seed from `first` on."""
+def results(rewards, problem="R1", choice="fixed", chapter="a", first=5, start=-99.0):
+    """Rows of a problem. Args: rewards: method -> a reward for each seed from `first` on; start:
+    of the untrained model."""
     return pd.concat([
         pd.DataFrame({
             "problem": problem, "choice": choice, "chapter": chapter, "method": method,
             "serves": {"fixed": 0, "rare": 50, "fresh": 1}[choice],
-            "seed": range(first, first + len(values)), "reward": values,
+            "seed": range(first, first + len(values)), "start": start, "reward": values,
             "completions": 100.0, "seconds": 2.0, "memory": 10.0,
         }) for method, values in rewards.items()
     ])  # fmt: skip
@@ -126,6 +127,18 @@ def test_a_lead_counts_beyond_the_margin_with_confidence_only():
     assert not leads([-2.1] * 6, [0.0] * 6, problem="min")
 
 
+def test_a_run_below_the_untrained_model_by_more_than_the_margin_harms():
+    rows = results({"dpo_offline": [0.5] * 5 + [0.37], "rwr_offline": [0.4] * 6,
+                    "ipo_offline": [0.39] * 6}, start=0.4)  # fmt: skip
+    leaf = decisions.leaf("fixed", APART, rows, [], ALL)
+    (found,) = leaf.standings
+    assert found.start == pytest.approx(0.4)
+    assert {e.method: e.harms for e in found.entries} == {
+        "dpo_offline": True, "rwr_offline": False, "ipo_offline": False}  # fmt: skip
+    assert [e.method for e in leaf.found("DPO (offline)")] == ["dpo_offline"]
+    assert leaf.found("Pref-FT (offline)") == []
+
+
 def test_only_common_seeds_are_compared():
     rows = pd.concat([results({"dpo_offline": [0.9] * 10}),
                       results({"rwr_offline": [0.3] * 6}, first=9)])  # fmt: skip
@@ -212,10 +225,12 @@ class Given:
         (curves,) = [curves for setting, curves in self.runs.items() if setting.name == name]
         return pd.concat([
             pd.DataFrame({"run": f"{name}{seed}", "seed": seed, "update": range(len(curve)),
-                          "reward": curve, "samples": 640.0, "seconds_sampling": 1.0,
-                          "seconds_scoring": 0.5, "seconds_training": 2.0})
+                          "reward": curve, "samples": 640.0,
+                          "seconds_sampling": [0.25, 1.25][: len(curve)],
+                          "seconds_scoring": [0.0, 0.5][: len(curve)],
+                          "seconds_training": [0.0, 2.0][: len(curve)]})
             for seed, curve in enumerate(curves, 5)
-        ])  # fmt: skip
+        ], ignore_index=True)  # fmt: skip
 
 
 def setting(name, task="min", **options):
@@ -230,6 +245,7 @@ def test_collect_takes_base_settings_and_the_stalest():
     })  # fmt: skip
     table = decisions.collect({"b": chapter}, (ALSO,)).set_index("choice")
     assert table["reward"].to_dict() == {"fixed": -4.0, "fresh": -1.0, "rare": -3.0}
+    assert set(table["start"]) == {-9.0}
     assert table["serves"].to_dict() == {"fixed": 0, "fresh": 1, "rare": 4}
     assert set(table["seconds"]) == {3.5} and set(table["completions"]) == {640}
     assert table.at["fresh", "memory"] > table.at["fixed", "memory"] > 20  # the reward model
@@ -248,6 +264,7 @@ def test_a_problem_may_have_a_base_and_a_reward_of_its_own():
     chapter.reported = lambda name: Given.reported(chapter, name).rename(columns={"reward": "gold"})
     table = decisions.collect({"a": chapter}, (judged,)).set_index("choice")
     assert table["reward"].to_dict() == {"fresh": 0.5, "rare": 0.3}
+    assert table["start"].to_dict() == {"fresh": 0.1, "rare": 0.1}
     stale = rule("rwr@similar[judged=True] - rwr@similar[judged=True,sets=4]")
     assert decisions.bears(stale, "rare", [judged])
     assert not decisions.bears(rule("rwr@similar[policy=64]"), "fresh", [judged])

@@ -12,7 +12,7 @@ from lib.experiments import length
 from lib.experiments.settings import matching
 from lib.lm.config import PREPARED
 from lib.publish import configurations
-from lib.runs import columns, largest_published
+from lib.runs import columns, identity, largest_published
 
 LENGTH = tuple(length.CHAPTERS)
 GRIDS = [(c, p) for c in experiments.CHAPTERS for p in experiments.PROFILES]
@@ -100,7 +100,7 @@ def rows(method, task, rate, seed, ends, proxy=0.0, **options):
     return pd.DataFrame([columns(config)] * 2).assign(
         run=f"{method}{task}{rate}{seed}{options or ''}", update=[0, 96], reward=[-50.0, ends],
         proxy=[0.0, proxy], length=[50.0, -ends], samples=[0, 6144],
-        seconds_sampling=[0.0, 1.0], seconds_scoring=[0.0, 1.0], seconds_training=[0.0, 2.0],
+        seconds_sampling=[0.5, 1.5], seconds_scoring=[0.0, 1.0], seconds_training=[0.0, 2.0],
     )  # fmt: skip
 
 
@@ -152,6 +152,30 @@ def test_the_clocks_target_lies_95_in_100_of_the_way_to_the_best_method():
     assert derived["seconds"].unique().tolist() == [0.0, 4.0]
 
 
+def test_the_bandits_clock_leaves_out_what_is_drawn_before_the_first_update():
+    profile = experiments.CHAPTERS["wall_clock"].profiles["smoke"].with_rates((0.01,))
+    table = pd.concat([
+        pd.DataFrame([columns(setting.run(profile, 0.01, seed))] * 2).assign(
+            run=f"{setting.name}{seed}", update=[0, 2], reward=[0.0, 0.5],
+            seconds_sampling=[3.0, 4.0], seconds_scoring=[0.0, 0.5], seconds_training=[0.0, 2.0],
+        )
+        for setting in experiments.settings("wall_clock", profile) if setting.options
+        for seed in profile.dial_seeds
+    ])  # fmt: skip
+    derived = experiments.with_target(table, profile)
+    assert derived["seconds"].tolist() == [0.0, 3.5] * (len(table) // 2)
+    assert derived["target"].unique() == pytest.approx([0.95 * 0.5])
+
+
+@pytest.mark.parametrize("name", ["gpu", "paper"])
+def test_a_profile_needs_its_device_only_to_compute(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    profile = experiments.profile_named("complementary_length", name)
+    assert profile.device == "cuda"
+    with pytest.raises(RuntimeError, match="needs a CUDA device.*'smoke', 'cpu', 'full'"):
+        experiments.engine("complementary_length", profile.device)
+
+
 @pytest.mark.parametrize("name", ["gpu", "paper"])
 def test_larger_full_scale_profiles_read_folders_that_are_made_where_they_run(name):
     profile = experiments.CHAPTERS["full_scale"].profiles[name]
@@ -173,3 +197,18 @@ def test_a_folder_of_ones_own_runs_what_it_has(tmp_path):
     (tmp_path / "judge").mkdir()
     judged = [s for s in grid if "judged" in dict(s.options)]
     assert {s.run(own, 1e-3, 5).judge for s in judged} == {"judge"}
+
+
+def test_a_plan_takes_the_selected_rate_where_the_sweep_is_whole():
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    base, dial = (experiments.Setting("dpo_offline", "min", o, sweep)
+                  for o, sweep in (((), "all"), ((("beta", 0.5),), "base")))  # fmt: skip
+    slow, middle = profile.rates[-1], profile.rates[1]
+    table = pd.concat([
+        rows("dpo_offline", "min", rate, seed, ends=-1.0, proxy=float(rate == slow)).assign(
+            run=identity(base.run(profile, rate, seed)))
+        for rate, seed in profile.sweep(base)
+    ])  # fmt: skip
+    for results, rate in ((table, slow), (table[:-2], middle), (None, middle)):
+        assumed = experiments.assumer(results, profile)
+        assert (assumed(base), assumed(dial)) == (rate, rate)

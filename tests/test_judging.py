@@ -54,11 +54,19 @@ def test_a_missing_cell_is_named():
 
 def test_the_judge_puts_its_own_answer_first_and_repetition_far_below():
     found = judging.calibration().set_index("label")
-    assert found.index[0] == "its own answer" and (found["n"] == 64).all()
-    for worse in ("the answer to another prompt", "its words shuffled", "it, said twice",
-                  "the prompt, three times", "one stock refusal", "yes", "nothing"):  # fmt: skip
-        assert found.loc[worse, "effect"] < found.loc["its own answer", "effect"] - 0.5, worse
-        assert found.loc[worse, "loses to its own answer"] > 0.75, worse
+    assert found.index[0] == "own answer" and (found["n"] == 64).all()
+    for worse in ("the answer to another prompt", "own answer, words shuffled",
+                  "own answer, said twice", "the prompt, three times", "one stock refusal", "yes",
+                  "nothing"):  # fmt: skip
+        assert found.loc[worse, "effect"] < found.loc["own answer", "effect"] - 0.5, worse
+        assert found.loc[worse, "loses to own answer"] > 0.75, worse
+    assert np.isnan(found.loc["own answer", "loses to own answer"])
+
+
+def test_no_kind_of_answer_needs_the_row_above_it():
+    labels = judging.calibration()["label"]
+    assert set(judging.SPELLED.values()) <= set(labels)
+    assert not labels.str.match(r"it\b|its\b").any()
 
 
 @pytest.mark.parametrize("kind", judging.KINDS)

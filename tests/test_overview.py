@@ -103,6 +103,17 @@ def test_a_clear_lead_is_told_apart():
     assert overview.not_told_apart(near) == ["dpo"]  # a lead of 0.01 is inside the margin
 
 
+def test_checks_of_a_published_result_are_counted_in_words():
+    meta = {"totals": {"seconds": {}, "runs": 1}, "commit": "c", "published": "2026-11-26"}
+    said = {
+        n: overview._published_row(SimpleNamespace(
+            meta={**meta, "verified": [{}] * n}, chapter="on_policy", profile="full",
+            notice=lambda: ""))[6]
+        for n in range(4)
+    }  # fmt: skip
+    assert said == {0: "not yet", 1: "once", 2: "twice", 3: "3 times"}
+
+
 def test_dashboard_shows_each_claim_once_with_its_verdict(chapters):
     rule = next(r for r in claims.rules() if r.claim == "Q2-bandit-r1")
     chapters["negative_gradient"].verdicts = [claims.Verdict(rule, "reproduced", 0.5, 0.4, 0.6, 20)]
@@ -120,9 +131,9 @@ def test_theory_stands_on_the_dashboard_with_its_verdicts():
     lines = overview.dashboard({}).splitlines()
     theory = [line for line in lines if line.endswith("(theory.ipynb))")]
     assert len(theory) == (claims.claims()["question"] == "theory").sum() == len(overview.theory())
-    case_3 = next(line for line in theory if "c1*p2" in line)
+    case_3 = next(line for line in theory if "c₁ p₂" in line)
     assert case_3.startswith(f"- [not reproduced]{{.verdict-{BADGES['not reproduced']}}} ")
-    case_2 = next(line for line in theory if "c0*p1" in line)
+    case_2 = next(line for line in theory if "c₀ p₁" in line)
     assert "[reproduced]" in case_2 and "(not its printed proof)" in case_2
 
 
@@ -132,6 +143,9 @@ def test_a_claim_of_several_comparisons_counts_them(chapters):
         claims.Verdict(first, "reproduced"), claims.Verdict(second, "inconclusive")]  # fmt: skip
     line = next(x for x in overview.dashboard(chapters).splitlines() if "IPO and best" in x)
     assert line.startswith(f"- [partly]{{.verdict-{BADGES['partly']}}} (1 of 2) IPO")
+    heading = next(x for x in overview.dashboard(chapters).splitlines()
+                   if x.startswith(f"**{overview.QUESTIONS[2]}**"))  # fmt: skip
+    assert heading.endswith("Of 2 comparisons 1 are reproduced, 0 are not, 1 are open.")
 
 
 def test_sources_name_every_chapter(chapters):

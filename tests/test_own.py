@@ -1,4 +1,4 @@
-"""What the chapter length shows of data of one's own, and that every mistake is refused."""
+"""What the chapter own_model shows of data of one's own, and that every mistake is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 from lib import own
 from lib.lengths import Prepared
-from lib.lm import prepare
+from lib.lm import prepare, prepare_full
+from lib.lm.models import load_policy
+from lib.lm.text import load_preferences, load_prompts
 from tests.lm_folder import prepared_folder
 from tests.test_notebooks import read
 
@@ -25,35 +27,47 @@ def test_the_identical_pair_is_dropped(have):
     assert "A pear.<eos>" in text
 
 
-def test_every_mistake_is_refused_with_what_was_found(have):
-    table = own.refusals(have).set_index("mistake")["what is said"]
-    assert "'prompts.jsonl'" in table["a file that is not there"]
-    assert "['text']" in table["prompts under a name of their own"]
-    assert "got 3" in table["a preference outside its range"]
-    assert "pytorch_model.bin" in table["pickled weights"]
-    assert not table.str.contains("/tmp").any()
-
-
-def test_a_mistake_that_passes_is_noticed(have, monkeypatch):
-    monkeypatch.setattr(own, "mistakes", lambda *_: {"none": lambda: 1})
-    with pytest.raises(AssertionError, match="was not refused"):
-        own.refusals(have)
+def test_every_mistake_is_refused_with_what_was_found(have, tmp_path):
+    (tmp_path / "config.json").write_text((have.folder / "policy/config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    texts = own._lines(tmp_path / "texts.jsonl", [{"text": "Name a fruit."}])
+    ranked = own._lines(tmp_path / "ranked.jsonl", [
+        {"prompt": "A fruit?", "response_1": "A pear.", "response_2": "A plum.", "preference": 3},
+    ])  # fmt: skip
+    mistakes = {
+        "there is no file": lambda: load_prompts(tmp_path / "prompts.jsonl"),
+        "has the columns ['text']": lambda: load_prompts(texts),
+        "row 1: preference must be in [1, 2]": lambda: load_preferences(ranked),
+        "not a causal language model": lambda: load_policy(have.folder / "reward-min"),
+        "only ['pytorch_model.bin']": lambda: load_policy(tmp_path),
+        "lacks policy, pairs.parquet, reward-min": lambda: Prepared(str(tmp_path)),
+    }
+    for found, call in mistakes.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(found)) as refused:
+            call()
+        assert "\n" not in str(refused.value)
 
 
 def console_lines() -> list[str]:
-    """The commands of the chapter, each on one line."""
-    text = "\n".join(c.source for c in read("book/length").cells if c.cell_type == "markdown")
+    """The commands of two chapters, each on one line."""
+    cells = [*read("book/length").cells, *read("book/own_model").cells]
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     blocks = re.findall(r"```console\n(.*?)```", text, flags=re.S)
     joined = re.sub(r"\\\n\s*", "", "\n".join(blocks))
     return [line.strip()[2:] for line in joined.splitlines() if line.strip().startswith("$ ")]
 
 
 def test_commands_name_options_that_exist():
-    commands = [c for c in console_lines() if "lib.lm.prepare" in c]
+    commands = [c for c in console_lines() if "lib.lm.prepare " in c]
     assert len(commands) >= 4
     for command in commands:
-        options = prepare._parser().parse_args(command.split("lib.lm.prepare")[1].split())
+        options = prepare._parser().parse_args(command.split("lib.lm.prepare ")[1].split())
         assert options.policy and options.prompts and options.out
+    commands = [c for c in console_lines() if "lib.lm.prepare_full " in c]
+    assert len(commands) >= 2
+    for command in commands:
+        options = prepare_full._parser().parse_args(command.split("prepare_full ")[1].split())
+        assert options.policy and options.similar and options.out
 
 
 def test_papermill_passes_parameters_that_exist():

@@ -54,6 +54,47 @@ def test_what_cannot_be_taken_is_said():
         stats.per_run(twice, "final reward")
 
 
-def test_a_run_without_a_finite_end_counts_as_zero():
-    lost = table(reward=[0.0, 0.5, 0.5, 0.5, np.nan, np.nan])
-    assert stats.per_run(lost, "final reward").tolist() == [0.0]
+def test_a_reward_that_is_lost_counts_as_the_lowest_of_all_runs():
+    """Zero would be the best there is where rewards are negative."""
+    lost = table(reward=[-3.0, -2.0, -2.0, -2.0, np.nan, np.nan])
+    fine = table(seeds=(8,), reward=[-3.0, -9.0, -1.0, -1.0, -1.0, -1.0])
+    found = stats.per_run(pd.concat([lost, fine]), "final reward")
+    assert found.to_dict() == {7: -9.0, 8: -1.0}
+    assert stats.per_run(lost, "final reward").tolist() == [-3.0]
+    assert stats.per_run(lost, "mean reward over updates").tolist() == pytest.approx(
+        [(-2.5 - 2 - 2 - 2.5 - 3) / 5]
+    )
+
+
+def test_a_distance_that_is_lost_is_no_number_and_not_zero():
+    lost = table(kl_ref=[0.0, 4.0, 8.0, 12.0, np.inf, np.nan])
+    found = stats.per_run(pd.concat([lost, table(seeds=(8,))]), "final KL to reference")
+    assert found.to_dict() == {8: 24.0}
+
+
+def test_a_run_without_any_value_makes_a_statistic_missing():
+    judged = table().assign(gold=[-2.0, -1.5, -1.0, -1.0, -1.0, -1.0])
+    unjudged = table(seeds=(8,)).assign(gold=np.nan)
+    assert stats.per_run(judged, "gain in gold").tolist() == [1.0]
+    for name in ("final gold", "gain in gold"):
+        with pytest.raises(stats.MissingColumn, match=f"{name} needs 'gold', which these results"):
+            stats.per_run(pd.concat([judged, unjudged]), name)
+    without = table().assign(target=np.nan)
+    with pytest.raises(stats.MissingColumn, match="speed to target needs 'target'"):
+        stats.per_run(without, "speed to target")
+
+
+def test_the_clock_starts_at_the_first_evaluation():
+    """Two runs that share an index; before update 0 only what evaluations look at is drawn."""
+    parts = [
+        pd.DataFrame({"run": run, "update": [0, 1, 2], "seconds_sampling": [before, before + 1, 5],
+                      "seconds_scoring": [0.25, 0.5, 0.5], "seconds_training": [0.0, 2.0, 4.0],
+                      "seconds_evaluation": [9.0, 18.0, 27.0]})
+        for run, before in (("a", 0.5), ("b", 3.0))
+    ]  # fmt: skip
+    rows = pd.concat(parts).sample(frac=1, random_state=0)
+    found = rows.assign(**stats.phases(rows), seconds=stats.seconds(rows))
+    found = found.set_index(["run", "update"]).sort_index()
+    assert found["sampling"].tolist() == [0.0, 1.0, 4.5, 0.0, 1.0, 2.0]
+    assert found["scoring"].tolist() == [0.0, 0.25, 0.25] * 2
+    assert found["seconds"].tolist() == [0.0, 3.25, 8.75, 0.0, 3.25, 6.25]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import experiments, tables
+from lib import costs, experiments, tables
 
 SMOKE = experiments.profile_named("on_policy", "smoke")
 FULL = experiments.profile_named("on_policy", "full")
@@ -34,6 +34,12 @@ def test_interval_text():
     assert tables.interval_text([0.5]) == "0.50"
     assert tables.interval_text([0.4, 0.6], digits=1) == "0.5 (-0.8 to 1.8)"  # t = 12.7, se = 0.1
     assert tables.interval_text([0.4, 0.6], signed=True, digits=1) == "+0.5 (-0.8 to +1.8)"
+    assert tables.interval_text([0.001, -0.003], signed=True) == "0.00 (-0.03 to +0.02)"
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    found = [tables.number_text(x, True) for x in (-0.004, 0.004, 0.006)]
+    assert found == ["0.00", "0.00", "+0.01"]
 
 
 def test_paired_differences_use_only_common_seeds():
@@ -44,18 +50,38 @@ def test_paired_differences_use_only_common_seeds():
 def test_effects_are_means_of_paired_differences():
     found = tables.effects({"x": (runs([0.5, 0.7]), runs([0.4, 0.4]))}, "final reward")
     assert found["effect"][0] == pytest.approx(0.2) and found["n"][0] == 2
-    assert "+0.200 (" in tables.effects_shown({"final": found}).data
+    assert "+0.20 (" in tables.effects_shown({"final": found}, digits=2).data
 
 
-def test_cost_to_reach_counts_the_runs_that_never_do():
+def test_settings_within_a_bound_are_so_by_every_statistic():
+    first = pd.DataFrame({"low": [-0.01, -0.01, -0.3], "high": [0.02, 0.01, 0.0]})
+    second = pd.DataFrame({"low": [0.0, 0.0, -np.inf], "high": [0.0, 0.05, np.inf]})
+    assert [tables.within([first, second], bound) for bound in (0.02, 0.1)] == [1, 2]
+
+
+def test_cost_to_reach_counts_a_run_that_never_does_as_slower_than_all():
     found = tables.cost_to_reach({"k = 1": runs([1.0, 1.0, 0.5])}, 0.9).iloc[0]
     assert found["reached by"] == "2 of 3"
     assert (found["updates"], found["completions"], found["seconds"]) == (50, 5000, 5)
+    half = tables.cost_to_reach({"k = 1": runs([1.0, 0.5, 0.5])}, 0.9)
+    assert half["reached by"].tolist() == ["1 of 3"] and np.isinf(half["seconds"]).all()
+    assert tables.shown(half).data.splitlines()[-1].count("not reached") == 3
 
 
-def test_cost_to_reach_of_nobody_is_unknown():
-    found = tables.cost_to_reach({"k = 1": runs([0.5])}, 0.9).iloc[0]
-    assert found["reached by"] == "0 of 1" and np.isnan(found["updates"])
+def test_tables_and_clocks_have_one_rule_for_runs_that_never_arrive():
+    parts = {"a": runs([1.0, 0.95, 0.5, 0.5]), "b": runs([1.0, 0.5, 0.5])}
+    ours, clock = tables.cost_to_reach(parts, 0.9), costs.clock(parts, 0.9)
+    texts = ours["seconds"].map(lambda value: tables.shown(pd.DataFrame({"x": [value]})).data)
+    assert [text.splitlines()[-1] for text in texts] == [f"| {t} |" for t in clock["seconds"]]
+
+
+def test_whole_runs_spend_what_comes_after_the_first_evaluation():
+    phases = {"seconds_sampling": [3.0, 4.0], "seconds_scoring": [0.0, 0.5],
+              "seconds_training": [0.0, 2.0]}  # fmt: skip
+    rows = pd.DataFrame({"run": "r", "seed": 5, "update": [0, 9], "samples": [0, 64],
+                         "length": [50.0, 1.0], **phases})  # fmt: skip
+    (found,) = tables.spent({"a": rows}).to_dict("records")
+    assert [found[f"{p}, s"] for p in ("sampling", "scoring", "training")] == [1.0, 0.5, 2.0]
 
 
 def test_collapse_counts_each_run_once():
@@ -90,6 +116,17 @@ def test_agreement_is_the_largest_gap_at_the_same_seed_and_rate():
 def test_rates_near_the_best():
     swept = pd.concat([runs([0.9], 0.1), runs([0.89], 0.01), runs([0.5], 0.001)])
     assert tables.near_best(swept) == "2 of 3"
+
+
+def test_the_plateau_is_where_most_methods_end_at_the_ceiling():
+    wide = pd.concat([runs([0.99], 0.1), runs([1.0], 0.01), runs([0.4], 0.001)])
+    narrow = pd.concat([runs([1.0], 0.1), runs([0.9], 0.01), runs([0.4], 0.001)])
+    found = tables.plateau({"a": wide, "b": wide, "c": narrow})
+    assert {name: found[name] for name in ("low", "high", "factor", "n")} == {
+        "low": "0.01", "high": "0.1", "factor": "10", "n": "2 of 3"}  # fmt: skip
+    assert (found["from_a"], found["from_c"]) == ("0.01", "0.1")
+    low = tables.plateau({"a": runs([0.4], 0.001)})
+    assert set(low.values()) == {"-"} and "from_a" in low
 
 
 def test_grid_names_every_value_of_a_dial_once():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib import methods
+from lib import methods, stats
 from lib.bandit.config import LEARNING_RATES, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
@@ -165,9 +165,8 @@ TARGET_SHARE = 0.95  # of the best method's mean final reward
 
 
 def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
-    """Adds `seconds` (all but evaluation) and `target`, the reward that the clock runs to."""
-    phases = ["seconds_sampling", "seconds_scoring", "seconds_training"]
-    results = results.assign(seconds=results[phases].sum(axis=1))
+    """Adds `seconds` (`lib.stats.seconds`) and `target`, the reward that the clock runs to."""
+    results = results.assign(seconds=stats.seconds(results))
     alone = [s for s in CHAPTERS["wall_clock"].settings(profile) if s.options]
     means = [final(reported(results, s, profile))["reward"].mean() for s in alone
              if s.method in set(results["method"])]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -14,13 +15,16 @@ from lib.experiments.settings import (
     Grid,
     Profile,
     Setting,
-    candidates,
+    assumer,
     report_seeds,
     selector,
+    sweep_runs,
 )
-from lib.runs import PROFILES, Engine
+from lib.runs import PROFILES, Engine, identity
 
 CHAPTERS: dict[str, Grid] = {**bandit.CHAPTERS, **length.CHAPTERS, **full_scale.CHAPTERS}
+# Fields of a run that its setting, learning rate and seed decide.
+OF_SETTINGS = {"method", "reward_function", "task", "kind", "learning_rate", "seed"}
 
 
 def check_chapter(chapter: str) -> str:
@@ -29,17 +33,8 @@ def check_chapter(chapter: str) -> str:
 
 
 def profile_named(chapter: str, name: str) -> Profile:
-    """A chapter's profile. Raises: ValueError for an unknown one, RuntimeError if its device is
-    missing."""
-    one_of("profile", name, PROFILES)
-    profiles = CHAPTERS[check_chapter(chapter)].profiles
-    profile = profiles[name]
-    if profile.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"profile {name!r} needs a CUDA device and none is available; "
-            f"profiles for the CPU: {[n for n, p in profiles.items() if p.device == 'cpu']}"
-        )
-    return profile
+    """A chapter's profile, whatever its device. Raises: ValueError for an unknown one."""
+    return CHAPTERS[check_chapter(chapter)].profiles[one_of("profile", name, PROFILES)]
 
 
 def settings(chapter: str, profile: Profile, only: Sequence[str] | None = None) -> list[Setting]:
@@ -57,42 +52,82 @@ def settings(chapter: str, profile: Profile, only: Sequence[str] | None = None) 
     return [s for s in found if s.method in only]
 
 
+def check_options(chapter: str, options: Mapping[str, Any]) -> None:
+    """Raises: ValueError for an option that is no field of the chapter's runs."""
+    full = CHAPTERS[check_chapter(chapter)].profiles["full"]
+    run = settings(chapter, full)[0].run(full, full.rates[0], 0)
+    for name in options:
+        one_of("option", name, sorted({f.name for f in fields(run)} - OF_SETTINGS))
+
+
+def check_runs(
+    chapter: str,
+    profile: Profile,
+    only: Sequence[str] | None,
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+) -> None:
+    """Builds a run of every setting, with the largest of `seeds`.
+
+    Raises: ValueError for a value that a run refuses, or an option that no run takes;
+        FileNotFoundError where the data of a run are missing.
+    """
+    if not settings(chapter, profile):
+        raise ValueError(f"the prepared folder has nothing that {chapter} runs on: make it "
+                         "with lib.lm.prepare")  # fmt: skip
+    try:
+        built = [s.run(profile, profile.rates[0], max(seeds, default=0))
+                 for s in settings(chapter, profile, only)]  # fmt: skip
+        for run in built:
+            identity(run)
+    except TypeError as error:
+        raise ValueError(f"options {dict(options)}: {error}") from error
+    for name, value in options.items():
+        if all(getattr(run, name) != value for run in built):
+            raise ValueError(f"no run of {chapter} takes {name}={value!r}: its settings set it")
+
+
+Rates = Callable[[Setting], float]
+
+
 def stages(
     chapter: str,
     profile: str | Profile,
     only: Sequence[str] | None = None,
     extra_seeds: Sequence[int] = (),
+    choose: Callable[[pd.DataFrame | None, Profile], Rates] = selector,
 ) -> list[Callable[[pd.DataFrame | None], list[Any]]]:
     """What to run, in order: sweeps of base settings; reports and sweeps of dials; their reports.
 
     Args:
         only: these methods.
         extra_seeds: reported seeds beyond the profile's.
+        choose: how learning rates are chosen; `assumer` plans without all results.
     """
     profile = profile_named(chapter, profile) if isinstance(profile, str) else profile
     grid = settings(chapter, profile, only)
     swept = list(dict.fromkeys(s if s.sweep == "all" else s.base for s in grid))
+    bases = [s for s in grid if s.sweep == "all"]
     dials = [s for s in grid if s.sweep != "all"]
 
-    def sweep(_: pd.DataFrame | None) -> list[Any]:
-        return [s.run(profile, *pair) for s in swept for pair in profile.sweep(s)]
+    def sweep(_: Rates) -> list[Any]:
+        return [run for s in swept for run in sweep_runs(s, profile, None)]
 
-    def dial_sweep(results: pd.DataFrame) -> list[Any]:
-        chosen = selector(results, profile)
-        return report([s for s in grid if s.sweep == "all"], chosen) + [
-            s.run(profile, rate, seed)
-            for s in dials if s.sweep == "neighbours"
-            for rate in candidates(s, profile, chosen(s.base))
-            for seed in profile.dial_sweep_seeds
-        ]  # fmt: skip
+    def dial_sweep(chosen: Rates) -> list[Any]:
+        return report(bases, chosen) + [
+            run for s in dials for run in sweep_runs(s, profile, chosen(s.base))
+        ]
 
-    def report(some: list[Setting], chosen: Callable[[Setting], float]) -> list[Any]:
+    def report(some: list[Setting], chosen: Rates) -> list[Any]:
         return [
             s.run(profile, chosen(s), seed)
             for s in some for seed in (*report_seeds(s, profile), *extra_seeds)
         ]  # fmt: skip
 
-    return [sweep, dial_sweep, lambda results: report(dials, selector(results, profile))]
+    return [
+        lambda results, stage=stage: stage(choose(results, profile))
+        for stage in (sweep, dial_sweep, lambda chosen: report(dials, chosen))
+    ]
 
 
 def assumed(
@@ -102,19 +137,16 @@ def assumed(
     extra_seeds: Sequence[int] = (),
 ) -> list[Any]:
     """All runs of a chapter as if every sweep selected its middle rate: for planning its cost."""
-    configs: list[Any] = []
-    for s in settings(chapter, profile, only):
-        swept = s if s.sweep == "all" else s.base
-        rates = profile.competing(swept)
-        middle = rates[len(rates) // 2]
-        configs += [swept.run(profile, *pair) for pair in profile.sweep(swept)]
-        if s.sweep == "neighbours":
-            rates = candidates(s, profile, middle)
-            configs += [s.run(profile, r, n) for r in rates for n in profile.dial_sweep_seeds]
-        seeds = (*report_seeds(s, profile), *extra_seeds)
-        configs += [s.run(profile, middle, n) for n in seeds]
-    return list(dict.fromkeys(configs))
+    planned = stages(chapter, profile, only, extra_seeds, assumer)
+    return list(dict.fromkeys(run for stage in planned for run in stage(None)))
 
 
 def engine(chapter: str, device: str = "cpu") -> Engine:
-    return CHAPTERS[check_chapter(chapter)].engine(device)
+    """What computes a chapter's runs. Raises: RuntimeError if the device is missing: what is
+    published can be read without it."""
+    grid = CHAPTERS[check_chapter(chapter)]
+    if device == "cuda" and not torch.cuda.is_available():
+        here = [name for name, profile in grid.profiles.items() if profile.device == "cpu"]
+        raise RuntimeError(f"this profile of {chapter} needs a CUDA device to compute and none is "
+                           f"available; profiles for the CPU: {here}")  # fmt: skip
+    return grid.engine(device)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib import methods
+from lib import methods, stats
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
 from lib.lm.config import MINIBATCH, LengthRun, length_run, prepared_tasks
 from lib.lm.length import GIVEN, TASKS
@@ -172,13 +172,12 @@ TARGET_SHARE = 0.95  # of the way from the reference's mean length to the best m
 
 
 def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
-    """Adds `seconds` (all but evaluation) and `target`: the gold reward that the clock runs to.
+    """Adds `seconds` (`lib.stats.seconds`) and `target`: the gold reward that the clock runs to.
 
     The target of a task lies 95% of the way from the reward before the first update to the best
     method's mean final reward: lengths have no natural zero that a share could be taken of.
     """
-    phases = ["seconds_sampling", "seconds_scoring", "seconds_training"]
-    results = results.assign(seconds=results[phases].sum(axis=1), target=float("nan"))
+    results = results.assign(seconds=stats.seconds(results), target=float("nan"))
     for task in results["task"].unique():
         own = results["task"] == task
         start = results.loc[own & (results["update"] == 0), "reward"].mean()
@@ -190,7 +189,6 @@ def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
         if ends:
             results.loc[own, "target"] = start + TARGET_SHARE * (max(ends) - start)
     return results
-
 
 
 def _engine(device: str = "cpu") -> Engine:

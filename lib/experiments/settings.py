@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from lib import stats
-from lib.runs import Engine
+from lib.runs import Engine, identity
 from lib.runs.configurations import is_default_of_later
 
 
@@ -151,6 +151,17 @@ def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> t
     return profile.rates[max(0, i - 1) : i + 2]
 
 
+def sweep_runs(setting: Setting, profile: Profile, base_rate: float | None) -> list[Any]:
+    """The runs that choose a setting's learning rate; none where it is the base's."""
+    if setting.sweep == "base":
+        return []
+    if setting.sweep == "all":
+        pairs = profile.sweep(setting)
+    else:
+        pairs = [*product(candidates(setting, profile, base_rate), profile.dial_sweep_seeds)]
+    return [setting.run(profile, *pair) for pair in pairs]
+
+
 def selector(results: pd.DataFrame, profile: Profile) -> Callable[[Setting], float]:
     """setting -> its `selected_rate` in `results`, each computed once."""
 
@@ -160,6 +171,23 @@ def selector(results: pd.DataFrame, profile: Profile) -> Callable[[Setting], flo
         return _selected(results, setting, profile, profile.select_by, base)
 
     return chosen
+
+
+def assumer(results: pd.DataFrame | None, profile: Profile) -> Callable[[Setting], float]:
+    """As `selector`, to plan with: where a sweep is not whole in `results`, the middle rate is
+    taken (a dial: its base's), which changes no cost."""
+    found = set() if results is None else set(results["run"])
+
+    @cache
+    def assumed(setting: Setting) -> float:
+        base = None if setting.sweep == "all" else assumed(setting.base)
+        sweep = {identity(run) for run in sweep_runs(setting, profile, base)}
+        if sweep <= found:
+            return _selected(results, setting, profile, profile.select_by, base)
+        rates = candidates(setting, profile, base)
+        return rates[len(rates) // 2] if base is None else base
+
+    return assumed
 
 
 def selected_rate(

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.costs import PHASES
 from lib.figures import style
+from lib.stats import PHASES
 
 SHADES = {"sampling": "#0072B2", "scoring": "#E69F00", "training": "0.6"}
 HATCHES = {"sampling": "", "scoring": "//", "training": ""}
@@ -22,7 +22,7 @@ def phases(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     with style.panels(1) as (figure, axes):
         figure.set_size_inches(style.WIDTH, 0.3 * len(table) + 0.7)
         axis, left = axes[0, 0], np.zeros(len(table))
-        for phase in PHASES.values():
+        for phase in PHASES:
             axis.barh(table["method"].map(style.short), table[phase], left=left, label=phase,
                       color=SHADES[phase], hatch=HATCHES[phase], edgecolor="white")  # fmt: skip
             left += table[phase].to_numpy()

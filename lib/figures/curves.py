@@ -21,7 +21,6 @@ from lib.figures import style
 
 Lines = Mapping[str, pd.DataFrame]  # label -> rows of one setting, one run per seed
 Points = Mapping[str, Mapping[float, pd.DataFrame]]  # label -> value of the dial -> such rows
-PHASES = ("seconds_sampling", "seconds_scoring", "seconds_training")
 AXES = {
     "update": "updates",
     "samples": "completions drawn",
@@ -54,6 +53,7 @@ class Panel:
         lines: label -> rows.
         x, y: columns; x may also be "seconds" (sampling, scoring and training, not evaluation).
         limit: largest x to draw, None for all.
+        ylabel: of the axis; None for the name in `AXES`.
     """
 
     title: str
@@ -61,6 +61,7 @@ class Panel:
     x: str = "update"
     y: str = "reward"
     limit: float | None = None
+    ylabel: str | None = None
 
 
 def method_looks(names: Iterable[str]) -> dict[str, dict]:
@@ -161,8 +162,8 @@ def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figur
 
 
 def with_seconds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds `seconds`: sampling, scoring and training so far, without evaluation."""
-    return rows.assign(seconds=rows[list(PHASES)].sum(axis=1))
+    """Adds `seconds`: sampling, scoring and training so far, without evaluation and its data."""
+    return rows.assign(seconds=stats.seconds(rows))
 
 
 def by_value(rows: pd.DataFrame, column: str) -> dict[float, pd.DataFrame]:
@@ -196,7 +197,8 @@ def _curve_panel(axis: Axes, panel: Panel, looks: Mapping[str, dict]) -> pd.Data
             line = line[line[panel.x] <= panel.limit]
         _line_with_band(axis, line, panel.x, label, looks[label])
         drawn.append(line.assign(panel=panel.title, line=label, y=panel.y))
-    style.label(axis, AXES.get(panel.x, panel.x), AXES.get(panel.y, panel.y), panel.title)
+    ylabel = panel.ylabel or AXES.get(panel.y, panel.y)
+    style.label(axis, AXES.get(panel.x, panel.x), ylabel, panel.title)
     return _drawn(axis, drawn)
 
 

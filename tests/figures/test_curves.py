@@ -18,7 +18,7 @@ def rows(seeds, rewards, kl=(0.0, 1.0, 3.0)):
         parts.append(pd.DataFrame({
             "run": f"run-{seed}", "seed": seed, "update": [0, 50, 100], "reward": values,
             "kl_ref": np.array(kl) * (seed + 1), "learning_rate": 0.1, "samples": [0, 5000, 10000],
-            "seconds_sampling": [0.0, 1.0, 2.0], "seconds_scoring": [0.0, 0.5, 1.0],
+            "seconds_sampling": [0.5, 1.5, 2.5], "seconds_scoring": [0.0, 0.5, 1.0],
             "seconds_training": [0.0, 2.0, 4.0], "seconds_evaluation": [9.0, 9.0, 9.0],
         }))  # fmt: skip
     return pd.concat(parts, ignore_index=True)
@@ -40,7 +40,7 @@ def test_kl_is_averaged_at_the_update_of_its_reward():
     assert drawn["kl_ref"].tolist() == pytest.approx([0.0, 1.5, 4.5])
 
 
-def test_seconds_leave_evaluation_out():
+def test_seconds_leave_evaluation_and_its_data_out():
     _, drawn = curves.curves([curves.Panel("R1", {"a": TWO}, x="seconds")], LOOKS)
     assert drawn["seconds"].tolist() == pytest.approx([0.0, 3.5, 7.0])
 
@@ -58,6 +58,11 @@ def test_limit_cuts_the_line_and_the_axis_carries_its_words():
     (axis,) = figure.axes
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("updates", "mean reward")
     assert axis.lines[0].get_xdata().tolist() == [0, 50]
+
+
+def test_a_reward_may_be_named_by_its_panel():
+    figure, _ = curves.curves([curves.Panel("Min", {"a": TWO}, ylabel="gold, tokens")], LOOKS)
+    assert figure.axes[0].get_ylabel() == "gold, tokens"
 
 
 def test_an_unknown_label_is_refused():

@@ -176,7 +176,6 @@ def test_every_method_trains_and_reports(folder, name, task):
     assert last["kl_ref"] > 1e-5
     assert not table["diverged"].any() and last["samples"] == 32
     assert (table[["length", "entropy"]] >= 0).all(axis=None)
-    assert first["held_out_accuracy"] == pytest.approx(0.5, abs=0.5)
 
 
 def test_held_out_pairs_change_what_is_looked_at_and_not_the_run(folder):

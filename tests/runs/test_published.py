@@ -203,6 +203,8 @@ def test_a_stage_may_have_nothing_to_run(engine, tmp_path):
         (["nowhere"], "chapter must be walks or other, got 'nowhere'"),
         (["walks", "--profile", "huge"], "invalid choice: 'huge'"),
         ([], "name a chapter: walks, other"),
+        (["walks", "--jobs", "-1"], "'-1' is not a number of at least 1"),
+        (["walks", "--jobs", "0"], "'0' is not a number of at least 1"),
     ],
 )
 def test_bad_arguments_are_named_before_work(experiments, arguments, named, capsys):

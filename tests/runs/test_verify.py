@@ -123,6 +123,33 @@ def test_a_final_reward_outside_the_seeds_fails(published, monkeypatch):
     assert not verify.compare(published, run, fresh[:-1], {"cpu": "another"}).passed
 
 
+def test_two_published_seeds_are_too_few_to_judge_the_end(store, repository, tmp_path, monkeypatch,
+                                                          capsys):  # fmt: skip
+    """A pilot has two: on another processor the first updates decide alone."""
+    monkeypatch.setattr(f"{__name__}.CONFIGS", CONFIGS[:2])
+    engine = WalkEngine(tmp_path / "log", modules=("lib.core",))
+    table = runs.compute(CONFIGS, store, engine, jobs=1, say=quiet)
+    path = repository.root / "data/results/walks/cpu.parquet"
+    published = runs.publish(table, store.provenance(table["run"].unique()), path)
+    run = runs.identity(CONFIGS[0])
+    fresh = published.metrics(run)
+    fresh.loc[10, "reward"] = 99.0
+    verdict = verify.compare(published, run, fresh, {"cpu": "another"})
+    assert verdict.passed and verdict.chance == 0
+    assert "too few seeds to judge the end, final reward 99.0000" in verdict.test
+    fresh.loc[1, "reward"] += 0.1
+    assert not verify.compare(published, run, fresh, {"cpu": "another"}).passed
+
+    experiments(published, monkeypatch, shift=1e-4)
+    other_machine(monkeypatch)
+    edit_code(repository)
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 0
+    assert "2 of 2 runs judged by their first updates alone" in capsys.readouterr().out
+    (check,) = runs.Published.load(path).meta["verified"]
+    assert check["tests"] == {verify.FEW: 2}
+
+
 def test_a_run_that_the_grid_no_longer_has_fails(published, monkeypatch, capsys):
     experiments(published, monkeypatch)
     monkeypatch.setattr(f"{__name__}.CONFIGS", [dataclasses.replace(CONFIGS[0], step=0.6)])
@@ -132,7 +159,11 @@ def test_a_run_that_the_grid_no_longer_has_fails(published, monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--chapter", "nowhere"], "got 'nowhere'"), (["--sample", "0"], "'0' is not")],
+    [
+        (["--chapter", "nowhere"], "got 'nowhere'"),
+        (["--sample", "0"], "'0' is not a number of at least 1"),
+        (["--jobs", "-1"], "'-1' is not a number of at least 1"),
+    ],
 )
 def test_bad_arguments_are_named(published, monkeypatch, capsys, arguments, named):
     experiments(published, monkeypatch)
@@ -150,10 +181,10 @@ def test_nothing_published_is_told(repository, monkeypatch, capsys, tmp_path):
 def test_a_table_of_a_missing_device_is_passed_over_and_told(published, monkeypatch, capsys):
     engine = experiments(published, monkeypatch)
 
-    def missing(chapter, name):
+    def missing(chapter, device):
         raise RuntimeError("needs a CUDA device")
 
-    monkeypatch.setattr(sys.modules["lib.experiments"], "profile_named", missing)
+    monkeypatch.setattr(sys.modules["lib.experiments"], "engine", missing)
     assert verify.main(["--jobs", "1"]) == 0
     assert "walks/cpu: not verified: needs a CUDA device" in capsys.readouterr().out
     assert not engine.computed()
