@@ -108,7 +108,7 @@ def verify(
     print("\n".join(map(str, verdicts)))
     passed = all(verdict.passed for verdict in verdicts) or _by_chance(verdicts)
     if passed and published.stale():
-        _stamp(published, verdicts, seed)
+        _stamp(published, verdicts, seed, engine.modules)
     return passed
 
 
@@ -204,7 +204,9 @@ def _within_seeds(published: runs.Published, run: str, outcome: float) -> Verdic
     )
 
 
-def _stamp(published: runs.Published, verdicts: Sequence[Verdict], seed: int) -> None:
+def _stamp(
+    published: runs.Published, verdicts: Sequence[Verdict], seed: int, modules: Sequence[str]
+) -> None:
     """Take the present, committed code as the table's own."""
     try:
         runs.refuse_dirty_tree()
@@ -213,9 +215,8 @@ def _stamp(published: runs.Published, verdicts: Sequence[Verdict], seed: int) ->
         return
     tests = collections.Counter(verdict.test.partition(",")[0] for verdict in verdicts)
     commit = provenance.commit()
-    published.stamp(
-        {"commit": commit, "seed": seed, "tests": dict(tests), "date": provenance.now()}
-    )
+    verification = {"commit": commit, "seed": seed, "tests": dict(tests), "date": provenance.now()}
+    published.stamp(verification, modules)
     print(f"stamped: verified by a sample of {len(verdicts)} at commit {commit[:10]}")
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from lib.allowed import one_of
 from lib.lm.config import PREPARED, TINY, LengthRun
 from lib.lm.length import GIVEN
-from lib.runs import ROOT
 
 DATA = Path(__file__).parents[2] / "data" / "full_scale"
 KINDS = ("similar", "distinct")
 SIZES = ("64", "128", "256")  # widths of the policies that ship
 JUDGE = "smollm2"  # the gold model of the shipped data
-SCORES = ROOT / ".store" / "gold.sqlite"  # what judges have said, kept by content
+SCORES = Path(__file__).parents[2] / ".store" / "gold.sqlite"  # what judges have said, kept by content
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,6 @@ def _seen(path: Path) -> str:
     return _first_seen[path]
 
 
-def module_name(path: str) -> str:
-    """The module of a fingerprint's path: "lib/bandit/__init__.py" -> "lib.bandit"."""
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
-
 def source_hash(path: Path) -> str:
     """Hash (16 hex characters) of one module's syntax tree; see `code_fingerprint`."""
     return _parsed(path)[1]

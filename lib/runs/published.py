@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,19 +115,17 @@ class Published:
             else ""
         )
 
-    def stamp(self, verification: dict[str, Any]) -> None:
-        """Take the present code as these results' own after a sample was verified against it."""
+    def stamp(self, verification: dict[str, Any], modules: Sequence[str]) -> None:
+        """Take the present code as these results' own after a sample was verified against it.
+
+        Args: modules: those that its runs execute now, as their engine names them.
+        """
         meta = {
             **self.meta,
-            "code": self._code_now(),
+            "code": fingerprint.code_fingerprint(*modules),
             "verified": [*self.meta["verified"], verification],
         }
         _write_json(self.path.with_suffix(".json"), meta)
-
-    def _code_now(self) -> dict[str, str]:
-        """The fingerprint of these results' modules as they are, and of all they import now."""
-        kept = [path for path in self.meta["code"] if (fingerprint.ROOT / path).exists()]
-        return fingerprint.code_fingerprint(*map(fingerprint.module_name, kept))
 
 
 def publish(

@@ -68,6 +68,17 @@ def test_changed_code_that_gives_the_same_numbers_is_stamped(published, reposito
     assert stamped.meta["verified"][0]["commit"] != published.meta["commit"]
 
 
+def test_a_stamp_forgets_what_the_runs_no_longer_execute(published, repository, monkeypatch):
+    experiments(published, monkeypatch)
+    assert "lib/helper.py" in published.meta["code"]
+    repository.write("lib/core.py", "def double(x):\n    return 2 * x\n")
+    repository.commit()
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 0
+    stamped = runs.Published.load(published.path)
+    assert set(stamped.meta["code"]) == {"lib/__init__.py", "lib/core.py"}
+
+
 def test_uncommitted_code_is_not_stamped(published, repository, monkeypatch, capsys):
     experiments(published, monkeypatch)
     repository.write("lib/helper.py", "LIMIT = 2 + 1\n")
