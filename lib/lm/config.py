@@ -178,10 +178,16 @@ class LengthRun:
         return sorted({int(round(p)) for p in points})
 
     def data_files(self) -> tuple[Path, ...]:
-        """The files that the run reads: part of its identity."""
+        """The files that the run reads: part of its identity.
+
+        Tokenizer and generation config say which tokens end a response. The shipped policy's do
+        not count: runs of it were published without.
+        """
         files = [*weights(self.policy_folder), self.pairs_file]
         if self.label == "learned":
             files += weights(self.reward_folder)
+        if self.prepared != "tiny":
+            files += model_files(self.policy_folder)
         return tuple(files)
 
 
@@ -204,6 +210,14 @@ def weights(folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no .safetensors in {folder}: prepare it with lib.lm.prepare")
     return [*found, folder / "config.json"]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """All that is read of a model's folder: weights, configurations and tokenizer."""
+    from lib.lm.models import FILES  # with transformers, which takes seconds to import
+
+    found = {file for pattern in FILES for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
 
 
 def length_run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -79,11 +81,15 @@ def test_an_empty_folder_is_refused(tmp_path):
         LengthRun("dpo", "min", 1e-3, 0, completions=2, prepared=str(tmp_path)).data_files()
 
 
-def test_identity_follows_the_content_of_policy_pairs_and_reward_model(folder, tmp_path):
-    other = prepared_folder(tmp_path)
-    with open(other / "pairs.parquet", "ab") as file:
-        file.write(b"x")
-    assert identity(small(other)) != identity(small(folder))
+@pytest.mark.parametrize("file", ["pairs.parquet", "policy/model.safetensors",
+    "policy/generation_config.json", "policy/tokenizer_config.json", "reward-min/config.json",
+])  # fmt: skip
+def test_identity_follows_the_content_of_what_a_run_reads(file, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = identity(small(copy))
+    with open(copy / file, "ab") as stream:
+        stream.write(b" ")
+    assert identity(small(copy)) != before
 
 
 # Data
