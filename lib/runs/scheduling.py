@@ -74,7 +74,7 @@ def compute(
     for run in overview.runs:
         if run.status.kind == "damaged":
             say(f"recomputed: {run.status.reason}")
-    store.sweep(fingerprint.code_fingerprint(*engine.modules))
+    store.sweep()
     if overview.todo:
         _compute_missing(overview, store, engine, progress, say, backend)
     tables = [

@@ -205,6 +205,26 @@ def test_a_block_killed_while_it_was_stored_is_finished_from_its_checkpoint(
     assert store.read(runs.identity(configs[1]))[1]["block"] == {"runs": 2, "resumed": 1}
 
 
+def test_another_engines_computation_leaves_what_can_be_resumed(
+    store, engine, repository, monkeypatch
+):
+    """A chapter that was stopped goes on where it was after another chapter has run."""
+    store = runs.Store(store.root, 0.0)
+    engine = dataclasses.replace(engine, modules=("lib.core",))
+    other = dataclasses.replace(engine, modules=("lib.other",))
+
+    def dies(self, run, table, provenance):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Store, "write", dies)
+        with pytest.raises(SystemExit):
+            runs.compute([Walk()], store, engine, jobs=1, say=quiet)
+    runs.compute([Walk(seed=1)], store, other, jobs=1, say=quiet)
+    runs.compute([Walk()], store, engine, jobs=1, say=quiet)
+    assert store.read(runs.identity(Walk()))[1]["block"]["resumed"] == 1
+
+
 def test_two_processes_on_one_store_compute_each_run_once(store, engine, processes):
     slow = dataclasses.replace(engine, pause=0.005)
     orders = [grid(seeds=5, updates=20), grid(seeds=5, updates=20)[::-1]]
