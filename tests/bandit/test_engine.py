@@ -109,6 +109,31 @@ def test_a_killed_offline_run_resumes_with_the_same_numbers(quick):
     assert_same(tables(run, checkpoint=checkpoint)[0], tables(run)[0])
 
 
+def test_a_resumed_state_is_on_the_problems_device(quick):
+    """Checkpoints hold tensors of the CPU; "meta" stands in for a GPU, and cannot be mixed."""
+    run = small("ipo", sets=2, inner_steps=2, iterations=2, evaluations=3)
+    checkpoint = Checkpoint(4)  # between two rows: metrics are summed up
+    with pytest.raises(Checkpoint.Killed):
+        tables(run, checkpoint=checkpoint)
+    training = stack([run])
+    training.problem.device = "meta"
+    training.state.policy.alive = training.state.policy.alive.to("meta")
+    training.restore(*checkpoint.load())
+    sums = {name: value for name, value in training.sums.items() if name != "updates"}
+    parameters = training.state.behaviour.parameters
+    assert sums and parameters
+    assert {x.device.type for x in (*sums.values(), *parameters.values())} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_killed_run_resumes_on_a_gpu(quick):
+    engine, checkpoint = BanditEngine("cuda"), Checkpoint(4)
+    with pytest.raises(Checkpoint.Killed):
+        engine.run(INTERRUPTED, checkpoint)
+    for table in engine.run(INTERRUPTED, checkpoint):
+        assert table["reward"].notna().all() and not table["diverged"].any()
+
+
 class Breaks(Checkpoint):
     """Poisons some runs of a stack after an update, as an overflow would."""
 
