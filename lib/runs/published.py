@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from lib.runs import fingerprint, provenance
 from lib.runs.configurations import file_hash
 from lib.runs.files import write_atomically
+from lib.runs.planning import Engine, plan
 from lib.runs.records import unset_strings
+from lib.runs.store import Store
 
 PROFILES = ("smoke", "cpu", "full", "gpu", "paper")  # from the smallest to the largest
 SECONDS_BITS = 12  # of the mantissa that published times keep: 1 part in 8,000, far below noise
@@ -180,6 +182,16 @@ def refuse_dirty_tree() -> None:
         raise PublishError(f"uncommitted changes; commit them first: {', '.join(dirty[:10])}")
 
 
+def refuse_dirty_records(configs: Sequence[Any], store: Store, engine: Engine) -> None:
+    """PublishError, naming their files, if stored runs were computed with uncommitted changes.
+
+    Only runs that would be reused count; those that are missing or stale are computed anew.
+    """
+    planned = plan(configs, store, engine).runs
+    records = store.provenance([run.identity for run in planned if run.status.kind == "stored"])
+    _refuse_dirty_records({str(store.path(run)): record for run, record in records.items()})
+
+
 def largest_published(chapter: str, results: Path | None = None) -> Published | None:
     """The published results of a chapter at its largest profile, or None."""
     for profile in reversed(PROFILES):
@@ -202,19 +214,28 @@ def _record(run: str, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _refuse(records: Mapping[str, dict[str, Any]]) -> None:
     refuse_dirty_tree()
+    _refuse_dirty_records(records)
     for run, record in records.items():
-        if not record["commit"] or record["dirty"]:
-            raise PublishError(
-                f"run {run} was computed with uncommitted changes in "
-                f"{', '.join(record['dirty']) or 'a folder that is no git repository'}: "
-                "remove its record and compute it again from a clean tree"
-            )
         edited = fingerprint.changed_since(record["code"])
         if edited:
             raise PublishError(
                 f"run {run} was computed by other code ({record['commit'][:10]}) than now: "
                 f"{', '.join(edited)}"
             )
+
+
+def _refuse_dirty_records(records: Mapping[str, dict[str, Any]]) -> None:
+    """PublishError that lists those of the records, by their names, which are of no commit."""
+    listed = [
+        f"{name}: {', '.join(record['dirty']) or 'a folder that is no git repository'}"
+        for name, record in records.items()
+        if record["dirty"] or not record["commit"]
+    ]
+    if listed:
+        raise PublishError(
+            f"{len(listed)} runs were computed with uncommitted changes; remove their records and "
+            "compute them again from a clean tree:\n" + "\n".join(listed)
+        )
 
 
 def _names(configuration: dict[str, Any], prefix: str = "") -> list[str]:
