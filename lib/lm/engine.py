@@ -26,7 +26,11 @@ class LengthEngine:
     def block_key(self, config: LengthRun) -> LengthRun:
         return config
 
-    def cost(self, config: LengthRun) -> float:
+    def cost(self, block: Sequence[LengthRun]) -> float:
+        """Seconds of a block on one core."""
+        return sum(map(self.seconds, block))
+
+    def seconds(self, config: LengthRun) -> float:
         """Seconds of one run of the tiny policy on one core."""
         schedule = config.schedule
         drawn = schedule.iterations * schedule.batch / 64

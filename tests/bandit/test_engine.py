@@ -211,11 +211,20 @@ def test_runs_that_cannot_be_stacked_have_different_keys():
 
 
 def test_cost_grows_with_updates_and_completions():
+    def cost(**options):
+        return BanditEngine().cost([bandit_run("ipo", "R1", 0.01, 0, **options)])
+
+    assert cost() > cost(iterations=4)
+    assert cost(inner_steps=2) > cost()
+    assert cost(prompts=20) > cost()
+
+
+def test_a_short_block_costs_what_a_full_one_does_and_a_lone_run_its_own():
+    """A short stack is filled up with copies, which train as well."""
     cost = BanditEngine().cost
-    whole = bandit_run("ipo", "R1", 0.01, 0)
-    assert cost(whole) > cost(small("ipo"))
-    assert cost(bandit_run("ipo", "R1", 0.01, 0, inner_steps=2)) > cost(whole)
-    assert cost(bandit_run("ipo", "R1", 0.01, 0, prompts=20)) > cost(whole)
+    full = [bandit_run("ipo", "R1", 0.01, seed) for seed in range(BLOCK)]
+    assert cost(full[:1]) == cost(full) == BLOCK * cost([replace(full[0], alone=True)])
+    assert len(stack(full[:1]).problem.seeds) == BLOCK
 
 
 @given(st.integers(1, 500), st.integers(1, 60))

@@ -45,9 +45,9 @@ class WalkEngine:
         """Walks of one method and length go together."""
         return config.method, config.updates
 
-    def cost(self, config: Walk) -> float:
-        """Seconds of one walk."""
-        return 0.01 * config.updates
+    def cost(self, block: Sequence[Walk]) -> float:
+        """Seconds of a block, which takes as long as a full one."""
+        return 0.01 * self.block_size * block[0].updates
 
     def run(self, configs: Sequence[Walk], checkpoint: runs.Checkpoint) -> list[pd.DataFrame]:
         """Every walk's place after each step; randomness comes from its seed and the step."""
