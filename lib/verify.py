@@ -139,12 +139,23 @@ def compare(
     difference = _difference(old, fresh)
     if not difference:
         return Verdict(run, True, "bit-equal")
-    if all(published.runs[run].get(name) == value for name, value in environment.items()):
+    if _same_kind(published.runs[run], environment):
         return Verdict(run, False, f"not bit-equal on the same kind of machine: {difference}")
     difference = _difference(old[:FIRST_ROWS], fresh[:FIRST_ROWS], RELATIVE, ABSOLUTE)
     if difference:
         return Verdict(run, False, f"first updates beyond tolerance: {difference}")
     return _within_seeds(published, run, float(fresh[OUTCOME].iloc[-1]))
+
+
+def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a recorded machine is this one, and its versions are those that it records.
+
+    Tables that were published before an engine named a package do not have its version.
+    """
+    recorded, here = old.get("versions", {}), new.get("versions", {})
+    return recorded == {name: here.get(name) for name in recorded} and all(
+        old.get(name) == value for name, value in new.items() if name != "versions"
+    )
 
 
 def _is_foreign(name: str, old: pd.DataFrame, fresh: pd.DataFrame) -> bool:

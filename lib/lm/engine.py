@@ -18,6 +18,7 @@ class LengthEngine:
 
     block_size = 1
     modules: tuple[str, ...] = ("lib.lm.engine",)
+    packages = ("transformers", "tokenizers", "peft")
     problem: type[LengthProblem] = LengthProblem
 
     def __init__(self, device: str = "cpu"):

@@ -13,7 +13,7 @@ DATA = Path(__file__).parents[2] / "data" / "full_scale"
 KINDS = ("similar", "distinct")
 SIZES = ("64", "128", "256")  # widths of the policies that ship
 JUDGE = "smollm2"  # the gold model of the shipped data
-SCORES = Path(__file__).parents[2] / ".store" / "gold.sqlite"  # what judges have said, kept by content
+SCORES = Path(__file__).parents[2] / ".store/gold.sqlite"  # what judges have said, by content
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ class Engine(Protocol):
     """How one kind of problem computes its runs.
 
     Attributes: `block_size`, the most runs that train together; `modules`, names of the `lib`
-    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally
-    `device` ("cpu") and `dtype` ("float32"), kept as provenance.
+    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally,
+    kept as provenance, `device` ("cpu"), `dtype` ("float32") and `packages`, those besides torch,
+    numpy and pandas whose versions may move a number ("transformers", ...).
     """
 
     block_size: int

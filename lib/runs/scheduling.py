@@ -234,7 +234,9 @@ def _provenance(
         "seed": getattr(config, "seed", None),
         **job.origin,
         "environment": provenance.environment(
-            getattr(engine, "device", "cpu"), getattr(engine, "dtype", "float32")
+            getattr(engine, "device", "cpu"),
+            getattr(engine, "dtype", "float32"),
+            getattr(engine, "packages", ()),
         ),
         "seconds": {name.removeprefix("seconds_"): round(float(last[name]), 3) for name in names},
         "code": job.code,

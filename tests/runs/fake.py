@@ -37,6 +37,7 @@ class WalkEngine:
     log: Path
     block_size: int = 2
     modules: tuple[str, ...] = ("lib.runs.files",)
+    packages: tuple[str, ...] = ()
     pause: float = 0.0  # seconds per step
     fail: str = ""  # the method whose blocks raise
     shift: float = 0.0  # added to every reward: another machine's rounding, or a bug

@@ -37,12 +37,13 @@ def test_the_table_has_configuration_identity_and_metrics_in_order(store, engine
 
 
 def test_provenance_is_complete(store, engine):
+    engine = dataclasses.replace(engine, packages=("filelock",))
     runs.compute([Walk(seed=4)], store, engine, jobs=1, say=quiet)
     record = store.read(runs.identity(Walk(seed=4)))[1]
     environment = record["environment"]
     assert record["seed"] == 4 and record["configuration"]["fields"]["step"] == 0.5
     assert environment["threads"] == 1 and environment["device"] == "cpu" and environment["cpu"]
-    assert set(environment["versions"]) == {"python", "torch", "numpy", "pandas"}
+    assert set(environment["versions"]) == {"python", "torch", "numpy", "pandas", "filelock"}
     assert record["code"] == runs.code_fingerprint("lib.runs.files")
     assert record["seconds"] == {"training": 0.0}
     assert {"commit", "dirty", "finished", "block"} <= set(record)
