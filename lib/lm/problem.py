@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -109,7 +110,8 @@ class LengthProblem:
         network = Network(model, config.sampling_temperature, "value_head" in self.method.needs,
                           config.dtype, config.checkpointing)  # fmt: skip
         return CausalPolicy(network, self.data.ids.eos, self.data.ids.pad, config.learning_rate,
-                            config.clip_norm, decoder=config.decoder)  # fmt: skip
+                            config.clip_norm, decoder=config.decoder,
+                            longest=max(map(len, chain(*self.data.prompts.values()))))  # fmt: skip
 
     def initial_state(self) -> State:
         """Policy = reference = the SFT policy. With LoRA they are one network, and the reference
