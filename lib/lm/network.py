@@ -21,6 +21,14 @@ from lib.divergences import categorical_kl, entropy
 LOGIT_BUDGET = 2**26
 
 
+def products(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Matrix products in `dtype`. Weights are cast once inside the outermost of such contexts where
+    they train, and at every product otherwise."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
 class Network(nn.Module):
     """Hidden states, head and, if asked for, a value head of a transformers model.
 
@@ -66,11 +74,7 @@ class Network(nn.Module):
         return self.model.get_output_embeddings().weight.shape[0]
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in `dtype`. Weights are cast once inside the outermost of such contexts
-        where they train, and at every product otherwise."""
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.dtype))
+        return products(self.device, self.dtype)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -151,6 +155,15 @@ def matrices(model: nn.Module) -> list[nn.Linear]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = (m for m in model.modules() if isinstance(m, nn.Linear))
     return [m for m in linear if id(m.weight) not in embeddings]
+
+
+def halve(model: nn.Module, dtype: str) -> None:
+    """Keeps frozen matrices in the dtype of their products, which changes no product, since
+    autocast would cast them. Embeddings and norms stay as they are."""
+    for layer in matrices(model) if dtype != "float32" else ():
+        for p in layer.parameters(recurse=False):
+            if not p.requires_grad:
+                p.data = p.data.to(getattr(torch, dtype))
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
