@@ -52,14 +52,12 @@ def test_a_judge_without_a_template_reads_its_bos(tmp_path):
     judge = gold.Likelihood(save_tiny_policy(tmp_path, initializer_range=0.3, tokenizer=tokenizer))
     expected = encode_prompts(judge.tokenizer, PROMPTS, 200).ids
     assert gold.prompt_ids(judge.tokenizer, PROMPTS) == expected and expected[0][0] == 258
-    values = []
+    values, body = [], [*tokenizer("hot", add_special_tokens=False)["input_ids"], 256]
     for prompt in ("tea", ""):
-        head = [258, *tokenizer(f"Instruction:\n{prompt}\n\nResponse:\n",
-                                add_special_tokens=False)["input_ids"]]  # fmt: skip
-        body = torch.tensor([*b"hot", 256])
-        logits = judge.network.model(torch.tensor([head + body.tolist()])).logits[0]
-        logp = logits[len(head) - 1 : -1].log_softmax(-1)
-        values.append(logp.gather(1, body[:, None])[:, 0])
+        text = f"Instruction:\n{prompt}\n\nResponse:\n"
+        head = [258, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        logp = judge.network.model(torch.tensor([head + body])).logits[0].log_softmax(-1)
+        values.append(logp[len(head) - 1 : -1].gather(1, torch.tensor(body)[:, None])[:, 0])
     expected = (2 * values[0] - values[1]).mean().item()
     assert judge.score(["tea"], ["hot"])[0] == pytest.approx(expected, abs=1e-5)
 
