@@ -48,7 +48,8 @@ class LengthRun:
             `lib.lm.prepare` made of a policy and prompts of your own: reference policy, pairs and
             reward models.
         max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
-        dtype: of the matrix products; weights are float32 in either case.
+        dtype: of the matrix products, and of matrices that do not train; weights that train are
+            float32 in either case.
         beta ... lam: hyperparameters of the method, None for its default.
         lora_rank: train matrices of this rank beside every linear layer (LoRA) in place of the
             weights; None trains the weights.
@@ -99,7 +100,12 @@ class LengthRun:
         check_fields(self, choices, self._ranges())
         if self.task == GIVEN and self.label == "rule":
             raise ValueError("preferences that were given follow no rule: label must be 'learned'")
-        method.resolve(self.overrides)
+        over = method.resolve(self.overrides).get("standardise")
+        if over == "prompt" and self.completions < 2:
+            raise ValueError("one reward has no standard deviation: completions must be at least 2 "
+                             "(or standardise='batch')")  # fmt: skip
+        if over == "batch" and self.batch < 2:
+            raise ValueError("one reward has no standard deviation: batch must be at least 2")
         if "pairs" in method.needs and self.completions < 2:
             raise ValueError(f"{self.method} learns from pairs: completions must be at least 2, "
                              f"got {self.completions}")  # fmt: skip
