@@ -1,13 +1,16 @@
 """Memory and time of fine-tuning a language model, by formula: every number here is an estimate.
 
-P: parameters. d, l, f, k, v: width, layers, width of the MLP, width of all key heads together,
-vocabulary. Bytes of training with Adam, float32 weights and products in 16 bits, as the book's loop
-does it (chapter length, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two
-moments 8 P, a frozen reference 4 P; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2,
-or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
-scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values 4 l k for each token of the
-completions, held by a compiled decoder from one sampling to the next. With LoRA of A parameters:
-weights 2 P + 2 v d (the embedding stays float32), adapters (4 + 2 + 4 + 8) A, no reference.
+P, P_s: parameters of the policy and of the reward model. d, l, f, k, v: width, layers, width of the
+MLP, width of all key heads together, vocabulary. Bytes of training with Adam, float32 weights and
+products in 16 bits, as the book's loop does it (chapter length, eq-memory): weights 4 P, their
+16-bit copies twice, 2 P that a compiled decoder keeps and 2 P that autocast makes for the backward
+pass, gradients 4 P, two moments 8 P, a frozen reference 4 P, the reward model 4 P_s; for each token
+of a micro-batch 2 l (6 d + 2 k + c f), c = 2, or 4 with a gated MLP (Korthikanti et al. 2023,
+without dropout and without stored attention scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f);
+keys and values 4 l k for each token of the completions, held by a compiled decoder from one
+sampling to the next. With LoRA of A parameters: weights 2 P + 2 v d (the embedding stays float32),
+adapters (4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline one is evaluated on
+samples and by the reward model as well.
 Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
 a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
 """
@@ -60,9 +63,7 @@ class Shape:
     def of(cls, name: str, model: Any) -> Shape:
         """The shape of a loaded transformers model."""
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        keys = size * (getattr(config, "num_key_value_heads", None) or heads)
+        keys = keys_and_values(config) // (2 * config.num_hidden_layers)
         gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
         head = model.get_output_embeddings()
         linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
@@ -91,6 +92,15 @@ class Shape:
     def adapters(self) -> int:
         """Parameters of LoRA: rank (inputs + outputs) of every linear layer but the head."""
         return LORA_RANK * self.sides
+
+
+def keys_and_values(config: Any) -> int:
+    """Numbers of keys and values per token of a transformers configuration."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = size * (getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * config.num_hidden_layers * keys
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ def memory(
     preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
     micro_batch: int = TOKEN_BUDGET["cuda"], batch: int = MINIBATCH,
 ) -> dict[str, float]:
-    """GiB by use, and their sum as `total`.
+    """GiB by use, and their sum as `total`: whatever the method, see above.
 
     With LoRA the matrices are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
@@ -163,7 +173,7 @@ def memory(
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
     drawn = batch * (preset.prompt + preset.response)
-    tokens, copies = min(micro_batch, drawn), 2 if size == 2 else 0
+    tokens, copies = min(micro_batch, drawn), 2 + 2 if size == 2 else 0  # decoder, backward pass
     frozen = 2 * p + 2 * policy.vocabulary * policy.width
     uses = {
         "weights": frozen + (4 + copies) * a if lora else (4 + copies) * p,
@@ -177,18 +187,6 @@ def memory(
         "keys and values": size * drawn * policy.cache,
     }
     return {name: use / GIB for name, use in {**uses, "total": sum(uses.values())}.items()}
-
-
-def of_method(preset: Preset, on_policy: bool, size: int = 2, **options: Any) -> float:
-    """GiB that fine-tuning takes at most: an offline method has no reward model and draws nothing.
-
-    Args: options: of `memory`.
-    """
-    found = memory(preset, size, **options)
-    if on_policy:
-        return found["total"]
-    stays = sum(found[name] for name in ("weights", "gradients", "moments", "reference"))
-    return stays + found["activations"] + found["logits"]
 
 
 def seconds(

@@ -228,6 +228,6 @@ def real(tmp_path_factory):
     with gzip.open(real_preferences(), "rt", encoding="utf-8") as file:
         (root / "pairs.jsonl").write_text("".join(islice(file, 240)), encoding="utf-8")
     arguments = ["--policy", f"128={TINY / 'policy'}", "--similar", str(root / "pairs.jsonl"),
-                 "--out", str(root / "out"), "--epochs", "1"]  # fmt: skip
+                 "--out", str(root / "out"), "--epochs", "1", "--max-tokens", "96"]  # fmt: skip
     assert prepare_full.main(arguments) == 0
     return root / "out"

@@ -216,6 +216,8 @@ def updated(folder, method, budget=8192, steps=2, batch=None, **options):
     torch.manual_seed(0)
     network = Network(AutoModelForCausalLM.from_pretrained(folder),
                       value_head="value_head" in method.needs, **options)  # fmt: skip
+    if network.value is not None:  # at zero no gradient of it would reach the shared layers
+        torch.nn.init.normal_(network.value.weight, generator=torch.Generator().manual_seed(1))
     policy = CausalPolicy(network, (EOS,), PAD, 1e-2, budget=budget)
     data = prepared(policy, method, rollout() if batch is None else batch)
     results = [policy.update(data, method, method.hyper, method.items(data)) for _ in range(steps)]
@@ -239,24 +241,34 @@ def test_one_step_is_torch_adam_on_the_mean_loss_of_all_completions(folder, name
     method = METHODS[name]
     policy, data, results = updated(folder, method, steps=1)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    logp = torch.zeros_like(data.logp)
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.zeros_(head.bias)
+    logp, values = torch.zeros_like(data.logp), torch.zeros_like(data.logp)
     for k, (prompt, completion) in enumerate(rows_of(data)):
-        scored = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-        own = scored[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        out = model(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True)
+        before = slice(len(prompt) - 1, -1)
+        scored = out.logits[0].log_softmax(-1)[before]
+        own = scored.gather(-1, torch.tensor(completion)[:, None])[:, 0]
         i, j = divmod(k, data.mask.shape[1])
-        logp = logp.index_put((torch.tensor(i), torch.tensor(j), torch.arange(len(own))), own)
-    loss = method.loss(data, logp, method.hyper)[0].sum() / method.items(data)
+        at = (torch.tensor(i), torch.tensor(j), torch.arange(len(own)))
+        logp = logp.index_put(at, own)
+        values = values.index_put(at, head(out.hidden_states[-1][0, before])[:, 0])
+    items = method.items(data)
+    loss = method.loss(data, logp, method.hyper)[0].sum() / items
     assert results[0][1]["loss"].item() == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+    trained = list(model.parameters())
+    if method.critic is not None:
+        loss = loss + method.critic(data, values, method.hyper).sum() / items
+        trained += head.parameters()
     loss.backward()
-    if method.critic is None:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        torch.testing.assert_close(results[0][1]["grad_norm"], norm, atol=1e-5, rtol=1e-3)
-    torch.optim.Adam(model.parameters(), lr=1e-2).step()
-    expected = torch.cat([p.flatten() for p in model.parameters()])
-    got = torch.cat([p.detach().flatten() for p in policy.network.model.parameters()])
-    if method.critic is None:  # the critic's gradient reaches the shared layers as well
-        # Adam's first step is the gradient's sign where it is not tiny
-        assert ((got - expected).abs() < 1e-4).float().mean() > 0.98
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    torch.testing.assert_close(results[0][1]["grad_norm"], norm, atol=1e-5, rtol=1e-3)
+    torch.optim.Adam(trained, lr=1e-2).step()
+    expected = torch.cat([p.flatten() for p in trained])
+    got = torch.cat([p.detach().flatten() for p in policy.parameters])
+    # Adam's first step is the gradient's sign where it is not tiny
+    assert ((got - expected).abs() < 1e-4).float().mean() > 0.98
 
 
 def test_tokens_that_carry_no_loss_do_not_pass_through_the_network(folder, monkeypatch):
