@@ -23,8 +23,9 @@ def pairs(tmp_path):
             for i in range(60)]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     policy = save_tiny_policy(tmp_path / "a")
-    return tmp_path, ["--policy", f"a={policy}", "--distinct", str(tmp_path / "pairs.jsonl"),
-                      "--out", str(tmp_path / "out"), "--epochs", "1", "--max-tokens", "16"]  # fmt: skip
+    arguments = ["--policy", f"a={policy}", "--distinct", str(tmp_path / "pairs.jsonl"), "--out",
+                 str(tmp_path / "out"), "--epochs", "1", "--max-tokens", "16"]  # fmt: skip
+    return tmp_path, arguments
 
 
 def refused(arguments, capsys):
