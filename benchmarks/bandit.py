@@ -493,7 +493,7 @@ def plan(effort: Effort) -> Iterator[Result]:
         started = perf_counter()
         engine.run(configs, Ticks())
         measured = perf_counter() - started
-        estimate = sum(map(engine.cost, configs))
+        estimate = engine.cost(configs)
         yield Result(
             f"plan/{name}", estimate / measured, f"a block of {method}", estimate, measured, "1",
             "the constants of BanditEngine.cost, set on an idle machine",

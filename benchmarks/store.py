@@ -46,9 +46,9 @@ class Sleeper:
         """All runs are alike."""
         return ""
 
-    def cost(self, config: Nap) -> float:
-        """Seconds of one run."""
-        return SECONDS
+    def cost(self, block: Sequence[Nap]) -> float:
+        """Seconds of a block."""
+        return SECONDS * len(block)
 
     def run(self, configs: Sequence[Nap], checkpoint: runs.Checkpoint) -> list[pd.DataFrame]:
         """One row for each run."""

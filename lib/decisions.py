@@ -230,7 +230,7 @@ def collect(
                 rows.append(_ends(chapter.reported(setting.name), problem.column).assign(
                     problem=problem.name, choice=choice, chapter=name, method=setting.method,
                     serves=0 if choice == "fixed" else dict(setting.options).get("sets", 1),
-                    memory=_memory(problem, chapter.profile, setting.method)))  # fmt: skip
+                    memory=_memory(problem, chapter.profile)))  # fmt: skip
     if not rows:
         return pd.DataFrame(columns=list(COLUMNS))
     keys = ["problem", "choice", "method", "seed"]  # chapters share runs
@@ -270,7 +270,7 @@ def _ends(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def _memory(problem: Problem, profile: experiments.Profile, method: str) -> float:
+def _memory(problem: Problem, profile: experiments.Profile) -> float:
     """MiB of training, estimated; NaN for a policy of the reader's own, of unknown size."""
     from lib import footprint  # with the language models' libraries, which take seconds to import
 
@@ -280,10 +280,11 @@ def _memory(problem: Problem, profile: experiments.Profile, method: str) -> floa
     if preset is None:
         return float("nan")
     batch = footprint.BANDIT_BATCH if name == "bandit" else footprint.MINIBATCH
-    return MIB * footprint.of_method(
-        preset, methods.get(method).on_policy, 2 if options.get("dtype") == "bfloat16" else 4,
+    found = footprint.memory(
+        preset, 2 if options.get("dtype") == "bfloat16" else 4,
         micro_batch=footprint.TOKEN_BUDGET[profile.device], batch=batch,
     )  # fmt: skip
+    return MIB * found["total"]
 
 
 # --- from tables to leaves ------------------------------------------------------------------------

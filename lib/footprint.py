@@ -1,13 +1,16 @@
 """Memory and time of fine-tuning a language model, by formula: every number here is an estimate.
 
-P: parameters. d, l, f, k, v: width, layers, width of the MLP, width of all key heads together,
-vocabulary. Bytes of training with Adam, float32 weights and products in 16 bits, as the book's loop
-does it (chapter own_model, eq-memory): weights 4 P and their 16-bit copies 2 P, gradients 4 P, two
-moments 8 P, a frozen reference 4 P; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2,
+P, P_s: parameters of the policy and of the reward model. d, l, f, k, v: width, layers, width of the
+MLP, width of all key heads together, vocabulary. Bytes of training with Adam, float32 weights and
+products in 16 bits, as the book's loop does it (chapter own_model, eq-memory): weights 4 P, their
+16-bit copies twice, 2 P that a compiled decoder keeps and 2 P that autocast makes for the backward
+pass, gradients 4 P, two moments 8 P; a frozen reference 2 P + 2 v d, whose embedding alone stays
+float32, and the reward model alike; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2,
 or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
 scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values 4 l k for each token of the
 completions, held by a compiled decoder from one sampling to the next. With LoRA of A parameters:
-weights 2 P + 2 v d (the embedding stays float32), adapters (4 + 2 + 4 + 8) A, no reference.
+weights 2 P + 2 v d, adapters (4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline
+one is evaluated on samples and by the reward model as well.
 Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
 a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
 """
@@ -61,9 +64,7 @@ class Shape:
     def of(cls, name: str, model: Any) -> Shape:
         """The shape of a loaded transformers model."""
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        keys = size * (getattr(config, "num_key_value_heads", None) or heads)
+        keys = keys_and_values(config) // (2 * config.num_hidden_layers)
         gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
         head = model.get_output_embeddings()
         linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
@@ -92,6 +93,22 @@ class Shape:
     def adapters(self) -> int:
         """Parameters of LoRA: rank (inputs + outputs) of every linear layer but the head."""
         return LORA_RANK * self.sides
+
+    def frozen(self, size: int) -> int:
+        """Bytes of weights that do not train, where products have `size` bytes a number: the
+        embedding is float32 in either case."""
+        if size == 4:
+            return 4 * self.parameters
+        return 2 * self.parameters + 2 * self.vocabulary * self.width
+
+
+def keys_and_values(config: Any) -> int:
+    """Numbers of keys and values per token of a transformers configuration."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = size * (getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * config.num_hidden_layers * keys
 
 
 @dataclass(frozen=True)
@@ -153,7 +170,7 @@ def memory(
     preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
     micro_batch: int = TOKEN_BUDGET["cuda"], batch: int = MINIBATCH,
 ) -> dict[str, float]:
-    """GiB by use, and their sum as `total`.
+    """GiB by use, and their sum as `total`: whatever the method, see above.
 
     With LoRA the matrices are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
@@ -164,32 +181,19 @@ def memory(
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
     drawn = batch * (preset.prompt + preset.response)
-    tokens, copies = min(micro_batch, drawn), 2 if size == 2 else 0
-    frozen = 2 * p + 2 * policy.vocabulary * policy.width
+    tokens, copies = min(micro_batch, drawn), 2 + 2 if size == 2 else 0  # decoder, backward pass
     uses = {
-        "weights": frozen + (4 + copies) * a if lora else (4 + copies) * p,
+        "weights": policy.frozen(2) + (4 + copies) * a if lora else (4 + copies) * p,
         "gradients": 4 * (a if lora else p),
         "moments": 8 * (a if lora else p),
-        "reference": 0 if lora else 4 * p,
-        "reward model": 4 * preset.reward.parameters,
+        "reference": 0 if lora else policy.frozen(size),
+        "reward model": preset.reward.frozen(size),
         "activations": size * tokens * policy.activations(checkpointing),
         # as they are, normalised, and their gradient; float32
         "logits": 3 * 4 * min(LOGIT_BUDGET, tokens * policy.vocabulary),
         "keys and values": size * drawn * policy.cache,
     }
     return {name: use / GIB for name, use in {**uses, "total": sum(uses.values())}.items()}
-
-
-def of_method(preset: Preset, on_policy: bool, size: int = 2, **options: Any) -> float:
-    """GiB that fine-tuning takes at most: an offline method has no reward model and draws nothing.
-
-    Args: options: of `memory`.
-    """
-    found = memory(preset, size, **options)
-    if on_policy:
-        return found["total"]
-    stays = sum(found[name] for name in ("weights", "gradients", "moments", "reference"))
-    return stays + found["activations"] + found["logits"]
 
 
 def seconds(

@@ -45,7 +45,8 @@ def compute_stages(
 ) -> pd.DataFrame:
     """The results of all stages; each gets the results of those before it (None: the first).
 
-    A learning rate that is selected on the sweep's results is why stages exist.
+    A learning rate that is selected on the sweep's results is why stages exist. Raises
+    PublishError before a stage is computed if the tree, or a record it would reuse, is not clean.
     """
     results: pd.DataFrame | None = None
     configs: dict[str, Any] = {}
@@ -53,6 +54,8 @@ def compute_stages(
         configs |= {runs.identity(config): config for config in stage(results)}
         if not configs:  # one learning rate: no sweep
             continue
+        runs.refuse_dirty_tree()  # before hours of work, and again after
+        runs.refuse_dirty_records(list(configs.values()), store, engine)
         # runs of earlier stages are in the store by now, and are read from there
         results = runs.compute(list(configs.values()), store, engine, jobs)
     if results is None:
@@ -90,7 +93,6 @@ def chapter_engine(experiments: ModuleType, chapter: str, profile: str) -> runs.
 
 
 def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
-    runs.refuse_dirty_tree()  # before hours of work, and again after
     store = runs.Store(options.store)
     stages = experiments.stages(options.chapter, options.profile)
     engine = chapter_engine(experiments, options.chapter, options.profile)

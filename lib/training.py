@@ -142,7 +142,9 @@ class Training:
         if state.controller is not None:
             state.controller.coefficient = meta["coefficient"]
         self.rows = list(meta["rows"])
-        self.sums = {k: torch.tensor(v) if k != "updates" else v for k, v in meta["sums"].items()}
+        device = state.policy.alive.device
+        self.sums = {k: torch.tensor(v, device=device) if k != "updates" else v
+                     for k, v in meta["sums"].items()}  # fmt: skip
         self.clock.restore(meta["seconds"])
 
 

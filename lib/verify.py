@@ -114,7 +114,7 @@ def verify(
         print(f"{few} of {len(verdicts)} runs judged by their first updates alone")
     passed = all(verdict.passed for verdict in verdicts) or _by_chance(verdicts)
     if passed and published.stale():
-        _stamp(published, verdicts, seed)
+        _stamp(published, verdicts, seed, engine.modules)
     return passed
 
 
@@ -145,12 +145,23 @@ def compare(
     difference = _difference(old, fresh)
     if not difference:
         return Verdict(run, True, "bit-equal")
-    if all(published.runs[run].get(name) == value for name, value in environment.items()):
+    if _same_kind(published.runs[run], environment):
         return Verdict(run, False, f"not bit-equal on the same kind of machine: {difference}")
     difference = _difference(old[:FIRST_ROWS], fresh[:FIRST_ROWS], RELATIVE, ABSOLUTE)
     if difference:
         return Verdict(run, False, f"first updates beyond tolerance: {difference}")
     return _within_seeds(published, run, float(fresh[OUTCOME].iloc[-1]))
+
+
+def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a recorded machine is this one, and its versions are those that it records.
+
+    Tables that were published before an engine named a package do not have its version.
+    """
+    recorded, here = old.get("versions", {}), new.get("versions", {})
+    return recorded == {name: here.get(name) for name in recorded} and all(
+        old.get(name) == value for name, value in new.items() if name != "versions"
+    )
 
 
 def _is_foreign(name: str, old: pd.DataFrame, fresh: pd.DataFrame) -> bool:
@@ -210,7 +221,9 @@ def _within_seeds(published: runs.Published, run: str, outcome: float) -> Verdic
     )
 
 
-def _stamp(published: runs.Published, verdicts: Sequence[Verdict], seed: int) -> None:
+def _stamp(
+    published: runs.Published, verdicts: Sequence[Verdict], seed: int, modules: Sequence[str]
+) -> None:
     """Take the present, committed code as the table's own."""
     try:
         runs.refuse_dirty_tree()
@@ -219,9 +232,8 @@ def _stamp(published: runs.Published, verdicts: Sequence[Verdict], seed: int) ->
         return
     tests = collections.Counter(verdict.test.partition(",")[0] for verdict in verdicts)
     commit = provenance.commit()
-    published.stamp(
-        {"commit": commit, "seed": seed, "tests": dict(tests), "date": provenance.now()}
-    )
+    verification = {"commit": commit, "seed": seed, "tests": dict(tests), "date": provenance.now()}
+    published.stamp(verification, modules)
     print(f"stamped: verified by a sample of {len(verdicts)} at commit {commit[:10]}")
 
 

@@ -248,7 +248,8 @@ def test_collect_takes_base_settings_and_the_stalest():
     assert set(table["start"]) == {-9.0}
     assert table["serves"].to_dict() == {"fixed": 0, "fresh": 1, "rare": 4}
     assert set(table["seconds"]) == {3.5} and set(table["completions"]) == {640}
-    assert table.at["fresh", "memory"] > table.at["fixed", "memory"] > 20  # the reward model
+    # an offline method is evaluated on samples and by the reward model as well
+    assert table.at["fresh", "memory"] == table.at["fixed", "memory"] > 20
     own = decisions.collect({"b": Given({setting("dpo"): [[0.0]]}, prepared="my-policy")}, (ALSO,))
     assert np.isnan(own["memory"]).all()
 

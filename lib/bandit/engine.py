@@ -15,11 +15,15 @@ from lib.training import Training, evaluated_updates, run
 BLOCK = 10
 
 
+def width(config: BanditRun) -> int:
+    """How many runs a block of such runs trains, the copies that fill it up among them."""
+    return 1 if config.alone else BLOCK
+
+
 def stack(runs: Sequence[BanditRun], device: str = "cpu") -> Training:
     """One block of runs, filled up with copies of the last one; a lone run is not."""
     config = runs[0]
-    width = 1 if config.alone else BLOCK
-    padded = [*runs, *[runs[-1]] * (width - len(runs))]
+    padded = [*runs, *[runs[-1]] * (width(config) - len(runs))]
     points = evaluated_updates(config.updates, config.evaluations)
     return Training(BanditProblem(padded, device), config.schedule, config.hyper, points, len(runs))
 
@@ -36,13 +40,15 @@ class BanditEngine:
     def block_key(self, config: BanditRun) -> tuple:
         return config.stack_key
 
-    def cost(self, config: BanditRun) -> float:
-        """Seconds of one run on one core of the machine that the constants were measured on."""
+    def cost(self, block: Sequence[BanditRun]) -> float:
+        """Seconds of a block on one core of the machine that the constants were measured on."""
+        config = block[0]
         schedule = config.schedule
         hundreds = config.prompts * config.completions * config.length / 900
         drawn = schedule.iterations * config.sets * hundreds
         evaluations = len(evaluated_updates(config.updates, config.evaluations))
-        return 0.010 * drawn + 0.016 * schedule.updates * hundreds + 0.026 * evaluations
+        run = 0.010 * drawn + 0.016 * schedule.updates * hundreds + 0.026 * evaluations
+        return width(config) * run
 
     def run(self, configs: Sequence[BanditRun], checkpoint) -> list[pd.DataFrame]:
         """Trains `configs` (one block) and returns one result table for each, in order.

@@ -139,7 +139,8 @@ class BanditProblem:
                 for p in ("policy", "behaviour")}  # fmt: skip
         policy = state.policy
         policy.load_state_dict(part["policy"])
-        state.behaviour = Scorer(part["behaviour"], len(policy.flat), policy.arch, policy.shift)
+        sampler = {k: v.to(self.device) for k, v in part["behaviour"].items()}
+        state.behaviour = Scorer(sampler, len(policy.flat), policy.arch, policy.shift)
 
     def label(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """Mean token reward. prompts (R, P), completions (R, P, C, L) -> (R, P, C).

@@ -106,7 +106,7 @@ PROFILES: dict[str, FullScaleProfile] = {
         rates=PAPER_RATES,
         device="cuda",
         sets=(2, 4, 16),
-        policies=("1.4b", "1.4b", "7b"),
+        policies=("sft", "sft", "sft"),  # one size a folder: pairs are token ids
         few=2000,
         many=16_000,
         judge="judge",
@@ -133,7 +133,7 @@ def settings(p: FullScaleProfile) -> list[Setting]:
 
 def factorial(p: FullScaleProfile) -> list[Setting]:
     """2 x 2 x 2: smallest or largest policy, few or many pairs, similar or distinct ones."""
-    ends, data = (p.policies[0], p.policies[-1]), (p.few, p.many)
+    ends, data = dict.fromkeys((p.policies[0], p.policies[-1])), (p.few, p.many)
     return [
         _kept(Setting(name, kind), policy=policy, subset=subset)
         for name, kind, policy, subset in product(OFFLINE, KINDS, ends, data)

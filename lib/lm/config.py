@@ -48,7 +48,8 @@ class LengthRun:
             `lib.lm.prepare` made of a policy and prompts of your own: reference policy, pairs and
             reward models.
         max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
-        dtype: of the matrix products; weights are float32 in either case.
+        dtype: of the matrix products, and of matrices that do not train; weights that train are
+            float32 in either case.
         beta ... lam: hyperparameters of the method, None for its default.
         lora_rank: train matrices of this rank beside every linear layer (LoRA) in place of the
             weights; None trains the weights.
@@ -99,7 +100,12 @@ class LengthRun:
         check_fields(self, choices, self._ranges())
         if self.task == GIVEN and self.label == "rule":
             raise ValueError("preferences that were given follow no rule: label must be 'learned'")
-        method.resolve(self.overrides)
+        over = method.resolve(self.overrides).get("standardise")
+        if over == "prompt" and self.completions < 2:
+            raise ValueError("one reward has no standard deviation: completions must be at least 2 "
+                             "(or standardise='batch')")  # fmt: skip
+        if over == "batch" and self.batch < 2:
+            raise ValueError("one reward has no standard deviation: batch must be at least 2")
         if "pairs" in method.needs and self.completions < 2:
             raise ValueError(f"{self.method} learns from pairs: completions must be at least 2, "
                              f"got {self.completions}")  # fmt: skip
@@ -178,10 +184,16 @@ class LengthRun:
         return sorted({int(round(p)) for p in points})
 
     def data_files(self) -> tuple[Path, ...]:
-        """The files that the run reads: part of its identity."""
+        """The files that the run reads: part of its identity.
+
+        Tokenizer and generation config say which tokens end a response. The shipped policy's do
+        not count: runs of it were published without.
+        """
         files = [*weights(self.policy_folder), self.pairs_file]
         if self.label == "learned":
             files += weights(self.reward_folder)
+        if self.prepared != "tiny":
+            files += model_files(self.policy_folder)
         return tuple(files)
 
 
@@ -204,6 +216,14 @@ def weights(folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no .safetensors in {folder}: prepare it with lib.lm.prepare")
     return [*found, folder / "config.json"]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """All that is read of a model's folder: weights, configurations and tokenizer."""
+    from lib.lm.models import FILES  # with transformers, which takes seconds to import
+
+    found = {file for pattern in FILES for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
 
 
 def length_run(

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from lib.lm.config import LengthRun
+from lib.lm.policy import has_dtype
 from lib.lm.problem import LengthProblem
 from lib.training import Training, run
 
@@ -18,6 +19,7 @@ class LengthEngine:
 
     block_size = 1
     modules: tuple[str, ...] = ("lib.lm.engine",)
+    packages = ("transformers", "tokenizers", "peft")
     problem: type[LengthProblem] = LengthProblem
 
     def __init__(self, device: str = "cpu"):
@@ -26,18 +28,33 @@ class LengthEngine:
     def block_key(self, config: LengthRun) -> LengthRun:
         return config
 
-    def cost(self, config: LengthRun) -> float:
+    def cost(self, block: Sequence[LengthRun]) -> float:
+        """Seconds of a block on one core."""
+        return sum(map(self.seconds, block))
+
+    def seconds(self, config: LengthRun) -> float:
         """Seconds of one run of the tiny policy on one core."""
         schedule = config.schedule
         drawn = schedule.iterations * schedule.batch / 64
         return 0.3 * drawn + 0.3 * schedule.updates + 0.8 * config.evaluations
 
     def run(self, configs: Sequence[LengthRun], checkpoint) -> list[pd.DataFrame]:
-        """Trains `configs` (one run) and returns its table. Raises: ValueError for several."""
+        """Trains `configs` (one run) and returns its table.
+
+        Raises: ValueError for several, or for bfloat16 on a GPU that has none.
+        """
         (config,) = configs
+        _check_dtype(config.dtype, self.device)
         with _without_denormals():
             problem = self.problem(config, self.device)
             return run(Training(problem, config.schedule, config.hyper, config.points), checkpoint)
+
+
+def _check_dtype(dtype: str, device: str) -> None:
+    """Raises: ValueError for a dtype that the device would emulate, many times slower."""
+    if not has_dtype(torch.device(device), dtype):
+        raise ValueError("this GPU has no bfloat16: -y 'options: {dtype: float16}' (a chapter), "
+                         "--option dtype=float16 (lib.lm.run)")  # fmt: skip
 
 
 @contextmanager

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.allowed import one_of
-from lib.lm.config import PREPARED, TINY, LengthRun
+from lib.lm.config import PREPARED, TINY, LengthRun, model_files
 from lib.lm.length import GIVEN
-from lib.runs import ROOT
 
 DATA = Path(__file__).parents[2] / "data" / "full_scale"
 KINDS = ("similar", "distinct")
 SIZES = ("64", "128", "256")  # widths of the policies that ship
 JUDGE = "smollm2"  # the gold model of the shipped data
-SCORES = ROOT / ".store" / "gold.sqlite"  # what judges have said, kept by content
+SCORES = Path(__file__).parents[2] / ".store/gold.sqlite"  # what judges have said, by content
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,17 @@ class FullScaleRun(LengthRun):
     @property
     def reward_folder(self) -> Path:
         return self.folder / f"reward-{self.kind}"
+
+    def data_files(self) -> tuple[Path, ...]:
+        """The files that the run reads: part of its identity.
+
+        So are those of a judge that lies in a folder of your own. The name has to do for "tiny",
+        and for "smollm2", which need not be here to show the published runs that it judged.
+        """
+        files = super().data_files()
+        if self.judge in (None, "tiny", JUDGE):
+            return files
+        return (*files, *model_files(Path(judge_source(self))))
 
     @property
     def judged(self) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ from lib.lm.network import Network
 from lib.lm.policy import Scorer
 from lib.lm.prefix import Prefixed, shared_prefix
 from lib.lm.reward import RewardModel
-from lib.lm.text import Prompt, encode_responses, render
+from lib.lm.text import Prompt, encode_responses, render, rendered_ids
 from lib.rollouts import Rollout
 
 COPIED = 4  # a run of so many of the judge's tokens that stood there before is a copy
@@ -76,14 +76,14 @@ class Likelihood:
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log p with and without the instruction (N, L) nats, copied tokens and mask (N, L)."""
-        heads = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        heads = prompt_ids(self.tokenizer, prompts)
         bodies = encode_responses(self.tokenizer, responses, MAX_TOKENS).ids
         tokens, mask = padded(bodies, self.special.pad)
         copied = torch.zeros_like(mask)
         texts = self._instructions(prompts)
         for row, (text, body) in enumerate(zip(texts, bodies, strict=True)):
             copied[row, : len(body)] = torch.tensor(copies(text, body))
-        without = [prompt_ids(self.tokenizer, "")] * len(heads)
+        without = prompt_ids(self.tokenizer, [""]) * len(heads)
         return *(self._logp(some, tokens, mask) for some in (heads, without)), copied, mask
 
     def _instructions(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -117,16 +117,16 @@ class Score:
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """(N,) scores."""
-        heads = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        heads = prompt_ids(self.tokenizer, prompts)
         bodies = encode_responses(self.tokenizer, responses, MAX_TOKENS).ids
         pad = self.tokenizer.pad_token_id or 0
         batch = as_rollout(heads, *padded(bodies, pad), pad, self.device)
         return self.model.score(batch)[:, 0].double().cpu().numpy()
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """A prompt in the tokenizer's own template."""
-    return tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Prompts in the tokenizer's own template, as a policy reads them; none is too long."""
+    return rendered_ids(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
 
 
 def copies(instruction: Sequence[int], response: Sequence[int], run: int = COPIED) -> list[bool]:

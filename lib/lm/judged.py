@@ -76,7 +76,7 @@ class FullScaleEngine(LengthEngine):
     modules = ("lib.lm.judged",)
     problem = JudgedProblem
 
-    def cost(self, config: FullScaleRun) -> float:
+    def seconds(self, config: FullScaleRun) -> float:
         """Seconds of one run of a shipped policy on one core."""
         size = {"64": 0.5, "256": 2.5}.get(config.policy, 1.0)
-        return super().cost(config) * size + 15.0 * len(config.judged)
+        return super().seconds(config) * size + 15.0 * len(config.judged)

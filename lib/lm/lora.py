@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from lib.lm.network import Network, matrices
+from lib.lm.network import Network, halve
 
 SCALE = 2  # s; peft's alpha is s r
 
@@ -24,17 +24,13 @@ SCALE = 2  # s; peft's alpha is s r
 def attach(model: PreTrainedModel, rank: int, seed: int, dtype: str = "float32") -> None:
     """Adapters on every linear layer but the head; the model's own weights are frozen, in place.
 
-    Args: seed: of A. dtype: of the matrix products: frozen matrices are kept in it, which changes
-        no product, since autocast would cast them. Embeddings and norms stay float32.
+    Args: seed: of A. dtype: of the matrix products (see `halve`).
     """
     how = LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng(devices=()):  # peft draws A on the CPU
         torch.manual_seed(seed)
         inject_adapter_in_model(how, model)
-    for layer in matrices(model):
-        for p in layer.parameters(recurse=False):
-            if not p.requires_grad:
-                p.data = p.data.to(getattr(torch, dtype))
+    halve(model, dtype)
 
 
 @contextmanager

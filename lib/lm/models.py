@@ -19,9 +19,11 @@ from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -236,6 +238,20 @@ def load_reward_model(
     return _load(auto, "reward model", source, revision, dtype, device, new_head, num_labels=1)
 
 
+def stored_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenIds:
+    """`ids` of a stored language model whose weights are not read.
+
+    Raises: as `ids`; SourceError, ModelTypeError.
+    """
+    _check_config(folder, str(folder), AutoModelForCausalLM, "causal language model", False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    return _ids(tokenizer, generation, config.get_text_config().vocab_size)
+
+
 def ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenIds:
     """EOS and pad ids of a tokenizer and its model, which are checked to fit together.
 
@@ -243,12 +259,19 @@ def ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenIds:
     Raises: TokenizerError for no EOS, an EOS that is an ordinary token, or a tokenizer with more
         entries than the embedding has rows.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+    return _ids(tokenizer, getattr(model, "generation_config", None), rows)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None, rows: int
+) -> TokenIds:
+    """See `ids`. rows: of the embedding."""
     _set_eos(tokenizer, None, tokenizer.name_or_path)
-    generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    generation = getattr(config, "eos_token_id", None)
     more = generation if isinstance(generation, (list, tuple)) else [generation]
     eos = dict.fromkeys([tokenizer.eos_token_id, *(i for i in more if i is not None)])
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = model.get_input_embeddings().weight.shape[0]
     largest = max(*tokenizer.get_vocab().values(), *eos, pad)
     if largest >= rows:
         raise TokenizerError(

@@ -21,6 +21,14 @@ from lib.divergences import categorical_kl, entropy
 LOGIT_BUDGET = 2**26
 
 
+def products(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Matrix products in `dtype`. Weights are cast once inside the outermost of such contexts where
+    they train, and at every product otherwise."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
 class Network(nn.Module):
     """Hidden states, head and, if asked for, a value head of a transformers model.
 
@@ -66,11 +74,7 @@ class Network(nn.Module):
         return self.model.get_output_embeddings().weight.shape[0]
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in `dtype`. Weights are cast once inside the outermost of such contexts
-        where they train, and at every product otherwise."""
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.dtype))
+        return products(self.device, self.dtype)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -106,11 +110,23 @@ class Network(nn.Module):
         wanted = self.checkpointing and cache is None and torch.is_grad_enabled()
         return _training_layers(self.model) if wanted else nullcontext()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., V) float32, at the temperature."""
+    def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """(..., d) -> (..., V) float32, at the temperature. head: what `_head` returned, for
+        callers with several chunks."""
         with self.autocast():
-            raw = self.model.get_output_embeddings()(hidden)
+            if head is None:
+                raw = self.model.get_output_embeddings()(hidden)
+            else:
+                raw = nn.functional.linear(hidden, *head)
         return raw.float() / self.temperature
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the head, cast once to the dtype of the products."""
+        head = self.model.get_output_embeddings()
+        parts = head.weight, getattr(head, "bias", None)
+        if self.dtype == "float32":
+            return parts
+        return tuple(x if x is None else x.to(getattr(torch, self.dtype)) for x in parts)
 
     def values(self, hidden: Tensor) -> Tensor | None:
         """(..., d) -> (...) what the value head predicts, or None if there is none."""
@@ -121,9 +137,10 @@ class Network(nn.Module):
 
     def logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of tokens from the states before them. (N, d), (N,) -> (N,) nats."""
+        head = self._head()
 
         def part(h: Tensor, t: Tensor) -> Tensor:
-            return self.logits(h).log_softmax(-1).gather(-1, t[:, None])[:, 0]
+            return self.logits(h, head).log_softmax(-1).gather(-1, t[:, None])[:, 0]
 
         pieces = list(zip(*(x.split(self._chunk) for x in (hidden, targets)), strict=True))
         if len(pieces) == 1 or not torch.is_grad_enabled():
@@ -134,10 +151,10 @@ class Network(nn.Module):
     @torch.no_grad()
     def divergences(self, hidden: Tensor, other: Network, others: Tensor) -> tuple[Tensor, Tensor]:
         """KL(self || other) of the next token, and own entropy. Both (N, d) -> (N,), (N,) nats."""
-        kl, spread = [], []
+        kl, spread, heads = [], [], (self._head(), other._head())
         for mine, theirs in zip(hidden.split(self._chunk), others.split(self._chunk), strict=True):
-            logp = self.logits(mine).log_softmax(-1)
-            kl.append(categorical_kl(logp, other.logits(theirs).log_softmax(-1)))
+            logp = self.logits(mine, heads[0]).log_softmax(-1)
+            kl.append(categorical_kl(logp, other.logits(theirs, heads[1]).log_softmax(-1)))
             spread.append(entropy(logp))
         return torch.cat(kl), torch.cat(spread)
 
@@ -151,6 +168,15 @@ def matrices(model: nn.Module) -> list[nn.Linear]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = (m for m in model.modules() if isinstance(m, nn.Linear))
     return [m for m in linear if id(m.weight) not in embeddings]
+
+
+def halve(model: nn.Module, dtype: str) -> None:
+    """Keeps frozen matrices in the dtype of their products, which changes no product, since
+    autocast would cast them. Embeddings and norms stay as they are."""
+    for layer in matrices(model) if dtype != "float32" else ():
+        for p in layer.parameters(recurse=False):
+            if not p.requires_grad:
+                p.data = p.data.to(getattr(torch, dtype))
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import os
+import shutil
+import warnings
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
-from lib.lm.static import StaticDecoder
+from lib.lm.static import StaticDecoder, compilable
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
 
 # Log-probabilities recomputed by the full pass against those of the cached decoder, as a share of
 # the largest logit: float32 rounding, and that of bfloat16 (8 bits of mantissa) and float16 (11).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+# What the mean over tokens may be of that in 16 bits, where one token may be off by half a nat: a
+# wrong position, mask or temperature shows here. (Measured for the tiny policy: 0.01.)
+MEAN_SHARE = 1 / 8
 # float16 has no numbers below 6e-8, where many gradients are: the loss is multiplied by this before
 # the backward pass and the gradient divided after it (Micikevicius et al. 2018).
 LOSS_SCALE = 2.0**16
@@ -30,11 +37,31 @@ def token_budget(device: torch.device) -> int:
     return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
 
 
+def has_dtype(device: torch.device, dtype: str) -> bool:
+    """Whether the device multiplies in `dtype` itself: a GPU before Ampere emulates bfloat16."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def compiles(network: Network) -> bool:
-    """Whether the one-token step can be compiled: a GPU, and one that has its dtype."""
-    if network.device.type != "cuda":
+    """Whether the one-token step can be compiled: a GPU that has its dtype, a model whose step is
+    the same at every token, and what compiles it."""
+    if network.device.type != "cuda" or not has_dtype(network.device, network.dtype):
         return False
-    return network.dtype != "bfloat16" or torch.cuda.get_device_capability(network.device) >= (8, 0)
+    return compilable(network.model.config) and _has_compiler()
+
+
+@cache
+def _has_compiler() -> bool:
+    """Triton, and the C compiler that it calls. Says once which of them is missing."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    found = {"Triton": has_triton(), "a C compiler": any(map(shutil.which, names))}
+    missing = " and ".join(name for name, here in found.items() if not here)
+    if missing:
+        warnings.warn(f"without {missing} here, completions are drawn by the slower decoder "
+                      "'growing'", stacklevel=2)  # fmt: skip
+    return not missing
 
 
 class Scorer:
@@ -46,7 +73,9 @@ class Scorer:
             derived from it, so it may be an EOS).
         budget: tokens that pass through the network at once; None for the device's.
         decoder: "growing" (`lib.lm.decode`), "static" or "compiled" (`lib.lm.static`); None for
-            "compiled" where the device and dtype can be compiled for, else "growing".
+            "compiled" where that works (`compiles`), else "growing".
+        longest: tokens of the longest prompt that will be sampled for, 0 if it is not known.
+    Raises: ValueError for "compiled" and a model that cannot be.
     """
 
     def __init__(
@@ -56,8 +85,13 @@ class Scorer:
         pad: int,
         budget: int | None = None,
         decoder: str | None = None,
+        longest: int = 0,
     ):
-        self.network, self.pad = network, pad
+        if decoder == "compiled" and not compilable(network.model.config):
+            raise ValueError(f"{type(network.model).__name__} has layers with a window or a state "
+                             "of their own, which cannot be compiled: decoder must be 'growing'"
+                             )  # fmt: skip
+        self.network, self.pad, self.longest = network, pad, longest
         self.budget = budget or token_budget(network.device)
         self.decoder = decoder or ("compiled" if compiles(network) else "growing")
         self.eos = torch.tensor(eos, device=network.device)
@@ -80,7 +114,7 @@ class Scorer:
 
     @cached_property
     def _static(self) -> StaticDecoder:
-        return StaticDecoder(self.network, compiled=self.decoder == "compiled")
+        return StaticDecoder(self.network, self.decoder == "compiled", self.longest)
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
@@ -184,8 +218,9 @@ class CausalPolicy(Scorer):
         clip_norm: float = 1.0,
         budget: int | None = None,
         decoder: str | None = None,
+        longest: int = 0,
     ):
-        super().__init__(network, eos, pad, budget, decoder)
+        super().__init__(network, eos, pad, budget, decoder, longest)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=rate, fused=True)
         self.clip_norm = clip_norm
@@ -194,9 +229,11 @@ class CausalPolicy(Scorer):
         if network.dtype == "float16":
             self.loss_scale = torch.tensor(LOSS_SCALE, device=network.device)
         self.tolerance = TOLERANCE[network.dtype]
+        self.fresh = False  # whether nothing was learned since the last sampling
 
     def frozen(self) -> CausalPolicy:
         """Itself: an iteration's completions are drawn before its first update, and not again."""
+        self.fresh = True
         return self
 
     def update(
@@ -208,6 +245,8 @@ class CausalPolicy(Scorer):
         log-probabilities are returned as those of the sampling. A step whose gradient is not
         finite is not taken, and no later one; in float16 later ones are, with half the loss scale,
         as long as that is above 1.
+        Raises: AssertionError if in 16 bits the first after a sampling finds other
+            log-probabilities than it drew with, on average.
         """
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
@@ -222,12 +261,22 @@ class CausalPolicy(Scorer):
                 values[groups] = predicted.detach()
         parallel.sum_gradients(self.parameters)
         logp, values = (_gathered(x, seen) for x in (logp, values))
+        if self.fresh and self.network.dtype != "float32":
+            self._check_mean(batch, method, logp)
+        self.fresh = False
         norm = self._step()
         item, metrics = method.loss(batch, logp, hyper)
         metrics = {"loss": item.sum() / items, "grad_norm": norm, **metrics}
         if method.critic is not None:
             metrics["value_loss"] = method.critic(batch, values, hyper).sum() / items
         return logp, metrics
+
+    def _check_mean(self, batch: Rollout, method: Method, logp: Tensor) -> None:
+        mask = batch.mask & method.active(batch)[..., None]
+        off = (logp - batch.logp).abs().where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+        if self.alive and off > MEAN_SHARE * self.tolerance * (1 + batch.scale):
+            raise AssertionError(f"{method.name}: identity 'recomputed' is off by {off:.3g} nats a "
+                                 "token on average")  # fmt: skip
 
     def _micro_batches(self, batch: Rollout, method: Method) -> list[Tensor]:
         """This process's prompt groups by falling length of their longest active completion, cut

@@ -7,6 +7,9 @@ prepared.json, which says what it was made of. What is there already is kept.
 
 With `--preferences FILE_OR_NAME` in place of `--prompts`, pairs and labels are those of the
 file, and the one task is "given".
+
+A column `split` of either file says what is "train" and what "validation" ("test" is left out);
+without one a tenth of the prompts is drawn for validation.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -23,13 +26,28 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from lib.allowed import one_of
+from lib.footprint import keys_and_values
 from lib.lm import length, pairs, reward
-from lib.lm.models import ids, load_policy, load_reward_model, load_tokenizer, resolve
+from lib.lm.config import DECODERS, DTYPES
+from lib.lm.decode import Samples
+from lib.lm.layouts import LAYOUTS, as_pair, as_prompt, table
+from lib.lm.models import (
+    TokenIds,
+    ids,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    resolve,
+)
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
+from lib.lm.reading import read_rows
 from lib.lm.text import (
     Preferences,
+    Prompts,
     as_text,
     encode_prompts,
     encode_responses,
@@ -41,6 +59,12 @@ from lib.randomness import uniforms
 from lib.runs import provenance, write_atomically
 
 VALIDATION = 0.1  # share of the prompts, where the file names no split
+SPLIT = "split"  # the column that names one
+LEFT_OUT = "test"
+MAX_TOKENS = 96
+# Rate and epochs of the reward models: of a tiny one from random weights, of any that was trained.
+TRAINING = {"tiny": (1e-3, 6), "other": (1e-5, 1)}
+ROOM = 4 * 2**30  # bytes of keys and values at once on a CPU; on a GPU half of what is free
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,11 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(options: argparse.Namespace) -> None:
     """All steps, each skipped where its result exists."""
+    settle(options)
+    tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
+    check_reward_model(options, tokenizer, options.policy)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     record = read_record(out)
     model, source = load_policy(options.policy, options.revision, device=options.device)
-    tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
     record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
     folder, _ = resolve(options.policy, options.revision)
@@ -75,7 +101,7 @@ def prepare(options: argparse.Namespace) -> None:
     found = ids(tokenizer, model)
     splits = {s: pairs.load(out / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
     for task in options.tasks:
-        if not (out / f"reward-{task}" / "model.safetensors").exists():
+        if not is_trained(out / f"reward-{task}"):
             record[f"reward-{task}"] = train_reward(
                 options, task, splits, tokenizer, model, out / f"reward-{task}"
             )
@@ -84,11 +110,89 @@ def prepare(options: argparse.Namespace) -> None:
     print(f"prepared: {out}")
 
 
+def settle(options: argparse.Namespace) -> None:
+    """Fills in the values that follow from others where they were not given."""
+    rate, epochs = TRAINING["tiny" if options.reward_model == "tiny" else "other"]
+    options.rate = rate if options.rate is None else options.rate
+    options.epochs = epochs if options.epochs is None else options.epochs
+    options.dtype = options.dtype or usual_dtype(options.device)
+    options.cut = options.max_tokens is not None  # who names a cap may cut every response
+    options.max_tokens = options.max_tokens if options.cut else MAX_TOKENS
+
+
+def usual_dtype(device: str) -> str:
+    """bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU."""
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
+def ordinary(tokenizer: Any) -> dict[str, int]:
+    """A vocabulary without what was added to it, such as a padding token of one's own."""
+    added = tokenizer.added_tokens_decoder
+    return {token: i for token, i in tokenizer.get_vocab().items() if i not in added}
+
+
+def check_reward_model(options: argparse.Namespace, tokenizer: Any, policy: str) -> None:
+    """Raises: ValueError unless the reward models read the policy's token ids as it does."""
+    if options.reward_model == "tiny":
+        return
+    other, _ = load_tokenizer(options.reward_model, eos=getattr(options, "eos", None))
+    if ordinary(other) != ordinary(tokenizer):
+        raise ValueError(
+            f"the reward model {options.reward_model!r} has another tokenizer than the policy "
+            f"{policy!r}: start from one with the policy's, or from 'tiny'"
+        )
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a reward model is there, and not what a killed training left."""
+    return (folder / "model.safetensors").exists()
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+class Sampler(Scorer):
+    """A policy that draws as many completions at once as there is room for keys and values.
+
+    Random numbers are those of the whole batch: what is drawn depends on the pieces as little as on
+    a batch.
+    Args: tokens: of prompt and response together, at most. options: dtype, decoder.
+    """
+
+    def __init__(
+        self, model: Any, found: TokenIds, tokens: int, options: argparse.Namespace,
+        temperature: float = 1.0,
+    ):  # fmt: skip
+        network = Network(model, temperature, dtype=options.dtype)
+        super().__init__(network, found.eos, found.pad, decoder=options.decoder)
+        # rotary positions leave keys in float32 where the cache does not cast them
+        size = 4 if options.dtype == "float32" or self.decoder == "growing" else 2
+        fits = room(network.device) // (size * tokens * keys_and_values(model.config))
+        self.rows = 1 << max(0, int(fits).bit_length() - 1)  # a power of 2: few shapes to compile
+
+    def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
+        """See `Scorer.sample`."""
+        count = len(uniforms) // len(prompts)
+        piece = max(1, self.rows // count)
+        inputs = (prompts.split(piece), prompt_mask.split(piece), uniforms.split(piece * count))
+        parts = [Scorer.sample(self, *x) for x in zip(*inputs, strict=True)]
+        cat = (torch.cat([getattr(p, name) for p in parts])
+               for name in ("completions", "mask", "logp"))  # fmt: skip
+        return Samples(*cat, None, torch.stack([p.scale for p in parts]).amax())
+
+
+def room(device: torch.device) -> int:
+    """Bytes that keys and values may take at once."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else ROOM
+
+
 def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Samples pairs.parquet; returns its record."""
     started = perf_counter()
     found = ids(tokenizer, model)
-    scorer = Scorer(Network(model), found.eos, found.pad)
+    scorer = Sampler(model, found, options.max_prompt + options.max_tokens, options)
     splits = {
         split: pairs.sample_pairs(scorer, prompts, options.max_tokens, options.seed + i)
         for i, (split, prompts) in enumerate(_prompts(options, tokenizer).items())
@@ -104,52 +208,67 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
 
 def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """pairs.parquet from the user's own preferences; returns its record."""
-    read = load_preferences(options.preferences, config=options.config, split=options.split,
-                            revision=options.prompts_revision)  # fmt: skip
-    splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos)
+    where = {"config": options.config, "split": options.split,
+             "revision": options.prompts_revision}  # fmt: skip
+    read = load_preferences(options.preferences, **where)
+    split = split_of(options.preferences, read, **where)
+    splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos, split)
     pairs.save(options.out / "pairs.parquet", splits)
     return record
 
 
 def given_pairs(
-    read: Preferences, options: argparse.Namespace, tokenizer: Any, eos: tuple[int, ...]
-) -> tuple[dict[str, pairs.Pairs], dict[str, pd.DataFrame], dict[str, Any]]:
-    """Preferences as pairs by split, the first response preferred; a tenth is held out.
+    read: Preferences, options: argparse.Namespace, tokenizer: Any, eos: tuple[int, ...],
+    split: list[str] | None = None,
+) -> tuple[dict[str, pairs.Pairs], dict[str, pd.DataFrame], dict[str, Any]]:  # fmt: skip
+    """Preferences as pairs by split, the first response preferred.
 
-    Args: options: max_prompt, max_tokens, seed.
+    Args: options: max_prompt, max_tokens, cut, seed. split: of each pair; None for a tenth of the
+        prompts held out.
     Returns: the pairs, their instructions as text, and a record of what was read and left out.
+    Raises: ValueError if most responses were cut at a length that nobody named.
     """
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt,
                   max_response_tokens=options.max_tokens))  # fmt: skip
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
-    sides = [
-        encode_responses(tokenizer, [side[i] for i in coded.kept], options.max_tokens).ids
-        for side in (read.chosen, read.rejected)
-    ]
-    last = (uniforms([options.seed], 0, 0, (len(coded.ids),))[0] < VALIDATION).tolist()
+    sides = [encode_responses(tokenizer, [side[i] for i in coded.kept], options.max_tokens)
+             for side in (read.chosen, read.rejected)]  # fmt: skip
+    capped = _capped([*sides[0].capped, *sides[1].capped], options)
+    names = [split[i] for i in coded.kept] if split else drawn(map(tuple, coded.ids), options.seed)
     splits, texts = {}, {}
-    for name, wanted in (("train", False), ("validation", True)):
-        rows = [i for i, x in enumerate(last) if x is wanted]
-        columns = ([column[i] for i in rows] for column in (coded.ids, *sides))
+    for name in pairs.SPLITS:
+        rows = [i for i, x in enumerate(names) if x == name]
+        columns = ([column[i] for i in rows] for column in (coded.ids, *(s.ids for s in sides)))
         splits[name] = pairs.Pairs(*columns, eos)
         kept = [as_text(read.prompts[coded.kept[i]]) for i in rows]
         texts[name] = pd.DataFrame({"instruction": kept})
     record = {"count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
-              "source": asdict(read.source), "dropped": read.counts,
-              "too long": coded.too_long, "max_tokens": options.max_tokens}  # fmt: skip
+              "source": asdict(read.source), "dropped": read.counts, "too long": coded.too_long,
+              "max_tokens": options.max_tokens, "capped": capped}  # fmt: skip
     return splits, texts, record
+
+
+def _capped(cut: list[bool], options: argparse.Namespace) -> int:
+    """How many responses were cut, which is said. Raises: ValueError, see `given_pairs`."""
+    count = sum(cut)
+    said = f"{count} of all {len(cut)} responses reach {options.max_tokens} tokens and are cut"
+    if 2 * count > len(cut) and not options.cut:
+        raise ValueError(f"{said}: name a larger --max-tokens, or {options.max_tokens} if that is "
+                         "what you want")  # fmt: skip
+    print(said)
+    return count
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:
     """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
-    read = load_prompts(options.prompts, column=options.column, config=options.config,
-                        split=options.split, revision=options.prompts_revision)  # fmt: skip
+    where = {"config": options.config, "split": options.split,
+             "revision": options.prompts_revision}  # fmt: skip
+    read = load_prompts(options.prompts, column=options.column, **where)
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
-    split = split_of(options.prompts, len(read.prompts))
+    split = split_of(options.prompts, read, column=options.column, **where)
     if split is None:
-        last = uniforms([options.seed], 0, 0, (len(read.prompts),))[0] < VALIDATION
-        split = ["validation" if x else "train" for x in last.tolist()]
+        split = drawn(map(as_text, read.prompts), options.seed)
     few = _evenly(len(coded.ids), options.limit)
     rows = [(coded.ids[i], split[coded.kept[i]]) for i in few]
     return {name: [row for row, s in rows if s == name] for name in pairs.SPLITS}
@@ -161,12 +280,41 @@ def _evenly(count: int, limit: int | None) -> list[int]:
     return [i * count // size for i in range(size)]
 
 
-def split_of(prompts: str, count: int) -> list[str] | None:
-    """The column `split` of a parquet file of `count` prompts, where it has one."""
-    if not prompts.endswith(".parquet"):
+def drawn(prompts: Iterable[Hashable], seed: int) -> list[str]:
+    """The split of every row: a tenth of the prompts is for validation, each with all its rows."""
+    rows = list(prompts)
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(rows))}
+    last = (uniforms([seed], 0, 0, (len(number),))[0] < VALIDATION).tolist()
+    return ["validation" if last[number[row]] else "train" for row in rows]
+
+
+def split_of(
+    source: str, read: Prompts | Preferences, *, column: str | None = None, **where: str | None
+) -> list[str] | None:
+    """The split of each of the prompts that were read, by the file's column, where it has one.
+
+    Args: column, where: as `read` was read with.
+    Raises: ValueError for a name that is none, or a prompt in two splits.
+    """
+    rows, _ = read_rows(source, **where)
+    if not any(SPLIT in row for row in rows):
         return None
-    table = pd.read_parquet(prompts)
-    return table["split"].tolist() if "split" in table and len(table) == count else None
+    alone = isinstance(read, Prompts)
+    asked = {} if column is None else {"prompt": column}
+    found = table(rows, asked, (("prompt",),) if alone else LAYOUTS, source)
+    names: dict[str, str] = {}
+    for row, (at, ours) in zip(rows, found, strict=True):
+        name = one_of(f"{at}: {SPLIT}", row.get(SPLIT), (*pairs.SPLITS, LEFT_OUT))
+        prompt = as_prompt(ours["prompt"], at) if alone else as_pair(ours, at).prompt
+        if (other := names.setdefault(as_text(prompt), name)) != name:
+            raise ValueError(f"{at}: its prompt is in {name!r} and in {other!r}: what is held out "
+                             "must not be trained on")  # fmt: skip
+    if absent := [name for name in pairs.SPLITS if name not in names.values()]:
+        raise ValueError(f"the column {SPLIT!r} of {source!r} has no row that is {absent}")
+    return [names[as_text(prompt)] for prompt in read.prompts]
+
+
+# --- reward models --------------------------------------------------------------------------------
 
 
 def train_reward(
@@ -190,6 +338,7 @@ def train_reward(
         model = reward.tiny_reward_model(rows, options.max_prompt + options.max_tokens, pad)
     else:
         model, _ = load_reward_model(options.reward_model, device=options.device, new_head=True)
+        ids(tokenizer, model)  # which are checked to be rows of its embedding
     how = reward.RewardTraining(options.rate, options.epochs, seed=options.seed)
     made = reward.train(model, tokenizer, splits, preferred, folder, how, options.device)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
@@ -231,11 +380,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The options of reward models, lengths, seed and device, which `prepare_full` has as well."""
+    (rate, epochs), (low, once) = TRAINING.values()
     parser.add_argument("--reward-model", default="tiny", help='"tiny", or a model to start from')
-    parser.add_argument("--rate", type=float, default=1e-3, help="of the reward models")
-    parser.add_argument("--epochs", type=int, default=6, help="of the reward models, at most")
-    parser.add_argument("--max-tokens", type=int, default=96, help="cap of a response")
+    parser.add_argument("--rate", type=float, help="of the reward models (default: "
+                        f"{rate:g} for the tiny one, {low:g} for others)")  # fmt: skip
+    parser.add_argument("--epochs", type=int, help="of the reward models, at most (default: "
+                        f"{epochs} for the tiny one, {once} for others)")  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, help=f"cap of a response (default: {MAX_TOKENS}; "
+                        "to be named if it cuts most responses of given pairs)")  # fmt: skip
     parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are dropped")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the products while sampling (default: "
+                        "bfloat16, on older GPUs float16, on a CPU float32)")  # fmt: skip
+    parser.add_argument("--decoder", choices=[d for d in DECODERS if d], help="how keys and values "
+                        "are kept (default: compiled on a GPU, else growing)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

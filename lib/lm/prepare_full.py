@@ -13,7 +13,8 @@ Pairs that exist, such as the relabelled AlpacaFarm pairs and UltraFeedback's:
 
 The folder then holds policy-NAME/ for each, similar.parquet, distinct.parquet (the first response
 is the preferred one), a reward model for each, and prepared.json, which says what it was made of.
-What is there already is kept, and so are the judge's scores.
+What is there already is kept, and so are the judge's scores. Pairs are kept as token ids: all
+policies of a folder, and a reward model that is no tiny one, must have the same tokenizer.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ from lib.lm.full_scale import KINDS, SCORES
 from lib.lm.gold import Judge, Kept, load_judge
 from lib.lm.length import GIVEN
 from lib.lm.models import ids, load_policy, load_tokenizer, resolve
-from lib.lm.network import Network
 from lib.lm.pairs import SPLITS, Pairs
-from lib.lm.policy import Scorer
 from lib.lm.prepare import (
+    Sampler,
     add_shared,
+    check_reward_model,
     given_pairs,
+    is_trained,
+    ordinary,
     read_record,
+    settle,
     split_of,
     train_reward,
     write_record,
@@ -83,13 +87,15 @@ def prepare(options: argparse.Namespace) -> None:
     if all(made) == any(given) or (any(made) and not all(made)):
         raise ValueError("give --prompts, --strong and --judge to make pairs, or --similar and/or "
                          "--distinct to read them")  # fmt: skip
-    out: Path = options.out
+    settle(options)
+    weak, out = options.policy[0][1], options.out
+    tokenizer, _ = load_tokenizer(weak)
+    _check_tokenizers(options)
+    check_reward_model(options, tokenizer, weak)
     out.mkdir(parents=True, exist_ok=True)
     record = read_record(out) | {"commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
-    weak = options.policy[0][1]
     model, source = load_policy(weak, device=options.device)
-    tokenizer, _ = load_tokenizer(weak)
     record["policy"] = asdict(source)
     _copy_policies(options)
     if all(made):
@@ -97,7 +103,7 @@ def prepare(options: argparse.Namespace) -> None:
     else:
         _read(options, model, tokenizer, record)
     for kind in KINDS:
-        if (out / f"{kind}.parquet").exists() and not (out / f"reward-{kind}").exists():
+        if (out / f"{kind}.parquet").exists() and not is_trained(out / f"reward-{kind}"):
             splits = {s: files.load(out / f"{kind}.parquet", s, ids(tokenizer, model).eos)
                       for s in SPLITS}  # fmt: skip
             record[f"reward-{kind}"] = train_reward(
@@ -106,6 +112,26 @@ def prepare(options: argparse.Namespace) -> None:
             write_record(out, record)
     write_record(out, record)
     print(f"prepared: {out}")
+
+
+def _check_tokenizers(options: argparse.Namespace) -> None:
+    """Raises: ValueError for a policy, of the options or of the folder, that would read the pairs'
+    token ids as another text than the first one does."""
+    (_, weak), *others = options.policy
+    expected = _reading(weak)
+    there = sorted((folder.name, str(folder)) for folder in options.out.glob("policy-*"))
+    for name, source in (*others, *there):
+        if _reading(source) != expected:
+            raise ValueError(
+                f"{name} ({source!r}) has another tokenizer than {weak!r}, and the pairs of a "
+                "folder are token ids: prepare a folder of its own"
+            )
+
+
+def _reading(source: str) -> tuple[dict[str, int], list[list[int]], int]:
+    """What the tokenizer of a policy reads: its vocabulary, a formatted prompt, and its EOS."""
+    tokenizer, _ = load_tokenizer(source)
+    return ordinary(tokenizer), encode_prompts(tokenizer, ["a"], 10_000).ids, tokenizer.eos_token_id
 
 
 def _copy_policies(options: argparse.Namespace) -> None:
@@ -162,13 +188,13 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[lis
     read = load_prompts(options.prompts)
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
-    split = split_of(options.prompts, len(read.prompts))
+    split = split_of(options.prompts, read)
     order = uniforms([options.seed], SPLIT, 0, (len(coded.ids),))[0].argsort().tolist()
     wanted = {"train": options.pairs, "validation": options.held_out}
     chosen: dict[str, list[int]] = {}
     for name, count in wanted.items():
-        taken = {i for rows in chosen.values() for i in rows}
-        rows = [i for i in order if i not in taken
+        taken = {tuple(coded.ids[i]) for rows in chosen.values() for i in rows}
+        rows = [i for i in order if tuple(coded.ids[i]) not in taken
                 and (split is None or split[coded.kept[i]] == name)][:count]  # fmt: skip
         if len(rows) < count:
             raise ValueError(f"{options.prompts!r} has {len(rows)} {name} prompts left, "
@@ -186,7 +212,7 @@ def _answers(
     coded, texts = prompts
     found = ids(tokenizer, model)
     number = SPLITS.index(split)
-    weak = Scorer(Network(model), found.eos, found.pad)
+    weak = Sampler(model, found, options.max_prompt + options.max_tokens, options)
     sampled = files.sample_pairs(weak, coded, options.max_tokens, options.seed + 1 + number)
     coded_answers = {"first": sampled.first, "second": sampled.second}  # as they were sampled
     answers = {name: tokenizer.batch_decode(side, skip_special_tokens=True)
@@ -206,12 +232,14 @@ def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> 
     model, _ = load_policy(options.strong, device=options.device)
     tokenizer, _ = load_tokenizer(options.strong)
     found = ids(tokenizer, model)
-    scorer = Scorer(Network(model, options.strong_temperature), found.eos, found.pad)
+    longest = 10 * options.max_prompt
+    scorer = Sampler(model, found, longest + options.max_tokens, options,
+                     options.strong_temperature)  # fmt: skip
     system = [{"role": "system", "content": SHORT}]
     asked = [system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)
              for p in prompts]  # fmt: skip
     for start in tqdm(range(0, len(asked), BATCH), desc="strong answers", unit="batch"):
-        part = encode_prompts(tokenizer, asked[start : start + BATCH], 10 * options.max_prompt).ids
+        part = encode_prompts(tokenizer, asked[start : start + BATCH], longest).ids
         heads, mask = padded(part, found.pad, "left", options.device)
         numbers = uniforms([options.seed], STRONG, 1000 * number + start // BATCH,
                            (len(part), options.max_tokens))[0].to(options.device)  # fmt: skip
@@ -260,9 +288,10 @@ def _read(
         name, path = getattr(options, kind), options.out / f"{kind}.parquet"
         if not name or path.exists():
             continue
-        read = load_preferences(name, split=options.split, revision=options.revision)
-        splits, texts, record[kind] = given_pairs(read, options, tokenizer,
-                                                  ids(tokenizer, model).eos)  # fmt: skip
+        where = {"split": options.split, "revision": options.revision}
+        read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
+        splits, texts, record[kind] = given_pairs(read, options, tokenizer, eos,
+                                                  split_of(name, read, **where))  # fmt: skip
         files.save(path, splits, texts)
         write_record(options.out, record)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -15,8 +16,8 @@ from lib.finetune import State
 from lib.lm import length, lora
 from lib.lm.batches import padded
 from lib.lm.config import LengthRun
-from lib.lm.models import TokenIds, ids, load_policy, load_reward_model, load_tokenizer
-from lib.lm.network import Network
+from lib.lm.models import TokenIds, load_policy, load_reward_model, load_tokenizer, stored_ids
+from lib.lm.network import Network, halve
 from lib.lm.pairs import SPLITS, Pairs, as_tensors, load, of_task
 from lib.lm.policy import CausalPolicy, Scorer
 from lib.lm.reward import RewardModel
@@ -43,9 +44,7 @@ class Data:
 @lru_cache(maxsize=4)
 def task_data(policy: Path, file: Path, task: str) -> Data:
     """Prompts and pairs of a task: a policy's folder, and the file of its pairs."""
-    tokenizer, _ = load_tokenizer(policy)
-    model, _ = load_policy(policy)
-    found = ids(tokenizer, model)
+    found = stored_ids(load_tokenizer(policy)[0], policy)
     pairs = {s: load(file, s, found.eos) for s in SPLITS}
     prompts = {split: p.prompts for split, p in pairs.items()}
     target = float(pairs["train"].lengths.mean())
@@ -62,11 +61,20 @@ def reference_scores(
     """
     started = perf_counter()
     data = task_data(policy, file, task)
-    model, _ = load_policy(policy, device=device)
-    scorer = Scorer(Network(model, temperature, dtype=dtype), data.ids.eos, data.ids.pad)
+    scorer = frozen_scorer(policy, data.ids, temperature, dtype, device)
     everything = torch.arange(len(data.pairs["train"]))
     batch = unlabelled(data.pairs["train"], everything, data.ids.pad, device)
     return scorer.score(batch), perf_counter() - started
+
+
+def frozen_scorer(
+    policy: Path, ids: TokenIds, temperature: float, dtype: str, device: str
+) -> Scorer:
+    """A stored policy that stays as it is."""
+    model, _ = load_policy(policy, device=device)
+    network = Network(model, temperature, dtype=dtype).requires_grad_(False)
+    halve(network, dtype)
+    return Scorer(network, ids.eos, ids.pad)
 
 
 def unlabelled(pairs: Pairs, index: Tensor, pad: int, device: str) -> Rollout:
@@ -93,13 +101,13 @@ class LengthProblem:
         self.reward = None
         if config.label == "learned":
             model, _ = load_reward_model(config.reward_folder, device=device)
-            self.reward = RewardModel(model)
+            self.reward = RewardModel(model, dtype=config.dtype)
         self.held_out = self._held_out()
 
     def _scorer(self) -> Scorer:
-        model, _ = load_policy(self.config.policy_folder, device=self.device)
-        network = Network(model, self.config.sampling_temperature, dtype=self.config.dtype)
-        return Scorer(network.requires_grad_(False), self.data.ids.eos, self.data.ids.pad)
+        config = self.config
+        return frozen_scorer(config.policy_folder, self.data.ids, config.sampling_temperature,
+                             config.dtype, self.device)  # fmt: skip
 
     def _policy(self) -> CausalPolicy:
         config = self.config
@@ -109,7 +117,8 @@ class LengthProblem:
         network = Network(model, config.sampling_temperature, "value_head" in self.method.needs,
                           config.dtype, config.checkpointing)  # fmt: skip
         return CausalPolicy(network, self.data.ids.eos, self.data.ids.pad, config.learning_rate,
-                            config.clip_norm, decoder=config.decoder)  # fmt: skip
+                            config.clip_norm, decoder=config.decoder,
+                            longest=max(map(len, chain(*self.data.prompts.values()))))  # fmt: skip
 
     def initial_state(self) -> State:
         """Policy = reference = the SFT policy. With LoRA they are one network, and the reference
@@ -197,10 +206,11 @@ class LengthProblem:
     def _reference_scores(self, batch: Rollout, index: Tensor) -> Tensor:
         """log pi_ref of the pairs at `index`, read from what this process has scored already.
 
-        A run that takes a small part of the data scores that part alone.
+        A run that takes a small part of the data scores that part alone; so does one with LoRA,
+        whose reference is its policy's network: a third model would have to be loaded.
         """
         config, total = self.config, len(self.data.pairs["train"])
-        if SMALL_SHARE * len(index) < total:
+        if config.lora_rank or SMALL_SHARE * len(index) < total:
             with self.clock.measure("scoring"):
                 return self.reference.score(batch)
         # Min and Mode label the same responses; who comes first does not pay for the others

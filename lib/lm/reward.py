@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lib.lm import parallel
+from lib.lm.network import halve, products
 from lib.lm.pairs import Pairs
 from lib.lm.policy import Rows, token_budget
 from lib.rollouts import Rollout
@@ -26,17 +27,21 @@ from lib.rollouts import Rollout
 class RewardModel:
     """Scores completions. A score depends on its own tokens only: not on batch, side or neighbours.
 
-    Args: model: a transformers sequence classifier of a causal architecture with one label.
+    Args:
+        model: a transformers sequence classifier of a causal architecture with one label; frozen.
+        dtype: of its matrix products and matrices, those of the score's own head left out.
     Raises: ValueError if the model is none.
     """
 
-    def __init__(self, model: PreTrainedModel, budget: int | None = None):
+    def __init__(self, model: PreTrainedModel, budget: int | None = None, dtype: str = "float32"):
         if getattr(model, "num_labels", None) != 1 or not hasattr(model, "score"):
             raise ValueError(
                 f"{type(model).__name__} is no reward model: it must be a causal architecture's "
                 "ForSequenceClassification with one label (num_labels=1)"
             )
         self.model, self.budget = model.eval(), budget or token_budget(model.device)
+        self.dtype = dtype
+        halve(model.requires_grad_(False).base_model, dtype)
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
@@ -52,11 +57,13 @@ class RewardModel:
             tokens = torch.cat([part.prompts, part.completions], 1)
             mask = torch.cat([part.prompt_mask, part.mask], 1)
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            hidden = self.model.base_model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions
-            ).last_hidden_state
+            with products(self.model.device, self.dtype):
+                hidden = self.model.base_model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+                ).last_hidden_state
             last = part.prompts.shape[1] + part.mask.sum(-1) - 1
             state = hidden[torch.arange(len(index), device=hidden.device), last]
+            state = state.to(self.model.score.weight.dtype)
             out[index] = self.model.score(state).float()[:, 0]
         return parallel.total(out).view(batch.rewards.shape)
 
@@ -112,7 +119,7 @@ def train(
         per_device_train_batch_size=how.batch, per_device_eval_batch_size=how.batch,
         lr_scheduler_type="constant", weight_decay=0.0, seed=how.seed, report_to=[],
         center_rewards_coefficient=how.centre or None, max_length=None, bf16=False,
-        use_cpu=device == "cpu", gradient_checkpointing=False, eval_strategy="epoch",
+        use_cpu=device == "cpu", gradient_checkpointing=device != "cpu", eval_strategy="epoch",
         save_strategy="epoch", save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch",
         save_only_model=True, disable_tqdm=True,

@@ -2,7 +2,8 @@
 
 `python -m lib.lm.run --method dpo --task min --rate 1e-3 --seed 0 --output table.parquet`, or
 `torchrun --nproc_per_node 2 -m lib.lm.run ...` for two processes, which share the rows of a run.
-Prints each evaluation; a run that was killed goes on if it had a `--checkpoint`.
+Prints each evaluation; a run that was killed goes on if it had a `--checkpoint`. The trained policy
+is kept with `--save FOLDER`, which transformers and `lib.lm.prepare --policy FOLDER` load.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
 
 from lib import methods
+from lib.finetune import State
 from lib.lm import parallel
 from lib.lm.config import LABELS, LengthRun, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
+from lib.lm.models import load_tokenizer
+from lib.lm.problem import LengthProblem
 from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
 
 
@@ -41,20 +47,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> pd.DataFrame:
     """The result table of the run; the main process writes it. Every process returns the same."""
     config = configuration(options)
+    if options.save and options.save.exists() and any(options.save.iterdir()):
+        raise ValueError(f"--save {options.save}: there is something already, name a new folder")
     accelerator = parallel.start(options.processes, cpu=options.device == "cpu")
     main = accelerator.is_main_process
     if main:
         print(f"processes: {accelerator.num_processes}, device: {accelerator.device}", flush=True)
+        _warn(config)
     try:
-        (table,) = LengthEngine(str(accelerator.device)).run([config], _checkpoint(options, config))
+        engine = KeepingEngine(str(accelerator.device))
+        (table,) = engine.run([config], _checkpoint(options, config))
         if main and options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.output, table.to_parquet)
+        if main and options.save:
+            save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
         if main and options.checkpoint:
             options.checkpoint.unlink(missing_ok=True)
     finally:
         accelerator.end_training()
     return table
+
+
+class KeptProblem(LengthProblem):
+    """A run whose state can be looked at when it is over."""
+
+    state: State
+
+    def initial_state(self) -> State:
+        self.state = super().initial_state()
+        return self.state
+
+
+class KeepingEngine(LengthEngine):
+    """An engine that keeps the problem of its last run."""
+
+    kept: KeptProblem
+
+    def problem(self, config: LengthRun, device: str) -> KeptProblem:
+        self.kept = KeptProblem(config, device)
+        return self.kept
+
+
+def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """A trained policy in the hub's format, in float32, with the tokenizer of `source`.
+
+    What adapters add is added to their matrices, and the adapters are gone.
+    """
+    model.float()  # frozen matrices may be in 16 bits, whose rounding would eat what is added
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    model.save_pretrained(folder)
+    load_tokenizer(source)[0].save_pretrained(folder)
+    print(f"saved: {folder}")
+
+
+def _warn(config: LengthRun) -> None:
+    """Says so where completions are cut at another length than the pairs were."""
+    path = config.folder / "prepared.json"
+    pairs = json.loads(path.read_text()).get("pairs", {}) if path.exists() else {}
+    cap = pairs.get("max_tokens", config.max_tokens)
+    if cap != config.max_tokens:
+        print(f"warning: completions are cut at {config.max_tokens} tokens, the pairs of "
+              f"{config.prepared!r} at {cap}: --option max_tokens={cap} cuts both alike",
+              file=sys.stderr)  # fmt: skip
 
 
 def configuration(options: argparse.Namespace) -> LengthRun:
@@ -124,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                         help="any other field of LengthRun, for example batch=256")  # fmt: skip
     parser.add_argument("--output", type=Path, help="parquet file of the result table")
+    parser.add_argument("--save", type=Path, help="new folder for the trained policy")
     parser.add_argument("--checkpoint", type=Path, help="safetensors file to save to and resume")
     parser.add_argument("--processes", type=int, help="how many there must be (else: WORLD_SIZE)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",

@@ -14,11 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, repeated
 from lib.lm.network import Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
+
+
+def compilable(config: PreTrainedConfig) -> bool:
+    """Whether the step of one token is the same at every token. A layer with a window counts its
+    tokens in Python, and a compiler would take each count for a step of its own."""
+    layers = StaticCache(config, max_cache_len=1).layers
+    return all(type(layer) is StaticLayer for layer in layers)
 
 
 class FixedCache(StaticCache):
@@ -38,11 +46,14 @@ class StaticDecoder:
     """Samples as `lib.lm.decode.sample` does, and the same tokens up to rounding.
 
     Caches are kept from one sampling to the next, since a CUDA graph knows them by their address.
-    Args: compiled: compile the step of one token, on a GPU into a CUDA graph.
+    Args:
+        compiled: compile the step of one token, on a GPU into a CUDA graph.
+        longest: tokens of the longest prompt to come, where it is known: caches have room for it
+            from the start. Every length of a cache is compiled for, and the compiler allows few.
     """
 
-    def __init__(self, network: Network, compiled: bool = False):
-        self.twin = Twin(network)
+    def __init__(self, network: Network, compiled: bool = False, longest: int = 0):
+        self.twin, self.longest = Twin(network), longest
         self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
         self.step, self.compiled = step, compiled
         if compiled:
@@ -60,7 +71,7 @@ class StaticDecoder:
         if rows == 0:
             return trace.samples()
         prompts, prompt_mask = repeated(rows // len(prompts), prompts, prompt_mask)
-        cache = self._cache(rows, prompts.shape[1] + length)
+        cache = self._cache(rows, max(prompts.shape[1], self.longest) + length)
         # every place after the prompt is allowed; that it is not read before it is written is
         # what the causal mask sees to
         rest = cache.places - prompts.shape[1]

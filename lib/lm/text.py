@@ -185,8 +185,15 @@ def as_text(prompt: Prompt) -> str:
 
 
 def from_text(text: str) -> Prompt:
-    """The prompt that `as_text` wrote."""
-    return json.loads(text) if text.startswith('[{"') else text
+    """The prompt that `as_text` wrote. Text that only looks like messages is text."""
+    if not text.startswith('[{"'):
+        return text
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    messages = all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found)
+    return found if messages else text
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -216,16 +223,21 @@ def encode_prompts(
     """
     _at_least_one(max_tokens)
     texts = [render(tokenizer, prompt) for prompt in prompts]
-    start = [] if tokenizer.chat_template is not None else _start(tokenizer)
     bound = max_tokens * _longest_token(tokenizer)  # no longer text can fit: not tokenised at all
     candidates = [i for i, text in enumerate(texts) if len(text) <= bound]
-    coded = [start + ids for ids in _tokens(tokenizer, [texts[i] for i in candidates])]
+    coded = rendered_ids(tokenizer, [texts[i] for i in candidates])
     fits = [(i, ids) for i, ids in zip(candidates, coded, strict=True) if len(ids) <= max_tokens]
     if prompts and not fits:
         shortest = min(map(len, coded), default=None)
         raise TextError(f"none of {len(prompts)} prompts fits in max_tokens={max_tokens}"
                         + (f": the shortest has {shortest}" if shortest else ""))  # fmt: skip
     return EncodedPrompts([ids for _, ids in fits], [i for i, _ in fits], len(texts) - len(fits))
+
+
+def rendered_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts. A chat template writes the BOS itself, where there is one."""
+    start = [] if tokenizer.chat_template is not None else _start(tokenizer)
+    return [start + ids for ids in _tokens(tokenizer, texts)]
 
 
 def encode_responses(

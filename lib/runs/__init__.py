@@ -15,6 +15,7 @@ from lib.runs.published import (
     PublishError,
     largest_published,
     publish,
+    refuse_dirty_records,
     refuse_dirty_tree,
     results_folder,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "largest_published",
     "plan",
     "publish",
+    "refuse_dirty_records",
     "refuse_dirty_tree",
     "results_folder",
     "write_atomically",

@@ -12,7 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds `lib`
 PACKAGE = "lib"
 
-_first_seen: dict[Path, str] = {}  # what this process's modules were when it first computed
+# Sources as this process found them when it imported this module: what it runs, whatever becomes of
+# the files. Those of modules that it imports later may be newer, which is then refused as well.
+_first_seen: dict[Path, str] = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / PACKAGE).rglob("*.py")
+    if path.is_file()
+}
 
 
 def code_fingerprint(*module_names: str, root: Path | None = None) -> dict[str, str]:
@@ -56,7 +62,7 @@ def changed_since(then: Mapping[str, str], root: Path | None = None) -> list[str
 
 
 def fingerprint_as_loaded(*module_names: str) -> dict[str, str]:
-    """`code_fingerprint`, refused when a file changed after this process first computed with it.
+    """`code_fingerprint`, refused when a file changed after this process started with it.
 
     The process still runs what it loaded then, so the files no longer name the code that runs.
     """
@@ -80,13 +86,8 @@ def refuse_other_code(code: Mapping[str, str]) -> None:
 
 def _seen(path: Path) -> str:
     if path not in _first_seen:
-        _first_seen[path] = source_hash(path)
-    return _first_seen[path]
-
-
-def module_name(path: str) -> str:
-    """The module of a fingerprint's path: "lib/bandit/__init__.py" -> "lib.bandit"."""
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        _first_seen[path] = path.read_text(encoding="utf-8")
+    return _parsed_source(path, _first_seen[path])[1]
 
 
 def source_hash(path: Path) -> str:
@@ -104,7 +105,12 @@ def _parsed(path: Path) -> tuple[list[ast.Import | ast.ImportFrom], str]:
 def _parsed_at(
     path: Path, mtime_ns: int, size: int
 ) -> tuple[list[ast.Import | ast.ImportFrom], str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return _parsed_source(path, path.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed_source(path: Path, source: str) -> tuple[list[ast.Import | ast.ImportFrom], str]:
+    tree = ast.parse(source, filename=str(path))
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     return imports, hashlib.sha256(json.dumps(_plain(tree)).encode()).hexdigest()[:16]
 

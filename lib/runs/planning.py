@@ -23,8 +23,9 @@ class Engine(Protocol):
     """How one kind of problem computes its runs.
 
     Attributes: `block_size`, the most runs that train together; `modules`, names of the `lib`
-    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally
-    `device` ("cpu") and `dtype` ("float32"), kept as provenance.
+    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally,
+    kept as provenance, `device` ("cpu"), `dtype` ("float32") and `packages`, those besides torch,
+    numpy and pandas whose versions may move a number ("transformers", ...).
     """
 
     block_size: int
@@ -33,8 +34,8 @@ class Engine(Protocol):
     def block_key(self, config: Any) -> Any:
         """Hashable; runs of equal keys may train together."""
 
-    def cost(self, config: Any) -> float:
-        """Estimated seconds of one run on one process, in a full block."""
+    def cost(self, block: Sequence[Any]) -> float:
+        """Estimated seconds of a block of runs, which may not be full, on one process."""
 
     def run(self, configs: Sequence[Any], checkpoint: Checkpoint) -> Sequence[pd.DataFrame]:
         """The tables of the runs, in their order: one row per evaluated update, metrics only.
@@ -129,7 +130,7 @@ def plan(
     todo = [run.config for run in runs if run.status.kind not in REUSED]
     blocks = group(todo, engine)
     jobs = max(1, min(jobs or default_jobs(engine), len(blocks) or 1))
-    costs = [sum(map(engine.cost, block)) for block in blocks]
+    costs = [engine.cost(block) for block in blocks]
     seconds = max([sum(costs) / jobs, *costs])
     return Plan(runs, jobs, seconds, len(todo) * store.record_bytes())
 
@@ -144,7 +145,7 @@ def group(configs: Sequence[Any], engine: Engine) -> list[list[Any]]:
         for members in by_key.values()
         for start in range(0, len(members), engine.block_size)
     ]
-    return sorted(blocks, key=lambda block: -sum(map(engine.cost, block)))
+    return sorted(blocks, key=lambda block: -engine.cost(block))
 
 
 def default_jobs(engine: Engine) -> int:

@@ -15,11 +15,14 @@ import torch
 
 from lib.runs import fingerprint
 
-PACKAGES = ("torch", "numpy", "pandas")  # whose versions may move a number
+PACKAGES = ("torch", "numpy", "pandas")  # whose versions may move a number, with any engine
 
 
-def environment(device: str, dtype: str) -> dict[str, Any]:
-    """Machine and versions as this process has them; names no host, user or folder."""
+def environment(device: str, dtype: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Machine and versions as this process has them; names no host, user or folder.
+
+    Args: packages: whose versions count besides PACKAGES.
+    """
     return {
         "device": device,
         "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else "",
@@ -28,7 +31,7 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
+        "versions": versions(packages),
     }
 
 
@@ -44,9 +47,9 @@ def cpu_model() -> str:
 
 
 @functools.cache
-def versions() -> dict[str, str]:
-    """Python and the packages that compute."""
-    found = {package: metadata.version(package) for package in PACKAGES}
+def versions(packages: tuple[str, ...] = ()) -> dict[str, str]:
+    """Python and the packages that compute, `packages` among them."""
+    found = {package: metadata.version(package) for package in (*PACKAGES, *packages)}
     return {"python": platform.python_version(), **found}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from lib.runs import fingerprint, provenance
 from lib.runs.configurations import file_hash
 from lib.runs.files import write_atomically
+from lib.runs.planning import Engine, plan
 from lib.runs.records import unset_strings
+from lib.runs.store import Store
 
 PROFILES = ("smoke", "cpu", "full", "gpu", "paper")  # from the smallest to the largest
 SECONDS_BITS = 12  # of the mantissa that published times keep: 1 part in 8,000, far below noise
@@ -115,19 +117,17 @@ class Published:
             else ""
         )
 
-    def stamp(self, verification: dict[str, Any]) -> None:
-        """Take the present code as these results' own after a sample was verified against it."""
+    def stamp(self, verification: dict[str, Any], modules: Sequence[str]) -> None:
+        """Take the present code as these results' own after a sample was verified against it.
+
+        Args: modules: those that its runs execute now, as their engine names them.
+        """
         meta = {
             **self.meta,
-            "code": self._code_now(),
+            "code": fingerprint.code_fingerprint(*modules),
             "verified": [*self.meta["verified"], verification],
         }
         _write_json(self.path.with_suffix(".json"), meta)
-
-    def _code_now(self) -> dict[str, str]:
-        """The fingerprint of these results' modules as they are, and of all they import now."""
-        kept = [path for path in self.meta["code"] if (fingerprint.ROOT / path).exists()]
-        return fingerprint.code_fingerprint(*map(fingerprint.module_name, kept))
 
 
 def publish(
@@ -182,6 +182,16 @@ def refuse_dirty_tree() -> None:
         raise PublishError(f"uncommitted changes; commit them first: {', '.join(dirty[:10])}")
 
 
+def refuse_dirty_records(configs: Sequence[Any], store: Store, engine: Engine) -> None:
+    """PublishError, naming their files, if stored runs were computed with uncommitted changes.
+
+    Only runs that would be reused count; those that are missing or stale are computed anew.
+    """
+    planned = plan(configs, store, engine).runs
+    records = store.provenance([run.identity for run in planned if run.status.kind == "stored"])
+    _refuse_dirty_records({str(store.path(run)): record for run, record in records.items()})
+
+
 def largest_published(chapter: str, results: Path | None = None) -> Published | None:
     """The published results of a chapter at its largest profile, or None."""
     for profile in reversed(PROFILES):
@@ -204,19 +214,28 @@ def _record(run: str, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _refuse(records: Mapping[str, dict[str, Any]]) -> None:
     refuse_dirty_tree()
+    _refuse_dirty_records(records)
     for run, record in records.items():
-        if not record["commit"] or record["dirty"]:
-            raise PublishError(
-                f"run {run} was computed with uncommitted changes in "
-                f"{', '.join(record['dirty']) or 'a folder that is no git repository'}: "
-                "remove its record and compute it again from a clean tree"
-            )
         edited = fingerprint.changed_since(record["code"])
         if edited:
             raise PublishError(
                 f"run {run} was computed by other code ({record['commit'][:10]}) than now: "
                 f"{', '.join(edited)}"
             )
+
+
+def _refuse_dirty_records(records: Mapping[str, dict[str, Any]]) -> None:
+    """PublishError that lists those of the records, by their names, which are of no commit."""
+    listed = [
+        f"{name}: {', '.join(record['dirty']) or 'a folder that is no git repository'}"
+        for name, record in records.items()
+        if record["dirty"] or not record["commit"]
+    ]
+    if listed:
+        raise PublishError(
+            f"{len(listed)} runs were computed with uncommitted changes; remove their records and "
+            "compute them again from a clean tree:\n" + "\n".join(listed)
+        )
 
 
 def _names(configuration: dict[str, Any], prefix: str = "") -> list[str]:

@@ -74,7 +74,7 @@ def compute(
     for run in overview.runs:
         if run.status.kind == "damaged":
             say(f"recomputed: {run.status.reason}")
-    store.sweep(fingerprint.code_fingerprint(*engine.modules))
+    store.sweep()
     if overview.todo:
         _compute_missing(overview, store, engine, progress, say, backend)
     tables = [
@@ -234,7 +234,9 @@ def _provenance(
         "seed": getattr(config, "seed", None),
         **job.origin,
         "environment": provenance.environment(
-            getattr(engine, "device", "cpu"), getattr(engine, "dtype", "float32")
+            getattr(engine, "device", "cpu"),
+            getattr(engine, "dtype", "float32"),
+            getattr(engine, "packages", ()),
         ),
         "seconds": {name.removeprefix("seconds_"): round(float(last[name]), 3) for name in names},
         "code": job.code,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lib.runs.files import StoreFullError, remove, write_atomically
-from lib.runs.fingerprint import changed, combined
+from lib.runs.fingerprint import changed, changed_since
 from lib.runs.records import DamagedRecordError, read_record, write_record
 
 CHECKPOINT_SHARE = 0.05  # of the time may go into checkpoints, whatever the interval
@@ -42,7 +42,7 @@ class Status:
 class Checkpoint:
     """The state of a block of runs in progress; engines call it between iterations.
 
-    `header` (identities of the runs, hash of the code) is stored beside the state, so that a
+    `header` (identities of the runs, hashes of their code) is stored beside the state, so that a
     state is only ever resumed by the same runs and the same code.
     """
 
@@ -188,29 +188,35 @@ class Store:
         report: Callable[[float, dict[str, Any]], None] | None = None,
     ) -> Checkpoint:
         """The checkpoint of a block of runs computed by `code`."""
-        header = {"runs": list(runs), "code": combined(code)}
-        name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:20]
+        header = {"runs": list(runs), "code": dict(code)}
+        name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
         path = self.root / "checkpoints" / f"{name}.safetensors"
         return Checkpoint(path, header, self.checkpoint_interval, report)
 
     def checkpoints(self, code: Mapping[str, str]) -> list[tuple[str, ...]]:
         """The blocks of runs that stopped midway under `code`, or are under way elsewhere."""
         headers = [self._header(path) for path in self._checkpoint_paths()]
-        return [tuple(h["runs"]) for h in headers if h is not None and h["code"] == combined(code)]
+        return [tuple(h["runs"]) for h in headers if h is not None and h["code"] == code]
 
-    def sweep(self, code: Mapping[str, str]) -> None:
-        """Remove checkpoints of other code, damaged or finished, unless their runs are held."""
+    def sweep(self) -> None:
+        """Remove checkpoints that nobody can resume, unless their runs are held.
+
+        Those are damaged ones, finished ones, and ones whose own code has changed since: other
+        engines' are kept.
+        """
         for path in self._checkpoint_paths():
             header = self._header(path)
-            if header is not None and self._resumable(header, code):
+            if header is not None and self._resumable(header):
                 continue
             with self.locked(header["runs"] if header else [], wait=False) as free:
                 if free:
                     remove(path)
 
-    def _resumable(self, header: dict[str, Any], code: Mapping[str, str]) -> bool:
-        finished = all(self.status(run, code).kind == "stored" for run in header["runs"])
-        return header["code"] == combined(code) and not finished
+    def _resumable(self, header: dict[str, Any]) -> bool:
+        code = header["code"]
+        if not isinstance(code, dict) or changed_since(code):  # once it was one hash of all files
+            return False
+        return any(self.status(run, code).kind != "stored" for run in header["runs"])
 
     def _checkpoint_paths(self) -> list[Path]:
         return sorted(self.root.glob("checkpoints/*.safetensors"))

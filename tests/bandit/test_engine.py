@@ -109,6 +109,31 @@ def test_a_killed_offline_run_resumes_with_the_same_numbers(quick):
     assert_same(tables(run, checkpoint=checkpoint)[0], tables(run)[0])
 
 
+def test_a_resumed_state_is_on_the_problems_device(quick):
+    """Checkpoints hold tensors of the CPU; "meta" stands in for a GPU, and cannot be mixed."""
+    run = small("ipo", sets=2, inner_steps=2, iterations=2, evaluations=3)
+    checkpoint = Checkpoint(4)  # between two rows: metrics are summed up
+    with pytest.raises(Checkpoint.Killed):
+        tables(run, checkpoint=checkpoint)
+    training = stack([run])
+    training.problem.device = "meta"
+    training.state.policy.alive = training.state.policy.alive.to("meta")
+    training.restore(*checkpoint.load())
+    sums = {name: value for name, value in training.sums.items() if name != "updates"}
+    parameters = training.state.behaviour.parameters
+    assert sums and parameters
+    assert {x.device.type for x in (*sums.values(), *parameters.values())} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_killed_run_resumes_on_a_gpu(quick):
+    engine, checkpoint = BanditEngine("cuda"), Checkpoint(4)
+    with pytest.raises(Checkpoint.Killed):
+        engine.run(INTERRUPTED, checkpoint)
+    for table in engine.run(INTERRUPTED, checkpoint):
+        assert table["reward"].notna().all() and not table["diverged"].any()
+
+
 class Breaks(Checkpoint):
     """Poisons some runs of a stack after an update, as an overflow would."""
 
@@ -186,11 +211,20 @@ def test_runs_that_cannot_be_stacked_have_different_keys():
 
 
 def test_cost_grows_with_updates_and_completions():
+    def cost(**options):
+        return BanditEngine().cost([bandit_run("ipo", "R1", 0.01, 0, **options)])
+
+    assert cost() > cost(iterations=4)
+    assert cost(inner_steps=2) > cost()
+    assert cost(prompts=20) > cost()
+
+
+def test_a_short_block_costs_what_a_full_one_does_and_a_lone_run_its_own():
+    """A short stack is filled up with copies, which train as well."""
     cost = BanditEngine().cost
-    whole = bandit_run("ipo", "R1", 0.01, 0)
-    assert cost(whole) > cost(small("ipo"))
-    assert cost(bandit_run("ipo", "R1", 0.01, 0, inner_steps=2)) > cost(whole)
-    assert cost(bandit_run("ipo", "R1", 0.01, 0, prompts=20)) > cost(whole)
+    full = [bandit_run("ipo", "R1", 0.01, seed) for seed in range(BLOCK)]
+    assert cost(full[:1]) == cost(full) == BLOCK * cost([replace(full[0], alone=True)])
+    assert len(stack(full[:1]).problem.seeds) == BLOCK
 
 
 @given(st.integers(1, 500), st.integers(1, 60))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -152,6 +153,19 @@ def test_what_a_run_reads_is_part_of_its_identity():
     assert all(f.exists() for c in (plain, *changed) for f in c.data_files())
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_judge_of_ones_own_counts_by_its_files(made, named, tmp_path):
+    root, _ = made
+    out = shutil.copytree(root / "out", tmp_path / "out")
+    judge = shutil.copytree(root / "judge", out / "judge")
+    config = run(out, judge=str(judge) if named else "judge")
+    before = identity(config), identity(run(out, judge="smollm2"))
+    with (judge / "tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    assert identity(config) != before[0]
+    assert identity(run(out, judge="smollm2")) == before[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -214,6 +228,6 @@ def real(tmp_path_factory):
     with gzip.open(real_preferences(), "rt", encoding="utf-8") as file:
         (root / "pairs.jsonl").write_text("".join(islice(file, 240)), encoding="utf-8")
     arguments = ["--policy", f"128={TINY / 'policy'}", "--similar", str(root / "pairs.jsonl"),
-                 "--out", str(root / "out"), "--epochs", "1"]  # fmt: skip
+                 "--out", str(root / "out"), "--epochs", "1", "--max-tokens", "96"]  # fmt: skip
     assert prepare_full.main(arguments) == 0
     return root / "out"

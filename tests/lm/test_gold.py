@@ -8,9 +8,11 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from lib.lm import gold
 from lib.lm.models import ModelTypeError
+from lib.lm.text import encode_prompts
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 PROMPTS = ["tea", "rain in the morning", "say it", "stars"]
@@ -39,6 +41,25 @@ def test_a_score_is_the_likelihood_and_what_the_instruction_adds(judge):
     expected = (2 * given - without).mean().item()
     assert len(body) == len("so it is") + 1
     assert judge.score(["what now?"], ["so it is"])[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_judge_without_a_template_reads_its_bos(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<turn>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<turn> $A", special_tokens=[("<turn>", 258)]
+    )
+    judge = gold.Likelihood(save_tiny_policy(tmp_path, initializer_range=0.3, tokenizer=tokenizer))
+    expected = encode_prompts(judge.tokenizer, PROMPTS, 200).ids
+    assert gold.prompt_ids(judge.tokenizer, PROMPTS) == expected and expected[0][0] == 258
+    values, body = [], [*tokenizer("hot", add_special_tokens=False)["input_ids"], 256]
+    for prompt in ("tea", ""):
+        text = f"Instruction:\n{prompt}\n\nResponse:\n"
+        head = [258, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        logp = judge.network.model(torch.tensor([head + body])).logits[0].log_softmax(-1)
+        values.append(logp[len(head) - 1 : -1].gather(1, torch.tensor(body)[:, None])[:, 0])
+    expected = (2 * values[0] - values[1]).mean().item()
+    assert judge.score(["tea"], ["hot"])[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_copied_token_counts_a_constant(judge):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lib.lm import lora
+from lib.lm import problem as problem_module
 from lib.lm.config import length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.network import Network
@@ -104,6 +105,20 @@ def test_an_update_changes_the_adapters_alone_and_the_reference_stays(folder):
     assert changed == {name for name in before if "lora_" in name}
     assert torch.equal(problem.reference.score(batch), scores)
     assert not torch.equal(state.policy.score(batch), scores)
+
+
+def test_an_offline_run_scores_with_its_own_reference(folder, monkeypatch):
+    """And loads no third policy for it."""
+    problem = LengthProblem(small(folder, "dpo_offline"))
+    state = started(problem)
+    monkeypatch.setattr(problem_module, "load_policy", None)
+    problem_module.reference_scores.cache_clear()
+    batch = problem.collect(state, problem.method)
+    monkeypatch.undo()
+    plain = LengthProblem(small(folder, "dpo_offline", lora_rank=None))
+    assert torch.equal(batch.completions, plain.collect(state, problem.method).completions)
+    expected = plain.collect(state, problem.method).ref
+    torch.testing.assert_close(batch.ref, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_value_head_trains_whole(folder):

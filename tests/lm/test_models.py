@@ -244,6 +244,29 @@ def test_classifier_of_two_classes_is_no_reward_model(tmp_path):
         models.load_reward_model(tmp_path)
 
 
+@pytest.mark.parametrize("generation", [{"eos_token_id": [256, 258]}, {}, None])
+def test_special_tokens_of_a_stored_model_are_those_of_the_loaded_one(tmp_path, generation):
+    folder = save_tiny_policy(tmp_path)
+    file = folder / "generation_config.json"
+    if generation is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(generation))
+    tokenizer, _ = models.load_tokenizer(folder)
+    expected = models.ids(tokenizer, models.load_policy(folder)[0])
+    (folder / "model.safetensors").unlink()
+    assert models.stored_ids(tokenizer, folder) == expected
+    assert expected.eos == ((256, 258) if generation else (256,))
+
+
+def test_a_stored_model_too_small_for_its_tokenizer_is_refused(tmp_path):
+    folder = save_tiny_policy(tmp_path, vocab=258, eos_token_id=256)
+    with pytest.raises(models.TokenizerError, match="token id 258, the model's embedding only 258"):
+        models.stored_ids(tiny_tokenizer(), folder)
+    with pytest.raises(ModelTypeError, match="is a GPTNeoXForSequenceClassification"):
+        models.stored_ids(tiny_tokenizer(), save_tiny_reward_model(tmp_path / "reward"))
+
+
 def test_bad_dtype_and_device(policy):
     with pytest.raises(LoadError, match=r"'float8'|\('float32', 'bfloat16', 'float16'\)"):
         models.load_policy(policy, dtype="float8")

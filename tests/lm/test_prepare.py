@@ -6,12 +6,17 @@ import json
 
 import pandas as pd
 import pytest
-from transformers import AutoModelForSequenceClassification
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lib.lm import prepare
-from lib.lm.config import length_run
+from lib.lm import pairs, prepare
+from lib.lm.config import TINY, length_run
 from lib.lm.engine import LengthEngine
+from lib.lm.models import TokenIds, ids, load_policy, load_tokenizer
+from lib.lm.network import Network
+from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem
+from lib.lm.text import load_preferences, load_prompts
 from tests.lm.test_problem import Silent
 from tests.tiny_lm import save_tiny_policy, tiny_tokenizer
 
@@ -153,3 +158,192 @@ def test_an_eos_that_was_named_is_kept_for_the_runs(tmp_path):
     assert prepare.main(arguments) == 0
     run = length_run("dpo", "min", 1e-3, 0, prepared=str(tmp_path / "out"), max_tokens=12)
     assert LengthProblem(run).data.ids.eos == (256,)
+
+
+# --- what ships, and how samples are drawn --------------------------------------------------------
+
+
+def settled(*arguments):
+    options = prepare._parser().parse_args(["--policy", "p", "--out", "o", *arguments])
+    prepare.settle(options)
+    return options
+
+
+def test_the_shipped_pairs_are_those_of_their_command():
+    """Its prompts by split, and what the policy answers to the first of them."""
+    options = settled("--prompts", str(TINY / "responses.parquet"), "--column", "prompt",
+                      "--max-prompt", "64", "--device", "cpu")  # fmt: skip
+    tokenizer, _ = load_tokenizer(TINY / "policy")
+    model, _ = load_policy(TINY / "policy")
+    found, prompts = ids(tokenizer, model), prepare._prompts(options, tokenizer)
+    shipped = {s: pairs.load(TINY / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
+    assert prompts == {s: p.prompts for s, p in shipped.items()}
+    sampler = prepare.Sampler(model, found, 64 + 96, options)
+    assert sampler.rows >= 2 * pairs.BATCH  # all at once, as they were drawn
+    again = pairs.sample_pairs(sampler, prompts["train"][:12], options.max_tokens, options.seed)
+    then = shipped["train"]
+    two = ((again.first, then.first[:12]), (again.second, then.second[:12]))
+    same = [a == b for pair in two for a, b in zip(*pair, strict=True)]
+    assert sum(same) >= 23  # of 24: another processor may round a token over
+
+
+def test_the_defaults_are_those_that_the_shipped_folder_was_made_with():
+    options = settled("--prompts", "x", "--device", "cpu")
+    assert (options.rate, options.max_tokens, options.dtype) == (1e-3, 96, "float32")
+    assert options.epochs == 6 and not options.cut
+
+
+def test_a_reward_model_that_was_trained_before_starts_from_a_small_rate():
+    options = settled("--prompts", "x", "--reward-model", "somewhere")
+    assert (options.rate, options.epochs) == (1e-5, 1)
+    options = settled("--prompts", "x", "--reward-model", "y", "--rate", "0.1", "--epochs", "3")
+    assert (options.rate, options.epochs) == (0.1, 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [("cpu", None, "float32"), ("cuda", (7, 5), "float16"), ("cuda:1", (8, 0), "bfloat16"),
+     ("cuda", (9, 0), "bfloat16"), ("cuda", None, "float32")],
+)  # fmt: skip
+def test_samples_are_drawn_in_a_dtype_that_the_device_has(device, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert prepare.usual_dtype(device) == dtype
+
+
+@pytest.mark.parametrize("decoder", ["growing", "static"])
+def test_pieces_that_fit_draw_what_the_whole_batch_does(tmp_path, monkeypatch, decoder):
+    folder = save_tiny_policy(tmp_path / "sft", initializer_range=0.3)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompts = [[i % 250 + 1] * (1 + i % 5) for i in range(11)]
+    whole = pairs.sample_pairs(Scorer(Network(model), (256,), 257), prompts, 12)
+    options = settled("--prompts", "x", "--device", "cpu", "--decoder", decoder)
+    row = 4 * 17 * 2 * 16  # float32 keys and values of one layer of width 16: 5 + 12 tokens
+    seen, sample = [], Scorer.sample
+    monkeypatch.setattr(Scorer, "sample", lambda self, *x: seen.append(len(x[2])) or
+                        sample(self, *x))  # fmt: skip
+    for room, rows, sizes in ((7 * row, 4, [4] * 5 + [2]), (1, 1, [1] * 22), (99 * row, 64, [22])):
+        monkeypatch.setattr(prepare, "ROOM", room)
+        sampler = prepare.Sampler(model, TokenIds((256,), 257), 17, options)
+        assert sampler.rows == rows
+        seen.clear()
+        again = pairs.sample_pairs(sampler, prompts, 12)
+        assert seen == sizes
+        assert (again.first, again.second) == (whole.first, whole.second)
+
+
+def test_a_folder_is_made_in_16_bits_with_another_decoder(prepared, tmp_path):
+    out, arguments = prepared
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= {"--out": str(tmp_path / "new"), "--tasks": "min", "--epochs": "1",
+                "--dtype": "bfloat16", "--decoder": "static"}  # fmt: skip
+    assert prepare.main([word for pair in options.items() for word in pair]) == 0
+    made, exact = (pd.read_parquet(f / "pairs.parquet") for f in (tmp_path / "new", out))
+    same = [list(a) == list(b) for a, b in zip(made["first"], exact["first"], strict=True)]
+    assert 0 < sum(same) < len(same)  # near, and rounded
+    record = json.loads((tmp_path / "new" / "prepared.json").read_text())
+    assert record["arguments"]["dtype"] == "bfloat16"
+
+
+# --- what a file says -----------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"say {i // 2}", "chosen": f"yes {i}", "rejected": f"no {i}",
+         "split": ("train", "validation", "test")[i // 2 % 3]} for i in range(24)]  # fmt: skip
+ROWS[2]["prompt"] = "  "  # is dropped: what comes after must not move up
+
+
+def written(rows, file):
+    table = pd.DataFrame(rows)
+    if file.suffix == ".jsonl":
+        table.to_json(file, orient="records", lines=True)
+    else:
+        getattr(table, f"to_{file.suffix[1:]}")(file, index=False)
+    return str(file)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_files_own_split_is_kept_whatever_its_format(suffix, tmp_path):
+    source = written(ROWS, tmp_path / f"rows.{suffix}")
+    for load in (load_prompts, load_preferences):
+        read = load(source)
+        assert len(read) == 23
+        named = dict(zip(read.prompts, prepare.split_of(source, read), strict=True))
+        assert named == {r["prompt"]: r["split"] for r in ROWS if r["prompt"].strip()}
+    prompts = prepare._prompts(settled("--prompts", source), tiny_tokenizer())
+    assert [len(prompts[s]) for s in pairs.SPLITS] == [8, 7]  # and the test rows are left out
+    options = settled("--preferences", source)
+    read = load_preferences(source)
+    splits, texts, _ = prepare.given_pairs(read, options, tiny_tokenizer(), (256,),
+                                           prepare.split_of(source, read))  # fmt: skip
+    for name in pairs.SPLITS:
+        wanted = [r["prompt"] for r in ROWS if r["split"] == name and r["prompt"].strip()]
+        assert texts[name]["instruction"].tolist() == wanted and len(splits[name]) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({0: {"split": "dev"}}, "row 1: split must be one of .*, got 'dev'"),
+        ({0: {"split": "validation"}}, "row 2: its prompt is in 'train' and in 'validation'"),
+        ({i: {"split": "train"} for i in range(24)}, r"no row that is \['validation'\]"),
+    ],
+)
+def test_a_split_that_is_none_is_refused(change, match, tmp_path):
+    rows = [row | change.get(i, {}) for i, row in enumerate(ROWS)]
+    source = written(rows, tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=match):
+        prepare.split_of(source, load_prompts(source))
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side():
+    prompts = [f"say {i % 40}" for i in range(200)]
+    names = prepare.drawn(prompts, 0)
+    assert set(names) == {"train", "validation"}
+    assert len(set(zip(prompts, names, strict=True))) == 40
+    assert names[:40] == prepare.drawn(prompts[:40], 0)  # those of a file without repetitions
+
+
+def test_a_file_of_distinct_prompts_keeps_the_split_that_it_had():
+    """Recorded when a split was drawn for every row."""
+    names = prepare.drawn([f"say {i}" for i in range(60)], 0)
+    assert [i for i, name in enumerate(names) if name == "validation"] == [0, 1, 43, 46, 48]
+
+
+# --- given pairs ----------------------------------------------------------------------------------
+
+
+def test_a_cap_that_nobody_named_may_not_cut_most_responses(tmp_path, capsys):
+    rows = [{"prompt": f"say {i}", "chosen": "y" * 200, "rejected": "n" * (1 + 199 * (i < 2))}
+            for i in range(300)]  # fmt: skip
+    read = load_preferences(written(rows, tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match="302 of all 600 responses reach 96 tokens .*--max-tokens"):
+        prepare.given_pairs(read, settled("--preferences", "x"), tiny_tokenizer(), (256,))
+    options = settled("--preferences", "x", "--max-tokens", "96")
+    _, _, record = prepare.given_pairs(read, options, tiny_tokenizer(), (256,))
+    assert record["capped"] == 302
+    assert "302 of all 600 responses reach 96 tokens and are cut" in capsys.readouterr().out
+
+
+def other_tokenizer():
+    """The bytes in another order."""
+    tokenizer = tiny_tokenizer()
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data["model"]["vocab"] = {t: 255 - i for t, i in data["model"]["vocab"].items()}
+    return type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer.from_str(json.dumps(data)),
+                           eos_token="<eos>", pad_token="<pad>")  # fmt: skip
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused_before_any_work(prepared, tmp_path, capsys):
+    _, arguments = prepared
+    other = save_tiny_policy(tmp_path / "other", tokenizer=other_tokenizer())
+    more = tiny_tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<mine>"]})
+    same = save_tiny_policy(tmp_path / "same", tokenizer=more)
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= {"--out": str(tmp_path / "new"), "--tasks": "min", "--epochs": "1"}
+    for reward, status in ((other, 2), (same, 0)):
+        options["--reward-model"] = str(reward)
+        assert prepare.main([word for pair in options.items() for word in pair]) == status
+        if status:
+            assert "has another tokenizer than the policy" in capsys.readouterr().err
+            assert not (tmp_path / "new").exists()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pandas as pd
 import pytest
 import torch
 
 from lib.finetune import Schedule
+from lib.lm import problem as problem_module
 from lib.lm.config import LengthRun, length_run
 from lib.lm.engine import LengthEngine
+from lib.lm.models import ids, load_policy, load_tokenizer
+from lib.lm.network import Network
+from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem, task_data
 from lib.methods import METHODS
 from lib.runs import identity
@@ -60,6 +66,8 @@ def test_dials_b_and_t_keep_the_updates(batch, inner, iterations):
         ({"method": "dpo_offline", "completions": 2, "iterations": 3}, "dpo_offline is offline"),
         ({"method": "pref_ft", "completions": 4, "iterations": 1}, "completions must be 2, got 4"),
         ({"tau": 0.1}, r"reinforce has no hyperparameter \['tau'\]"),
+        ({"standardise": "prompt"}, r"completions must be at least 2 \(or standardise='batch'\)"),
+        ({"batch": 1, "minibatch": 1}, "one reward has no .*: batch must be at least 2"),
         ({"batch": 100}, "batch in minibatches: 100 is not a multiple of 64"),
     ],
 )
@@ -79,11 +87,15 @@ def test_an_empty_folder_is_refused(tmp_path):
         LengthRun("dpo", "min", 1e-3, 0, completions=2, prepared=str(tmp_path)).data_files()
 
 
-def test_identity_follows_the_content_of_policy_pairs_and_reward_model(folder, tmp_path):
-    other = prepared_folder(tmp_path)
-    with open(other / "pairs.parquet", "ab") as file:
-        file.write(b"x")
-    assert identity(small(other)) != identity(small(folder))
+@pytest.mark.parametrize("file", ["pairs.parquet", "policy/model.safetensors",
+    "policy/generation_config.json", "policy/tokenizer_config.json", "reward-min/config.json",
+])  # fmt: skip
+def test_identity_follows_the_content_of_what_a_run_reads(file, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = identity(small(copy))
+    with open(copy / file, "ab") as stream:
+        stream.write(b" ")
+    assert identity(small(copy)) != before
 
 
 # Data
@@ -158,7 +170,58 @@ def test_the_rule_label_trains_on_the_gold_reward(folder):
     assert torch.equal(batch.rewards, -problem.lengths(batch).float())
 
 
+def test_special_tokens_are_read_without_the_weights(folder, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("weights are read")
+
+    expected = ids(load_tokenizer(folder / "policy")[0], load_policy(folder / "policy")[0])
+    monkeypatch.setattr(problem_module, "load_policy", loaded)
+    task_data.cache_clear()
+    assert task_data(folder / "policy", folder / "pairs.parquet", "min").ids == expected
+
+
+def test_the_decoder_knows_the_longest_prompt(folder):
+    policy = LengthProblem(small(folder)).initial_state().policy
+    pairs = pd.read_parquet(folder / "pairs.parquet")
+    assert policy.longest == pairs["prompt"].map(len).max()
+
+
 # Training
+
+
+def test_bfloat16_is_refused_before_anything_is_loaded_on_a_gpu_without_it(folder, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*_):
+        raise Loaded
+
+    engine = LengthEngine("cuda")
+    monkeypatch.setattr(engine, "problem", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match="no bfloat16: -y 'options: {dtype: float16}'"):
+        engine.run([small(folder, dtype="bfloat16")], Silent())
+    with pytest.raises(Loaded):
+        engine.run([small(folder, dtype="float16")], Silent())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(Loaded):
+        engine.run([small(folder, dtype="bfloat16")], Silent())
+
+
+def test_what_is_frozen_is_held_in_the_dtype_of_its_products(folder):
+    """The reference's numbers do not change; the reward model's change a little."""
+    half = LengthProblem(small(folder, dtype="bfloat16"))
+    names = {n: p.dtype for n, p in half.reference.network.named_parameters()}
+    assert names["model.gpt_neox.layers.0.mlp.dense_4h_to_h.weight"] == torch.bfloat16
+    assert names["model.gpt_neox.embed_in.weight"] == torch.float32
+    assert half.reward.model.score.weight.dtype == torch.float32
+    whole = load_policy(folder / "policy")[0]
+    batch, exact = half.held_out, LengthProblem(small(folder))
+    scorer = Scorer(Network(whole, dtype="bfloat16"), half.data.ids.eos, half.data.ids.pad)
+    assert torch.equal(half.reference.score(batch), scorer.score(batch))
+    expected = exact.reward.score(batch)
+    assert 0 < (half.reward.score(batch) - expected).abs().max() < 0.02 * expected.abs().max()
+    assert {p.dtype for p in exact.reward.model.parameters()} == {torch.float32}
 
 
 class Silent(Checkpoint):

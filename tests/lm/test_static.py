@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from lib.lm import decode, lora, static
+from lib.lm import decode, lora, policy, static
 from lib.lm.batches import padded
 from lib.lm.config import TINY
 from lib.lm.models import load_policy
 from lib.lm.network import Network, matrices
 from lib.lm.pairs import load
-from lib.lm.policy import TOLERANCE, Scorer
+from lib.lm.policy import TOLERANCE, Scorer, compiles
 from lib.lm.static import StaticDecoder, Twin
 from lib.rollouts import Rollout
 from tests.tiny_lm import save_tiny_policy
@@ -95,6 +103,68 @@ def test_a_cache_is_kept_until_a_longer_one_is_needed(model, monkeypatch):
         caches.append(decoder.caches[4])
     assert caches[0] is not caches[1] and caches[1] is caches[2] is caches[3]
     assert [c.places for c in caches] == [32, 56, 56, 56]
+
+
+def test_a_cache_has_room_for_the_longest_prompt_from_the_start(model, monkeypatch):
+    """One length of a cache, and so one compiled step for a number of rows."""
+    monkeypatch.setattr(static, "PLACES", 8)
+    network, caches = Network(model), []
+    scorer = Scorer(network, (EOS,), PAD, decoder="static", longest=30)
+    for i, prompts in enumerate([PROMPTS, [list(range(30))] * 2 + PROMPTS[:2]]):
+        given = inputs(prompts, numbers(4, seed=i))
+        assert_same(decode.sample(network, *given), scorer.sample(*given[:3]))
+        caches.append(scorer._static.caches[4])
+    assert caches[0] is caches[1] and caches[0].places == 56
+
+
+def mistral():
+    """Attention that looks four tokens back."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, initializer_range=0.3, sliding_window=4,
+        bos_token_id=None, eos_token_id=EOS,
+    ))  # fmt: skip
+
+
+def on_gpu(model, dtype="float32"):
+    """What `compiles` asks of a network."""
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, model=model)
+
+
+def test_layers_with_a_window_are_not_compiled(monkeypatch):
+    """Such a layer counts tokens in Python: every token would be compiled, up to the limit."""
+    monkeypatch.setattr(policy, "_has_compiler", lambda: True)
+    windowed, network = mistral(), Network(mistral())
+    assert compiles(on_gpu(llama())) and not compiles(on_gpu(windowed))
+    assert not compiles(Network(llama()))  # a CPU
+    Scorer(Network(llama()), (EOS,), PAD, decoder="compiled")
+    with pytest.raises(ValueError, match="MistralForCausalLM has layers .* must be 'growing'"):
+        Scorer(network, (EOS,), PAD, decoder="compiled")
+
+
+def test_a_gpu_that_emulates_bfloat16_does_not_compile_it(monkeypatch):
+    monkeypatch.setattr(policy, "_has_compiler", lambda: True)
+    for capability, expected in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert compiles(on_gpu(llama(), "bfloat16")) is expected
+        assert compiles(on_gpu(llama(), "float16"))
+
+
+@pytest.mark.parametrize(("triton", "compiler", "message"), [
+    (True, "sh", None), (True, "no-such-compiler", "without a C compiler here"),
+    (False, "sh", "without Triton here"), (False, "", "without Triton and a C compiler here"),
+])  # fmt: skip
+def test_what_a_compiled_decoder_needs_is_asked_for_once(monkeypatch, triton, compiler, message):
+    monkeypatch.setattr(policy, "has_triton", lambda: triton)
+    monkeypatch.setenv("CC", compiler)
+    policy._has_compiler.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [compiles(on_gpu(llama())) for _ in range(2)]
+    policy._has_compiler.cache_clear()
+    assert found == [message is None] * 2
+    assert [str(w.message)[: len(message or "")] for w in said] == ([message] if message else [])
 
 
 def test_it_stops_looking_when_all_rows_have_ended(model, monkeypatch):

@@ -684,6 +684,13 @@ def test_bos_begins_a_plain_prompt_of_tokenizers_that_use_one():
     assert text.encode_responses(tokenizer, ["a"], 50).ids == [[64, 256]]
 
 
+def test_text_that_only_looks_like_messages_is_text():
+    conversation = [user("a"), assistant('b [{"'), user("c")]
+    for prompt in ("a", "", conversation, '[{"', '[{"a": 1}] is a list', '[{"a": 1}]',
+                   '[{"role": "user", "content": "a"}, 1]'):  # fmt: skip
+        assert text.from_text(text.as_text(prompt)) == prompt
+
+
 def test_template_that_refuses_a_prompt():
     tokenizer = tiny_tokenizer(template="{{ raise_exception('only the user may speak') }}")
     with pytest.raises(TextError, match=r"refuses .*\['system', 'user'\]: only the user"):

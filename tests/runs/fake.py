@@ -37,6 +37,7 @@ class WalkEngine:
     log: Path
     block_size: int = 2
     modules: tuple[str, ...] = ("lib.runs.files",)
+    packages: tuple[str, ...] = ()
     pause: float = 0.0  # seconds per step
     fail: str = ""  # the method whose blocks raise
     shift: float = 0.0  # added to every reward: another machine's rounding, or a bug
@@ -45,9 +46,9 @@ class WalkEngine:
         """Walks of one method and length go together."""
         return config.method, config.updates
 
-    def cost(self, config: Walk) -> float:
-        """Seconds of one walk."""
-        return 0.01 * config.updates
+    def cost(self, block: Sequence[Walk]) -> float:
+        """Seconds of a block, which takes as long as a full one."""
+        return 0.01 * self.block_size * block[0].updates
 
     def run(self, configs: Sequence[Walk], checkpoint: runs.Checkpoint) -> list[pd.DataFrame]:
         """Every walk's place after each step; randomness comes from its seed and the step."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from lib.runs import code_fingerprint, combined
+from lib.runs import code_fingerprint, combined, fingerprint
 from lib.runs.fingerprint import (
     changed,
     changed_since,
@@ -90,6 +95,33 @@ def test_a_process_that_loaded_older_code_is_refused(repository):
     refuse_other_code(loaded)  # a computation under way goes on with what it loaded
     with pytest.raises(RuntimeError, match=r"lib/core.py changed .* restart"):
         fingerprint_as_loaded("lib.core")
+
+
+EDITED = """
+import pathlib, sys
+from lib.runs.fingerprint import fingerprint_as_loaded
+import lib.core
+path = pathlib.Path(lib.core.__file__)
+path.write_text(path.read_text().replace(*sys.argv[1:]))
+import lib.other
+print(list(fingerprint_as_loaded("lib.core")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [(("2", "3"), True), (("return", "# twice\n    return"), False), (("", ""), False)],
+)
+def test_an_edit_between_import_and_first_computation_is_refused(repository, change, refused):
+    """As in a notebook that is open while `lib` is edited; a clone of a moment ago is fine."""
+    repository.write("lib/runs/__init__.py", "")
+    repository.write("lib/runs/fingerprint.py", Path(fingerprint.__file__).read_text())
+    (repository.root / "lib/.#core.py").symlink_to("nowhere")  # an editor's
+    command = [sys.executable, "-c", EDITED, *change]
+    done = subprocess.run(command, cwd=repository.root, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(repository.root)})  # fmt: skip
+    assert ("lib/core.py changed since this process loaded it" in done.stderr) is refused
+    assert ("'lib/core.py', 'lib/helper.py'" in done.stdout) is not refused
 
 
 def test_an_unknown_module_is_an_error():

@@ -81,7 +81,7 @@ def test_a_dirty_tree_is_refused_now_and_when_a_run_was_computed(store, engine, 
     module.fingerprint._first_seen.clear()
     table, records = computed([dirty], store, engine)
     repository.commit()
-    with pytest.raises(runs.PublishError, match=f"{runs.identity(dirty)} .*lib/core.py"):
+    with pytest.raises(runs.PublishError, match=f"{runs.identity(dirty)}: lib/core.py"):
         runs.publish(table, records, path)
 
 
@@ -186,6 +186,25 @@ def test_the_command_computes_the_stages_and_publishes(
     assert "uncommitted changes" in capsys.readouterr().err
     assert command.main(["--list"]) == 0
     assert capsys.readouterr().out == "walks\nother\n"
+
+
+def test_all_records_of_uncommitted_code_are_named_before_anything_is_computed(
+    experiments, engine, store, repository, capsys
+):
+    repository.write("lib/core.py", "X = 1\n")
+    dirty = [Walk(step=0.1, seed=seed) for seed in range(2)]
+    computed(dirty, store, engine)
+    repository.commit()
+    before = engine.computed()
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1", "--store", str(store.root)]
+    assert command.main(arguments) == 1
+    assert engine.computed() == before and len(before) == 2
+    said = capsys.readouterr().err
+    files = [store.path(runs.identity(walk)) for walk in dirty]
+    assert "2 runs" in said and all(f"{file}: lib/core.py" in said for file in files)
+    for file in files:
+        file.unlink()
+    assert command.main(arguments) == 0
 
 
 def test_a_stage_may_have_nothing_to_run(engine, tmp_path):

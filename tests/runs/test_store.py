@@ -132,19 +132,25 @@ def test_a_damaged_checkpoint_is_told_and_not_resumed(store, capsys):
     saved.path.write_bytes(saved.path.read_bytes()[:150])
     assert store.checkpoint([RUN], CODE).load() is None
     assert "is damaged" in capsys.readouterr().out
-    store.sweep(CODE)
+    store.sweep()
     assert not saved.path.exists()
 
 
-def test_a_sweep_removes_what_nobody_can_resume(store):
-    old, live = store.checkpoint([RUN], {"lib/core.py": "1"}), store.checkpoint([RUN], CODE)
-    finished = store.checkpoint(["cd" * 10], CODE)
-    for checkpoint in (old, live, finished):
+def test_a_sweep_removes_what_nobody_can_resume(store, repository):
+    code, other = runs.code_fingerprint("lib.core"), runs.code_fingerprint("lib.other")
+    edited = {**code, "lib/core.py": "1"}
+    made = [store.checkpoint([RUN], some) for some in (edited, code, other)]
+    finished, old = store.checkpoint(["cd" * 10], code), store.checkpoint(["ef" * 10], code)
+    old.header["code"] = runs.combined(code)  # as headers were before
+    for checkpoint in (*made, finished, old):
         checkpoint.save({"a": torch.ones(1)}, {})
-    store.write("cd" * 10, table(), provenance())
-    store.sweep(CODE)
-    assert [c.path.exists() for c in (old, live, finished)] == [False, True, False]
-    assert store.checkpoints(CODE) == [(RUN,)]
+    store.write("cd" * 10, table(), {**provenance(), "code": code})
+    store.sweep()
+    assert [c.path.exists() for c in (*made, finished, old)] == [False, True, True, False, False]
+    assert store.checkpoints(code) == store.checkpoints(other) == [(RUN,)]
+    repository.write("lib/helper.py", "LIMIT = 4\n")  # which lib.core imports
+    store.sweep()
+    assert [c.path.exists() for c in made] == [False, False, True]
 
 
 def test_checkpoints_are_due_after_the_interval_and_slow_ones_later(store, monkeypatch):

@@ -68,6 +68,33 @@ def test_changed_code_that_gives_the_same_numbers_is_stamped(published, reposito
     assert stamped.meta["verified"][0]["commit"] != published.meta["commit"]
 
 
+@pytest.mark.parametrize(
+    ("recorded", "test"),
+    [
+        ({}, "not bit-equal on the same kind of machine"),  # published before it was named
+        ({"filelock": "0.0"}, "first updates within tolerance"),
+    ],
+)
+def test_a_version_counts_where_the_published_record_has_it(published, recorded, test):
+    run = runs.identity(CONFIGS[0])
+    here = runs.environment("cpu", "float32", ("filelock",))
+    assert "filelock" not in published.runs[run]["versions"]
+    published.runs[run]["versions"] |= recorded
+    fresh = published.metrics(run).assign(reward=lambda table: table["reward"] + 1e-6)
+    assert verify.compare(published, run, fresh, here).test.startswith(test)
+
+
+def test_a_stamp_forgets_what_the_runs_no_longer_execute(published, repository, monkeypatch):
+    experiments(published, monkeypatch)
+    assert "lib/helper.py" in published.meta["code"]
+    repository.write("lib/core.py", "def double(x):\n    return 2 * x\n")
+    repository.commit()
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 0
+    stamped = runs.Published.load(published.path)
+    assert set(stamped.meta["code"]) == {"lib/__init__.py", "lib/core.py"}
+
+
 def test_uncommitted_code_is_not_stamped(published, repository, monkeypatch, capsys):
     experiments(published, monkeypatch)
     repository.write("lib/helper.py", "LIMIT = 2 + 1\n")

@@ -1,0 +1,110 @@
+"""What `lib.lm.prepare_full` refuses, takes up again, and draws for the data that ship."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from lib.lm import prepare_full
+from lib.lm.config import TINY
+from lib.lm.full_scale import DATA
+from lib.lm.models import load_tokenizer
+from lib.lm.pairs import SPLITS
+from tests.lm.test_prepare import other_tokenizer
+from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Preferences, a policy, and what makes a folder of them."""
+    rows = [{"prompt": f"say {i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+            for i in range(60)]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    policy = save_tiny_policy(tmp_path / "a")
+    arguments = ["--policy", f"a={policy}", "--distinct", str(tmp_path / "pairs.jsonl"), "--out",
+                 str(tmp_path / "out"), "--epochs", "1", "--max-tokens", "16"]  # fmt: skip
+    return tmp_path, arguments
+
+
+def refused(arguments, capsys):
+    assert prepare_full.main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [other_tokenizer(), tiny_tokenizer(template=TEMPLATE), tiny_tokenizer(eos="<turn>")],
+    ids=["vocabulary", "template", "eos"],
+)
+def test_a_policy_of_another_tokenizer_is_refused_before_any_work(pairs, capsys, tokenizer):
+    root, arguments = pairs
+    other = save_tiny_policy(root / "b", tokenizer=tokenizer)
+    said = refused([*arguments, "--policy", f"b={other}"], capsys)
+    assert "has another tokenizer than" in said and "prepare a folder of its own" in said
+    assert not (root / "out").exists()
+
+
+def test_a_folder_takes_no_second_policy_of_another_tokenizer(pairs, capsys):
+    root, arguments = pairs
+    assert prepare_full.main(arguments) == 0
+    assert prepare_full.main([*arguments, "--policy", f"b={save_tiny_policy(root / 'b')}"]) == 0
+    other = save_tiny_policy(root / "c", tokenizer=other_tokenizer())
+    said = refused(["--policy", f"c={other}", *arguments[2:]], capsys)
+    assert "policy-a" in said and "has another tokenizer" in said
+    assert not (root / "out" / "policy-c").exists()
+
+
+def test_the_policies_that_ship_read_alike():
+    folders = (TINY / "policy", DATA / "policy-64", DATA / "policy-256")
+    first, *others = (prepare_full._reading(str(folder)) for folder in folders)
+    assert all(reading == first for reading in others)
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(pairs, capsys):
+    root, arguments = pairs
+    other = save_tiny_policy(root / "b", tokenizer=other_tokenizer())
+    said = refused([*arguments, "--reward-model", str(other)], capsys)
+    assert "has another tokenizer than the policy" in said and not (root / "out").exists()
+
+
+def test_a_killed_reward_training_is_done_again(pairs):
+    root, arguments = pairs
+    (root / "out" / "reward-distinct" / "trainer").mkdir(parents=True)  # all that it left
+    assert prepare_full.main(arguments) == 0
+    assert (root / "out" / "reward-distinct" / "model.safetensors").is_file()
+    assert "kept" in json.loads((root / "out" / "prepared.json").read_text())["reward-distinct"]
+
+
+def test_most_responses_are_not_cut_unasked(pairs, capsys):
+    root, arguments = pairs
+    rows = [{"prompt": f"say {i}", "chosen": "y" * 200, "rejected": "n" * 199} for i in range(60)]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = refused(arguments[:-2], capsys)
+    assert "120 of all 120 responses reach 96 tokens" in said and "--max-tokens" in said
+    assert prepare_full.main(arguments) == 0
+    assert json.loads((root / "out" / "prepared.json").read_text())["distinct"]["capped"] == 120
+
+
+def test_a_prompt_that_is_there_twice_is_not_held_out_and_trained_on(tmp_path):
+    table = pd.DataFrame({"prompt": [f"say {i % 20}" for i in range(60)]})
+    table.to_parquet(tmp_path / "prompts.parquet")
+    options = prepare_full._parser().parse_args(
+        ["--policy", "a=b", "--out", "o", "--prompts", str(tmp_path / "prompts.parquet"),
+         "--pairs", "20", "--held-out", "3"])  # fmt: skip
+    prompts = prepare_full._prompts(options, tiny_tokenizer())
+    train, held_out = ({tuple(p) for p in prompts[s][0]} for s in SPLITS)
+    assert held_out and not train & held_out
+
+
+def test_the_prompts_of_the_shipped_pairs_are_those_of_their_command():
+    """All pairs of `similar` have an untied judgement, so all prompts are there."""
+    options = prepare_full._parser().parse_args(
+        ["--policy", "128=x", "--out", "o", "--prompts", str(TINY / "responses.parquet"),
+         "--pairs", "1536", "--held-out", "192", "--max-prompt", "64"])  # fmt: skip
+    prompts = prepare_full._prompts(options, load_tokenizer(TINY / "policy")[0])
+    shipped = pd.read_parquet(DATA / "similar.parquet")
+    for split in SPLITS:
+        rows = shipped[shipped["split"] == split]["prompt"]
+        assert prompts[split][0] == [[int(i) for i in ids] for ids in rows]

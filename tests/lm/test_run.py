@@ -1,0 +1,87 @@
+"""The command of one run: the policy that it keeps, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lib.lm import lora, run
+from lib.lm.config import length_run
+from lib.lm.engine import LengthEngine
+from lib.lm.models import load_policy, load_tokenizer
+from tests.lm.test_problem import Silent
+from tests.lm_folder import prepared_folder
+from tests.tiny_lm import save_tiny_policy
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepared_folder(tmp_path_factory.mktemp("prepared"))
+
+
+def command(folder, *more):
+    return ["--method", "dpo", "--task", "min", "--rate", "1e-2", "--updates", "2", "--prepared",
+            str(folder), "--device", "cpu", "--option", "batch=8", "--option", "minibatch=8",
+            "--option", "max_tokens=8", "--option", "prompts=4", "--option", "evaluations=1",
+            *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("--option", "lora_rank=2")], ids=["all", "lora"])
+def test_the_policy_that_is_saved_is_where_a_further_run_starts(folder, tmp_path, more):
+    saved = tmp_path / "saved"
+    assert run.main([*command(folder, *more), "--save", str(saved)]) == 0
+    model, _ = load_policy(saved)
+    before, _ = load_policy(folder / "policy")
+    moved = (model(TOKENS).logits - before(TOKENS).logits).abs().max()
+    assert moved > 1e-3 and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in before.named_parameters()}
+    tokenizers = [load_tokenizer(f)[0] for f in (saved, folder / "policy")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    further = shutil.copytree(folder, tmp_path / "further")
+    shutil.rmtree(further / "policy")
+    saved.rename(further / "policy")
+    config = length_run("dpo", "min", 1e-2, 0, prepared=str(further), updates=2, batch=8,
+                        minibatch=8, max_tokens=8, prompts=4, evaluations=1)  # fmt: skip
+    (table,) = LengthEngine().run([config], Silent())
+    assert table["kl_ref"].iloc[0] == pytest.approx(0, abs=1e-6)
+    assert table["kl_ref"].iloc[1] > 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_adapters_add_is_in_the_saved_matrices(tmp_path, dtype, tied):
+    policy = save_tiny_policy(tmp_path / "p", initializer_range=0.3, tie_word_embeddings=tied)
+    model, _ = load_policy(policy)
+    lora.attach(model, 2, 0, dtype)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    plain = model.float()(TOKENS).logits  # frozen matrices stay rounded, products are exact
+    with lora.switched_off(model):
+        without = model(TOKENS).logits
+    run.save(model, policy, tmp_path / "out")
+    logits = load_policy(tmp_path / "out")[0](TOKENS).logits
+    torch.testing.assert_close(logits, plain, atol=1e-5, rtol=1e-5)
+    assert (logits - without).abs().max() > 0.1
+
+
+def test_nothing_is_written_over_and_nothing_is_trained_first(folder, tmp_path, capsys):
+    (tmp_path / "mine").touch()
+    assert run.main([*command(folder), "--save", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert f"--save {tmp_path}: there is something already" in said.err and not said.out
+    assert [f.name for f in tmp_path.iterdir()] == ["mine"]
+
+
+def test_another_cap_than_that_of_the_pairs_is_said(folder, tmp_path, capsys):
+    other = shutil.copytree(folder, tmp_path / "other")
+    for cap, warned in ((12, True), (8, False)):
+        (other / "prepared.json").write_text(json.dumps({"pairs": {"max_tokens": cap}}))
+        assert run.main(command(other)) == 0
+        assert ("cut at 8 tokens, the pairs of" in capsys.readouterr().err) == warned
