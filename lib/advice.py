@@ -2,7 +2,8 @@
 
 First a default: the methods that failed on the fewest problems, with fresh samples and on fixed
 data. A method fails on a problem where it does not lead or where a run of it harms (`lib.decisions`
-has both words); methods that fewer than half of the problems ran are left out.
+has both words). Left out are methods that half of the problems or fewer ran, or that led on half of
+those or fewer.
 
 Then three answers, each with a strong wording and a neutral one, a sentence that sorts the
 problems, and the numbers folded away below it. The strong wording takes intervals over seeds that
@@ -28,7 +29,7 @@ from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
 ALIKE = 5  # margins of a problem: how far methods' means may part for the loss to matter little
-PICKS = 2  # methods that the default names for either kind of data
+PICKS = 3  # methods that the default names for either kind of data, at most
 PLACES = {("far", "apart"): "far", ("far", "close"): "far, pairs near it", ("near", None): "near"}
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
 
@@ -99,7 +100,8 @@ def _standings(results: pd.DataFrame, choice: str) -> list[Standing]:
 
 
 def _records(standings: Sequence[Standing], on_policy: bool) -> list[Record]:
-    """Methods that more than half of the problems ran, the one that failed least often first."""
+    """Methods that more than half of the problems ran and that led on more than half of those, the
+    one that failed least often first."""
     ran: dict[str, list[tuple[Standing, Entry]]] = {}
     for s in standings:
         for e in s.entries:
@@ -112,7 +114,8 @@ def _records(standings: Sequence[Standing], on_policy: bool) -> list[Record]:
                sum(e.first / s.n for s, e in of) / len(of))
         for name, of in ran.items() if 2 * len(of) > len(standings)
     ]  # fmt: skip
-    return sorted(found, key=lambda record: record.order)
+    most = [record for record in found if 2 * len(record.led) > len(record.ran)]
+    return sorted(most, key=lambda record: record.order)
 
 
 def matrix(standings: Sequence[Standing]) -> pd.DataFrame:

@@ -242,7 +242,7 @@ def test_imports_are_declared(folder, declared):
     benchmarks may need the extras."""
     found = imported(folder, but="lib/lm" if folder == "lib" else "-")
     # come with ipykernel, jupyter-book and transformers
-    transitive = {"huggingface-hub", "ipython", "sphinx-external-toc", "tokenizers"}
+    transitive = {"huggingface-hub", "ipython", "sphinx-external-toc", "tokenizers", "traitlets"}
     assert found
     assert found - names(declared) - transitive == set()
 

@@ -67,7 +67,7 @@ def test_commands_name_options_that_exist():
     assert len(commands) >= 2
     for command in commands:
         options = prepare_full._parser().parse_args(command.split("prepare_full ")[1].split())
-        assert options.policy and options.similar and options.out
+        assert options.policy and (options.similar or options.distinct) and options.out
 
 
 def test_papermill_passes_parameters_that_exist():
