@@ -6,7 +6,7 @@ import ast
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -452,10 +452,20 @@ def badge(verdict: str) -> str:
 
 def _claim_text(row: dict[str, Any], verdicts: Sequence[claims.Verdict]) -> str:
     """A claim with its verdict, and the table of its comparisons."""
-    comparisons = [_comparison(v) for v in verdicts if v.rule.claim == row["claim"]]
+    own = [v for v in verdicts if v.rule.claim == row["claim"]]
+    comparisons = [_comparison(v) for v in own]
     columns = ["comparison", "effect", "95% interval", "seeds", "verdict"]
     table = cards.markdown(pd.DataFrame(comparisons, columns=columns), "lrlrl")
-    return f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.\n\n{table}"
+    elsewhere = _elsewhere(row["claim"], {v.rule.chapter for v in own})
+    return f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.{elsewhere}\n\n{table}"
+
+
+def _elsewhere(claim: str, here: Collection[str]) -> str:
+    """Which other chapters judge a claim: over all of them its verdict may be another one."""
+    homes = (rule.chapter for rule in claims.rules() if rule.claim == claim)
+    others = dict.fromkeys(home for home in homes if home not in here)
+    links = ", ".join(f"[{name.replace('_', ' ')}]({name}.ipynb)" for name in others)
+    return f" Also judged in {links}; [together](index.ipynb)." if links else ""
 
 
 def _comparison(v: claims.Verdict) -> tuple[Any, ...]:

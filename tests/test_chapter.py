@@ -109,6 +109,19 @@ def test_a_comparison_with_bars_stays_in_its_column():
     assert line.replace(r"\|", "").count("|") == 6 and "+0.5 to +1.5" in line
 
 
+def test_a_claim_says_where_else_it_is_judged():
+    """Q1-reuse-reinforce is judged on the bandit and on the length problems."""
+    rules = [r for r in claims.rules() if r.claim == "Q1-reuse-reinforce"]
+    here, other = dict.fromkeys(r.chapter for r in rules)
+    own = [claims.Verdict(r, "reproduced", 1.0, 0.5, 1.5, 20) for r in rules if r.chapter == here]
+    row = {"claim": "Q1-reuse-reinforce", "verdict": "reproduced", "says": "so"}
+    first, *_ = chapter._claim_text(row, own).splitlines()
+    assert first.endswith(f"so. Also judged in [{other.replace('_', ' ')}]({other}.ipynb); "
+                          "[together](index.ipynb).")  # fmt: skip
+    every = [claims.Verdict(r, "reproduced", 1.0, 0.5, 1.5, 20) for r in rules]
+    assert "Also judged" not in chapter._claim_text(row, every)
+
+
 def test_numbers_of_the_prose_are_named_after_their_settings(monkeypatch):
     said = {}
     monkeypatch.setattr(chapter, "glue", lambda name, text, display: said.update({name: text}))
