@@ -22,8 +22,8 @@ from lib.lm.models import load_policy
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
 from lib.lm.reward import RewardModel
-from lib.untracked import Untracked
 from lib.lm.static import Twin
+from lib.untracked import Untracked
 from tests.lm_folder import prepared_folder
 
 SIDES = 2 * (4 * (8 + 8) + 2 * (8 + 32))  # query, key, value, output; two of the MLP; two layers

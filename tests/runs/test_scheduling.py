@@ -159,7 +159,7 @@ def test_an_interrupt_keeps_what_is_stored(store, engine, monkeypatch):
     monkeypatch.setattr(WalkEngine, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runs.compute(grid(), store, engine, jobs=1, say=said.append)
-    assert said[-1].startswith("interrupted: 2 of 6 runs are stored")
+    assert said[-1].startswith("interrupted: 3 of 6 runs are stored")  # both blocks of "plain"
 
 
 def test_killed_at_random_points_a_run_ends_with_the_numbers_of_an_undisturbed_one(
