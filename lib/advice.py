@@ -66,30 +66,33 @@ class Record:
         return len(behind | set(self.harmed)), -len(self.led), -self.first
 
     def __str__(self) -> str:
-        """ "DPO (level with the best on 5 of 6 problems, not on Mode Length)"."""
+        """ "DPO on 5 of 6 (not on Mode Length)"."""
         missed = [p.title for p in self.ran if p not in self.led]
-        notes = [f"level with the best on {len(self.led)} of {len(self.ran)} problems"
-                 + (f", not on {', '.join(missed)}" if missed else "")]  # fmt: skip
+        notes = [f"not on {_and(missed)}"] if missed else []
         if self.harmed:
-            titles = ", ".join(p.title for p in self.harmed)
+            titles = _and([p.title for p in self.harmed])
             notes.append(f"a run ended below the untrained model on {titles}")
-        return f"{self.name} ({'; '.join(notes)})"
+        told = f"{self.name} on {len(self.led)} of {len(self.ran)}"
+        return f"{told} ({'; '.join(notes)})" if notes else told
 
 
 def default(results: pd.DataFrame) -> str:
     """What to take unseen: the methods that failed least often, with fresh samples and without."""
     fresh, fixed = (_standings(results, choice) for choice in ("fresh", "fixed"))
-    sides = {"With fresh samples": _records(fresh, True), "On fixed data": _records(fixed, False)}
-    told = [f"{side}: {'; '.join(map(str, records[:PICKS]))}." for side, records in sides.items()
-            if records]  # fmt: skip
-    if not told:
+    sides = {"with fresh samples": _records(fresh, True), "on fixed data": _records(fixed, False)}
+    picks = {side: records[:PICKS] for side, records in sides.items() if records}
+    if not picks:
         return f"**One default?** {overview.NOT_YET.capitalize()}."
+    names = "; ".join(f"{side} {_and([record.name for record in some], 'or')}"
+                      for side, some in picks.items())  # fmt: skip
+    told = "; ".join(f"{side} {', '.join(map(str, some))}" for side, some in picks.items())
     sampled = {s.problem for s in fresh}
     table = matrix([*fresh, *(s for s in fixed if s.problem not in sampled)])
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
               "margin. \N{EN DASH}: not run.")  # fmt: skip
-    return _answer(f"**If you want one default.** {' '.join(told)}",
+    return _answer(f"**If you want one default:** {names}. Of the problems that ran them they are "
+                   f"level with the best so often: {told}.",
                    f"{cards.markdown(table)}\n\n{legend}",
                    "Every method on every problem")  # fmt: skip
 
@@ -227,9 +230,9 @@ def _listed(names: Sequence[str]) -> str:
     return _and([overview.short(name) for name in names]) if few else f"{len(names)} methods"
 
 
-def _and(words: Sequence[str]) -> str:
+def _and(words: Sequence[str], last: str = "and") -> str:
     """ "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
