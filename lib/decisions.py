@@ -129,6 +129,12 @@ PROBLEMS = (
 )
 
 
+def margins() -> str:
+    """ "0.02 of the bandit's reward, 2 tokens, ...": what is no difference, for the prose."""
+    found = {p.unit or " of the bandit's reward": f"{p.margin:g}" for p in PROBLEMS}
+    return ", ".join(margin + unit for unit, margin in found.items())
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method on a problem.

@@ -18,7 +18,7 @@ from lib import experiments, methods, stats
 from lib.audit import Chapters, home
 from lib.decisions import NOT_YET, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
-from lib.tables import CEILING, COLLAPSED, NEAR
+from lib.tables import CEILING, COLLAPSED, NEAR, count_near_best
 
 FAMILIES = {"all": (*ON_POLICY, *OFFLINE), "on-policy": ON_POLICY, "offline": OFFLINE}
 STATISTICS = {"end": "final reward", "speed": "mean reward over updates",
@@ -118,19 +118,16 @@ def shades(ranked: pd.DataFrame) -> pd.DataFrame:
     return 1 - (ranked - 1) / max(len(ranked) - 1, 1)
 
 
-def near_best(runs: Runs) -> int:
-    """At how many learning rates of the sweep a method ends within 0.02 of its own best."""
-    means = runs.swept.groupby("learning_rate")["end"].mean()
-    return int((means >= means.max() - NEAR).sum())
-
-
 def practical(runs: Field, reward: str) -> str:
     """What a ranking of ends leaves open, as a Markdown list: a short way, and an untuned rate."""
     if not runs:
         return NOT_YET
     short_way = values(runs)["10 nats"].sort_values(ascending=False)
     tried = max((own.swept["learning_rate"].nunique() for own in runs.values()), default=0)
-    near = pd.Series({name: near_best(own) for name, own in runs.items()}, dtype=int)
+    near = pd.Series({
+        name: count_near_best(own.swept.groupby("learning_rate")["end"].mean())
+        for name, own in runs.items()
+    })  # fmt: skip
     near = near.sort_values(ascending=False, kind="stable")
 
     def listed(by_method: pd.Series, form: str) -> str:

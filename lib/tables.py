@@ -182,13 +182,18 @@ def selection(
 def near_best(swept: pd.DataFrame) -> str:
     """How many rates of a sweep end within `NEAR` of the best one's mean final reward."""
     means = _final_means(swept)
-    return f"{int((means >= means.max() - NEAR).sum())} of {len(means)}"
+    return f"{count_near_best(means)} of {len(means)}"
+
+
+def count_near_best(means: pd.Series) -> int:
+    """How many of some mean rewards are within `NEAR` of the best of them."""
+    return int((means >= means.max() - NEAR).sum())
 
 
 def _final_means(swept: pd.DataFrame) -> pd.Series:
-    """Mean final reward by learning rate; a run that went non-finite counts as 0."""
-    finals = experiments.final(swept)
-    return finals["reward"].fillna(0.0).groupby(finals["learning_rate"]).mean()
+    """Mean final reward by learning rate, lost runs counted as in `stats.per_run`."""
+    parts = swept.groupby("learning_rate", observed=True)
+    return pd.Series({rate: stats.per_run(part, "final reward").mean() for rate, part in parts})
 
 
 def plateau(parts: Mapping[str, pd.DataFrame]) -> dict[str, str]:

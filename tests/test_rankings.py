@@ -159,9 +159,6 @@ def test_places_under_another_beta():
 
 
 def test_what_a_ranking_of_ends_leaves_open(field):
-    """Two rates of three are within 0.02 of RWR's best only if the margin says so."""
-    assert rankings.near_best(field["dpo"]) == 1
-    assert rankings.near_best(runs([0.9], swept={0.1: [0.9], 0.03: [0.89], 0.01: [0.87]})) == 2
     distance, rates = rankings.practical(field, "R1").split("\n")
     assert "within 10 nats: DPO (on-policy) 1.00, RWR (on-policy) 0.90, IPO" in distance
     assert "Of 2 rates tried on bandit R1" in rates and "DPO (on-policy) 1" in rates

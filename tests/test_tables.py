@@ -116,6 +116,7 @@ def test_agreement_is_the_largest_gap_at_the_same_seed_and_rate():
 def test_rates_near_the_best():
     swept = pd.concat([runs([0.9], 0.1), runs([0.89], 0.01), runs([0.5], 0.001)])
     assert tables.near_best(swept) == "2 of 3"
+    assert tables.count_near_best(pd.Series([0.9, 0.89, 0.87])) == 2
 
 
 def test_the_plateau_is_where_most_methods_end_at_the_ceiling():
