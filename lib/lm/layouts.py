@@ -18,6 +18,7 @@ Prompt = str | Messages
 # Our names of columns, and the names that files give them; the first that is there is taken.
 COLUMNS = {
     "prompt": ("prompt", "instruction", "question", "query"),
+    "response": ("response", "output", "completion", "answer"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "response_1": ("response_1", "output_1"),
@@ -28,7 +29,7 @@ COLUMNS = {
     "score_1": ("score_1",),
     "score_2": ("score_2",),
 }
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response_1", "response_2")
+TEXT_COLUMNS = ("prompt", "response", "chosen", "rejected", "response_1", "response_2")
 # What a preference file must have, one of: (chosen's message lists may hold the prompt)
 LAYOUTS = (
     ("chosen", "rejected"),

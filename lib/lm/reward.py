@@ -20,7 +20,7 @@ from transformers import (
 from lib.lm import parallel
 from lib.lm.network import halve, products
 from lib.lm.pairs import Pairs
-from lib.lm.policy import Rows, token_budget
+from lib.lm.policy import Rows, has_dtype, token_budget
 from lib.rollouts import Rollout
 
 
@@ -118,7 +118,8 @@ def train(
         str(folder / "trainer"), learning_rate=how.learning_rate, num_train_epochs=how.epochs,
         per_device_train_batch_size=how.batch, per_device_eval_batch_size=how.batch,
         lr_scheduler_type="constant", weight_decay=0.0, seed=how.seed, report_to=[],
-        center_rewards_coefficient=how.centre or None, max_length=None, bf16=False,
+        center_rewards_coefficient=how.centre or None, max_length=None,
+        bf16=device != "cpu" and has_dtype(torch.device(device), "bfloat16"),
         use_cpu=device == "cpu", gradient_checkpointing=device != "cpu", eval_strategy="epoch",
         save_strategy="epoch", save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.allowed import check_fields
+from lib.lm.policy import has_dtype
 
 SCHEDULES = ("constant", "linear", "cosine")
 DEVICES = ("cpu", "cuda")
@@ -226,7 +227,7 @@ def _arguments(run: SFTRun, folder: str):
         max_length=None,
         seed=run.seed,
         use_cpu=run.device == "cpu",
-        bf16=False,
+        bf16=run.device == "cuda" and has_dtype(torch.device("cuda"), "bfloat16"),
         activation_checkpointing=False,
         dataloader_pin_memory=False,
         report_to="none",

@@ -20,6 +20,7 @@ from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, repeated
 from lib.lm.network import Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
+KEPT = 2  # compiled steps of a process at once: of policies with and without a value head
 
 
 def compilable(config: PreTrainedConfig) -> bool:
@@ -42,10 +43,63 @@ class FixedCache(StaticCache):
         return super().update(*cast, *args, **kwargs)
 
 
+class Steps:
+    """The step of one token as it is reused: a twin of the network, and the caches by rows.
+
+    Caches are kept from one sampling to the next, since a CUDA graph knows them by their address.
+    """
+
+    def __init__(self, twin: Twin, compiled: bool):
+        self.twin, self.compiled, self.step = twin, compiled, step
+        self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
+        if compiled:
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def next(self, *inputs: Network | FixedCache | Tensor) -> Drawn:
+        """A step's results as tensors of their own: a CUDA graph writes the next ones over them."""
+        if not self.compiled:
+            return self.step(*inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        return Drawn(*(x if x is None else x.clone() for x in self.step(*inputs)))
+
+    def cache(self, rows: int, tokens: int) -> FixedCache:
+        """An empty cache with room for `tokens`: the one in use, or a longer one in its place."""
+        cache = self.caches.get(rows)
+        if cache is None or cache.places < tokens:
+            self.caches.pop(rows, None)  # before its successor is made
+            network, places = self.twin.network, -(-tokens // PLACES) * PLACES
+            cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
+            self.caches[rows] = cache
+        cache.reset()
+        return cache
+
+
+_compiled: dict[tuple, Steps] = {}
+
+
+def compiled_steps(network: Network) -> Steps:
+    """The compiled step of a network's architecture: every run of a process uses the same one, on
+    the weights that the run has, so that only the first waits for the compiler."""
+    key = architecture(network)
+    if key not in _compiled:
+        if len(_compiled) >= KEPT:
+            _compiled.clear()
+            torch.compiler.reset()  # they would count as variants of what is compiled next
+        _compiled[key] = Steps(Twin(network, alone=True), compiled=True)
+    return _compiled[key]
+
+
+def architecture(network: Network) -> tuple:
+    """All that a compiled step depends on but for the values of the weights."""
+    named = chain(network.named_parameters(), network.named_buffers())
+    tensors = ((name, x.shape, x.dtype, x.device) for name, x in named)
+    config = network.model.config.to_json_string()
+    return type(network), config, network.temperature, network.dtype, *tensors
+
+
 class StaticDecoder:
     """Samples as `lib.lm.decode.sample` does, and the same tokens up to rounding.
 
-    Caches are kept from one sampling to the next, since a CUDA graph knows them by their address.
     Args:
         compiled: compile the step of one token, on a GPU into a CUDA graph.
         longest: tokens of the longest prompt to come, where it is known: caches have room for it
@@ -53,12 +107,8 @@ class StaticDecoder:
     """
 
     def __init__(self, network: Network, compiled: bool = False, longest: int = 0):
-        self.twin, self.longest = Twin(network), longest
-        self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
-        self.step, self.compiled = step, compiled
-        if compiled:
-            torch.compiler.reset()  # the steps of other networks would count as variants of this
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        self.network, self.longest = network, longest
+        self.steps = compiled_steps(network) if compiled else Steps(Twin(network), compiled=False)
 
     @torch.no_grad()
     def sample(
@@ -66,12 +116,12 @@ class StaticDecoder:
     ) -> Samples:
         """See `lib.lm.decode.sample`."""
         rows, length = uniforms.shape
-        network = self.twin.refreshed()
+        network = self.steps.twin.refreshed(self.network)
         trace = Trace(network, rows, length, pad)
         if rows == 0:
             return trace.samples()
         prompts, prompt_mask = repeated(rows // len(prompts), prompts, prompt_mask)
-        cache = self._cache(rows, max(prompts.shape[1], self.longest) + length)
+        cache = self.steps.cache(rows, max(prompts.shape[1], self.longest) + length)
         # every place after the prompt is allowed; that it is not read before it is written is
         # what the causal mask sees to
         rest = cache.places - prompts.shape[1]
@@ -88,26 +138,8 @@ class StaticDecoder:
                 break
             if t + 1 < length:
                 numbers = uniforms[:, t + 1].contiguous()
-                drawn = self._next(network, drawn.tokens, position + t, mask, cache, numbers)
+                drawn = self.steps.next(network, drawn.tokens, position + t, mask, cache, numbers)
         return trace.samples()
-
-    def _next(self, *inputs: Network | FixedCache | Tensor) -> Drawn:
-        """A step's results as tensors of their own: a CUDA graph writes the next ones over them."""
-        if not self.compiled:
-            return self.step(*inputs)
-        torch.compiler.cudagraph_mark_step_begin()
-        return Drawn(*(x if x is None else x.clone() for x in self.step(*inputs)))
-
-    def _cache(self, rows: int, tokens: int) -> FixedCache:
-        """An empty cache with room for `tokens`: the one in use, or a longer one in its place."""
-        cache = self.caches.get(rows)
-        if cache is None or cache.places < tokens:
-            self.caches.pop(rows, None)  # before its successor is made
-            network, places = self.twin.network, -(-tokens // PLACES) * PLACES
-            cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
-            self.caches[rows] = cache
-        cache.reset()
-        return cache
 
 
 def step(
@@ -124,27 +156,30 @@ class Twin:
 
     Autocast would cast them at every token in a compiled step. All else is shared with the network;
     where the products are in float32, or the matrices in 16 bits, the network itself is used.
+    Args: alone: share nothing, so that it can stand in for any network of the architecture.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, alone: bool = False):
         dtype = getattr(torch, network.dtype)
-        self.network, self.casts, self.sources = network, [], []
-        if dtype == torch.float32:
+        self.network, self.casts, self.names = network, [], []
+        if dtype == torch.float32 and not alone:
             return
-        shared = {id(x): x for x in chain(network.parameters(), network.buffers())}
-        self.network = copy.deepcopy(network, shared)
-        layers = [m for m in self.network.model.modules() if isinstance(m, nn.Linear)]
-        for layer in layers:  # a tied head as well: the embedding keeps its own
+        tensors = chain(network.parameters(), network.buffers())
+        self.network = copy.deepcopy(network, {} if alone else {id(x): x for x in tensors})
+        for path, layer in self.network.named_modules():
+            is_matrix = isinstance(layer, nn.Linear) and layer is not self.network.value
             for name, source in list(layer.named_parameters(recurse=False)):
-                if source.dtype != dtype:
-                    cast = nn.Parameter(source.detach().to(dtype), requires_grad=False)
+                wanted = dtype if is_matrix else source.dtype
+                if alone or source.dtype != wanted:  # of a tied head too: the embedding keeps its
+                    cast = nn.Parameter(source.detach().to(wanted), requires_grad=False)
                     setattr(layer, name, cast)
                     self.casts.append(cast)
-                    self.sources.append(source)
+                    self.names.append(f"{path}.{name}")
 
     @torch.no_grad()
-    def refreshed(self) -> Network:
-        """The network as its weights are now."""
+    def refreshed(self, network: Network) -> Network:
+        """The twin with the weights of a network as they are now."""
         if self.casts:
-            torch._foreach_copy_(self.casts, self.sources)
+            known = dict(network.named_parameters(remove_duplicate=False))
+            torch._foreach_copy_(self.casts, [known[name] for name in self.names])
         return self.network

@@ -100,7 +100,7 @@ def test_a_cache_is_kept_until_a_longer_one_is_needed(model, monkeypatch):
     for i, prompts in enumerate([short, long, short, long]):
         given = inputs(prompts, numbers(4, seed=i))
         assert_same(decode.sample(network, *given), decoder.sample(*given))
-        caches.append(decoder.caches[4])
+        caches.append(decoder.steps.caches[4])
     assert caches[0] is not caches[1] and caches[1] is caches[2] is caches[3]
     assert [c.places for c in caches] == [32, 56, 56, 56]
 
@@ -113,7 +113,7 @@ def test_a_cache_has_room_for_the_longest_prompt_from_the_start(model, monkeypat
     for i, prompts in enumerate([PROMPTS, [list(range(30))] * 2 + PROMPTS[:2]]):
         given = inputs(prompts, numbers(4, seed=i))
         assert_same(decode.sample(network, *given), scorer.sample(*given[:3]))
-        caches.append(scorer._static.caches[4])
+        caches.append(scorer._static.steps.caches[4])
     assert caches[0] is caches[1] and caches[0].places == 56
 
 
@@ -184,7 +184,7 @@ def test_matrices_cast_once_give_what_autocast_gives(model, tied):
     for _ in range(2):
         with torch.no_grad():
             next(iter(matrices(network.model))).weight.mul_(1.5)
-            twin = decoder.twin.refreshed()
+            twin = decoder.steps.twin.refreshed(network)
             states = [n.hidden(tokens, mask) for n in (network, twin)]
             assert torch.equal(*states)
             assert torch.equal(network.logits(states[0]), twin.logits(states[0]))
@@ -252,7 +252,7 @@ def cpu(samples):
         not torch.cuda.is_available(), reason="there is no GPU here")),
 ])  # fmt: skip
 def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model, device):
-    """Not for other prompts, values or weights; for another network, its own."""
+    """Not for other prompts, values or weights, nor for another network of the architecture."""
     for made, options in ((model, {}), (llama(), {"dtype": "bfloat16", "checkpointing": True})):
         network = Network(copy.deepcopy(made).to(device), **options)
         decoder = StaticDecoder(network, compiled=True)
@@ -268,3 +268,11 @@ def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model,
             next(network.parameters()).mul_(1.1)
             again = decoder.sample(*others)
         assert_scored(network, others[:2], again)
+        other = Network(copy.deepcopy(made).to(device), **options)
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+            for p in other.parameters():
+                p.mul_(0.9)
+            found = StaticDecoder(other, compiled=True).sample(*others)
+        assert_scored(other, others[:2], found)
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+            assert_same(cpu(again), cpu(decoder.sample(*others)))

@@ -1,0 +1,52 @@
+"""A GPU computes what a CPU does: the same responses, and the same run up to rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lib.lm.config import length_run
+from lib.lm.engine import LengthEngine
+from lib.untracked import Untracked
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+METHODS = ("dpo_offline", "rwr_offline", "best_of_n", "rwr", "ppo_token", "dpo")
+SMALL = {"prompts": 16, "held_out": 16, "minibatch": 16, "max_tokens": 48, "evaluations": 3}
+
+
+def table(method: str, device: str, **options):
+    config = length_run(method, "min", 3e-4, 5, updates=3, **{**SMALL, "batch": 16, **options})
+    return LengthEngine(device).run([config], Untracked())[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_update_is_that_of_a_cpu(method):
+    """In float32; the responses are drawn from the same numbers, and so are the same."""
+    there, here = (table(method, device, decoder="growing") for device in ("cuda", "cpu"))
+    assert list(there) == list(here)
+    assert_alike(there, here, [n for n in here if not n.startswith("seconds_")])
+    assert there["length"][0] == here["length"][0]
+
+
+def assert_alike(one, other, names):
+    """Up to the first update: after it a token may fall the other way."""
+    for name in names:
+        np.testing.assert_allclose(one[name][:2], other[name][:2], rtol=2e-2, atol=2e-3,
+                                   err_msg=name)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo_token"])
+def test_a_compiled_decoder_trains_as_a_growing_one(method):
+    compiled, growing = (table(method, "cuda", decoder=d) for d in ("compiled", "growing"))
+    assert_alike(compiled, growing, ("length", "proxy", "kl_ref", "loss"))
+
+
+@pytest.mark.parametrize("method", ["dpo_offline", "ppo_token", "dpo"])
+def test_16_bits_stay_near_32(method):
+    """With the default decoder; log-probabilities of a sampling are found again, or it raises."""
+    half, whole = (table(method, "cuda", dtype=d) for d in ("bfloat16", "float32"))
+    assert abs(half["held_out_accuracy"].iloc[-1] - whole["held_out_accuracy"].iloc[-1]) < 0.2
+    assert abs(half["length"].iloc[0] - whole["length"].iloc[0]) < 8
+    assert np.isfinite(half["loss"]).iloc[1:].all()
