@@ -94,7 +94,8 @@ class Chapter(Page):
 
     Args:
         name: of `lib.experiments.CHAPTERS`.
-        profile: "auto" for the largest published one, or a name of `lib.experiments.PROFILES`.
+        profile: "auto" for the published one that the prose is about, else the largest; or a name
+            of `lib.experiments.PROFILES`.
         recompute: leave published results aside and compute (finished runs are kept in `store`);
             a profile must say how much.
         plan_only: print what would be run and skip the rest of the notebook.
@@ -127,7 +128,7 @@ class Chapter(Page):
         self.name = experiments.check_chapter(name)
         self._take(profile, recompute, plan_only)
         if profile == "auto":
-            published = runs.largest_published(name)
+            published = _published(name, PROSE) or runs.largest_published(name)
             self.profile_name = published.profile if published else "cpu"
         named = experiments.profile_named(name, self.profile_name)
         folder = None if prepared is None else str(prepared)
@@ -138,12 +139,30 @@ class Chapter(Page):
         self.methods = None if methods is None else listed("methods", methods, "[dpo, rwr]")
         full = experiments.CHAPTERS[name].profiles["full"]
         self.extra_seeds = _checked_seeds(seeds, max(full.report_seeds) + 1)
-        experiments.check_runs(name, self.profile, self.methods, self.extra_seeds, given)
         self.store = runs.Store(store or STORE)
         self.published = None if recompute else _published(name, self.profile_name)
+        if not self._elsewhere:
+            experiments.check_runs(name, self.profile, self.methods, self.extra_seeds, given)
         if self.plan_only:
             print(self.plan())
             _skip_the_rest()
+
+    @cached_property
+    def _elsewhere(self) -> bool:
+        """Whether the published runs are of a policy that was made where they ran, and is not here:
+        the same configuration has another identity, or none."""
+        own = self.extra_seeds or not self._profile_as_named
+        if self.profile.device == "cpu" or self.published is None or own:
+            return False
+        setting = self.settings()[0]
+        rows = experiments.matching(self.published.table, setting, self.profile)
+        if rows.empty:
+            return False
+        rate, seed, run = rows[["learning_rate", "seed", "run"]].iloc[0]
+        try:
+            return runs.identity(setting.run(self.profile, float(rate), int(seed))) != run
+        except FileNotFoundError:
+            return True
 
     @cached_property
     def engine(self) -> runs.Engine:
@@ -164,6 +183,8 @@ class Chapter(Page):
         Learning rates are selected where the store or the published table has their sweep, and
         assumed elsewhere: they change no cost.
         """
+        if self._elsewhere:
+            return f"{self.name} at profile {self.profile_name}: published, nothing to compute"
         asked = self.name, self.profile, self.methods, self.extra_seeds
         configs: dict[Any, None] = {}
         for stage in experiments.stages(*asked, experiments.assumer):
@@ -197,7 +218,13 @@ class Chapter(Page):
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """The chapter's result table, computed or loaded at first use."""
+        """The chapter's result table, computed or loaded at first use.
+
+        Where the data of published runs are elsewhere, so are the runs' identities: the published
+        table is then taken as it is.
+        """
+        if self._elsewhere:
+            return experiments.CHAPTERS[self.name].derive(self.published.table, self.profile)
         results: pd.DataFrame | None = None
         known: set[Any] = set()
         for stage in self._stages:

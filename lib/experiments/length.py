@@ -42,12 +42,15 @@ class LengthProfile(PilotProfile):
         batches: values of B as multiples of M. inner_steps: values of T. betas: DPO's.
         slowest: no rate below it is tried with on-policy methods. Fixed data need smaller rates:
             an offline run can leave them for good, an on-policy one sees where it went.
+        extras: whether to run what no claim compares: IPO and REINFORCE beside the others, and
+            training on the rule's label.
     """
 
     batches: tuple[int, ...] = (2, 3, 4)
     inner_steps: tuple[int, ...] = (2, 4, 8)
     betas: tuple[float, ...] = (0.02, 0.5)
     slowest: float = 0.0
+    extras: bool = True
 
     def competing(self, setting: Setting) -> tuple[float, ...]:
         if not methods.get(setting.method).on_policy:
@@ -106,9 +109,10 @@ PROFILES: dict[str, LengthProfile] = {
         FULL,
         rates=GPU_RATES,
         slowest=0.0,
-        updates=72,
+        sweep_seeds=(0,),
         device="cuda",
-        options=(("prepared", "smollm2"), ("dtype", "bfloat16"), ("max_tokens", 128)),
+        options=(("prepared", "smollm2"), ("dtype", "bfloat16"), *FULL.options),
+        extras=False,
     ),
     "paper": replace(
         FULL,
@@ -163,9 +167,11 @@ def _negative_gradient(p: LengthProfile) -> list[Setting]:
 def _complementary(p: LengthProfile) -> list[Setting]:
     """On-policy contrastive methods against the best of either side; Min with the rule's label."""
     names = ("dpo_offline", "rwr", "ppo_token", "dpo")
-    rule = _dial(("dpo", "reinforce"), "label", ("rule",), ("min",))
-    extra = _base(("pref_ft",), ("skew", "mode")) + _base(("ipo", "reinforce"), ("min",))
-    return _present(_base(names) + extra + rule, p)
+    found = _base(names) + _base(("pref_ft",), ("skew", "mode"))
+    if p.extras:
+        found += _base(("ipo", "reinforce"), ("min",))
+        found += _dial(("dpo", "reinforce"), "label", ("rule",), ("min",))
+    return _present(found, p)
 
 
 TARGET_SHARE = 0.95  # of the way from the reference's mean length to the best method's final one

@@ -235,7 +235,7 @@ def _provenance(
         **job.origin,
         "environment": provenance.environment(
             getattr(engine, "device", "cpu"),
-            getattr(engine, "dtype", "float32"),
+            getattr(config, "dtype", getattr(engine, "dtype", "float32")),
             getattr(engine, "packages", ()),
         ),
         "seconds": {name.removeprefix("seconds_"): round(float(last[name]), 3) for name in names},
