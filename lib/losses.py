@@ -97,8 +97,7 @@ def dpo(logp: Tensor, ref: Tensor, prefer: Tensor, beta: Tensor | float) -> Tens
         are False both ways and carry no loss.
     Returns: (..., P, C, C); ln 2 on each pair where pi = pi_ref.
     """
-    beta = torch.as_tensor(beta)[..., None]
-    return -logsigmoid(beta * pair_margin(logp, ref)) * prefer
+    return -logsigmoid(_of_pairs(beta, logp) * pair_margin(logp, ref)) * prefer
 
 
 def ipo(logp: Tensor, ref: Tensor, prefer: Tensor, tau: Tensor | float) -> Tensor:
@@ -106,5 +105,10 @@ def ipo(logp: Tensor, ref: Tensor, prefer: Tensor, tau: Tensor | float) -> Tenso
 
     Args and Returns as `dpo`; 1 / (4 tau^2) on each pair where pi = pi_ref.
     """
-    target = 0.5 / torch.as_tensor(tau)[..., None]
+    target = 0.5 / _of_pairs(tau, logp)
     return (pair_margin(logp, ref) - target) ** 2 * prefer
+
+
+def _of_pairs(value: Tensor | float, logp: Tensor) -> Tensor:
+    """A hyperparameter as it multiplies pairs, where `logp` is."""
+    return value[..., None] if isinstance(value, Tensor) else logp.new_full((1,), value)
