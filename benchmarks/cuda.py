@@ -8,6 +8,7 @@ with random weights.
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -332,7 +333,11 @@ def on_gpu(name: str, effort: Effort) -> Iterator[Result | Unmeasured]:
     if not torch.cuda.is_available():
         yield Unmeasured(f"lm/{name}/cuda", "there is no CUDA GPU here", failed=False)
         return
-    yield from compare(name, PRESETS[name], small=name == "smollm2")
+    try:
+        yield from compare(name, PRESETS[name], small=name == "smollm2")
+    except Exception as error:  # the other preset's turn still comes
+        traceback.print_exc()
+        yield Unmeasured(f"lm/{name}/cuda", f"{type(error).__name__}: {error}")
 
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[Result | Unmeasured]]] = {

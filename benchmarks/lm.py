@@ -8,6 +8,7 @@ the policy stays what it is. Each side runs in processes of its own. On a GPU: `
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import tempfile
@@ -113,6 +114,8 @@ def prepare(folder: Path, shape: Architecture, device: str = "cpu") -> None:
     torch.manual_seed(0)
     with torch.device(device):  # a large model's random numbers take long on a CPU
         AutoModelForCausalLM.from_config(shape.config()).save_pretrained(folder / "policy")
+    gc.collect()
+    free(device)
     words = {f"w{i}": i for i in range(shape.vocabulary)}
     model = Tokenizer(models.WordLevel(words, unk_token="w0"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -279,6 +282,7 @@ def theirs(
             if not ticks.phases:
                 raise
             traceback.print_exc()  # in the step that is counted: the times are known
+            ticks.counting.__exit__(None, None, None)
     times, phases = ticks.times[WARM_UP : WARM_UP + steps], ticks.phases
     phases["training"] = sum(times) - phases["sampling"] - phases["scoring"]
     return Measured(times, phases, ticks.memory, ticks.flops, product_peak(device, dtype),

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from time import monotonic
 from typing import Any
 
-READY_SECONDS, TURN_SECONDS, END_SECONDS = 150, 120, 10
+READY_SECONDS, TURN_SECONDS, END_SECONDS = 150, 120, 5
 COMPILER_PROCESSES = 4  # of each setting: the compiler would start one for every core
 
 
