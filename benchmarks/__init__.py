@@ -39,5 +39,23 @@ class Result:
         )
 
 
+@dataclass(frozen=True)
+class Unmeasured:
+    """A benchmark, or a setting of one, without a number.
+
+    Args:
+        name: as of a `Result`.
+        reason: why there is none.
+        failed: False where it was left out, since it needs what is not here.
+    """
+
+    name: str
+    reason: str
+    failed: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'FAILED' if self.failed else 'skipped'}: {self.reason}"
+
+
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

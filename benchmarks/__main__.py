@@ -1,7 +1,8 @@
 """`python -m benchmarks [--quick] [word ...]`: the benchmarks whose name contains one of the words.
 
 Prints one line for each: name, ratio to its named baseline, times, threads, what limits it. The
-lines go to _build/benchmarks.json as well, with the machine, the versions and the commit.
+lines go to _build/benchmarks.json as well, after every one of them, with the machine, the versions
+and the commit. The word "cuda" stands for all that need a GPU; without one they are skipped.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import torch  # noqa: E402
 
-from benchmarks import bandit, lm, store  # noqa: E402
+from benchmarks import Unmeasured, bandit, cuda, lm, store  # noqa: E402
 from lib.runs import ROOT, environment, provenance, write_atomically  # noqa: E402
 
 OUTPUT = ROOT / "_build" / "benchmarks.json"
-BENCHMARKS = {**bandit.BENCHMARKS, **lm.BENCHMARKS, **store.BENCHMARKS}
+BENCHMARKS = {**bandit.BENCHMARKS, **lm.BENCHMARKS, **cuda.BENCHMARKS, **store.BENCHMARKS}
 
 
 def arguments() -> argparse.Namespace:
@@ -39,7 +40,8 @@ def arguments() -> argparse.Namespace:
 
 def save(path: Path, quick: bool, lines: list[dict]) -> None:
     """The results with where they come from, as JSON."""
-    about = {**environment("cpu", "float32"), "commit": provenance.commit(),
+    device = "cuda" if any("/cuda" in line["name"] and "ratio" in line for line in lines) else "cpu"
+    about = {**environment(device, "float32"), "commit": provenance.commit(),
              "time": provenance.now(), "quick": quick, "cores": os.cpu_count(),
              "load": os.getloadavg()[0]}  # fmt: skip
     text = json.dumps({"environment": about, "results": lines}, indent=1)
@@ -60,6 +62,8 @@ def main() -> int:
             for result in BENCHMARKS[name](effort):
                 print(result, flush=True)
                 lines.append(asdict(result))
+                save(args.output, args.quick, lines)
+                failed |= isinstance(result, Unmeasured) and result.failed
         except AssertionError as error:
             print(f"{name}: FAILED: {error}", flush=True)
             failed = True
