@@ -39,7 +39,6 @@ from transformers.cache_utils import StaticLayer
 from benchmarks import Result
 from benchmarks.bandit import Effort, in_processes
 from benchmarks.machines import (
-    DeviceClock,
     counting,
     free,
     graphs_compiled,
@@ -54,6 +53,7 @@ from lib.lm import pairs
 from lib.lm.config import LengthRun, length_run
 from lib.lm.problem import LengthProblem
 from lib.rollouts import Rollout
+from lib.timing import Clock
 
 PROMPTS, COMPLETIONS, PROMPT, LENGTH = 32, 2, 32, 64
 NEVER = -1  # a token id that no completion has: nothing ends before LENGTH
@@ -144,7 +144,6 @@ class FixedLength(LengthProblem):
 
     def __init__(self, config: LengthRun, device: str = "cpu"):
         super().__init__(config, device)
-        self.clock = DeviceClock(device)
         self.reference.eos = torch.tensor([NEVER], device=device)
 
     def initial_state(self) -> State:
@@ -154,12 +153,6 @@ class FixedLength(LengthProblem):
 
     def proxy(self, batch: Rollout) -> Tensor:
         return batch.completions[..., 0].float()
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        """Of the method, beta where the loss is."""
-        hyper = self.config.hyper
-        return {**hyper, "beta": torch.tensor(hyper["beta"], device=self.device)}
 
 
 def ours(
@@ -185,7 +178,7 @@ def ours(
         problem._draw(state.policy, 0)
         free(device)
         turn()
-    updates = fine_tune(state, problem, problem.method, config.schedule, problem.hyper)
+    updates = fine_tune(state, problem, problem.method, config.schedule, config.hyper)
     times = []
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
@@ -219,7 +212,7 @@ class Ticks(TrainerCallback):
     Args: begin: called when the model is where it trains. last: called before the last step.
     """
 
-    def __init__(self, clock: DeviceClock, begin: Callable[[], None] = at_once,
+    def __init__(self, clock: Clock, begin: Callable[[], None] = at_once,
                  last: Callable[[], None] = at_once):  # fmt: skip
         self.clock, self.begin, self.last = clock, begin, last
         self.times, self.memory, self.graphs, self.flops = [], 0.0, 0, 0
@@ -268,7 +261,7 @@ def theirs(
     importlib.import_module("trl.experimental.online_dpo")  # seconds, which need no device
     if cache is None:
         turn()
-    clock = DeviceClock(device)
+    clock = Clock(device)
     ticks = Ticks(clock)
     trainer = _trainer(folder, dtype, WARM_UP + steps + 1, checkpointing, ticks, cache, throughout,
                        device)  # fmt: skip
@@ -346,7 +339,7 @@ def _trainer(
 
 
 @contextmanager
-def _timed(trainer: Any, clock: DeviceClock) -> Iterator[None]:
+def _timed(trainer: Any, clock: Clock) -> Iterator[None]:
     """Generation counts as sampling, forward passes without a gradient as scoring."""
     generate, forward = trainer._generate, trainer._forward
 

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bandit import peak_memory, sgemm_peak
-from lib.timing import Clock
 
 PRODUCT = 8192  # of the square matrices whose product sets a GPU's peak
 COPIED = {"cuda": 2 * 10**9, "cpu": 10**8}  # bytes of the copy that sets the bandwidth
@@ -22,21 +21,6 @@ def synchronise(device: str) -> None:
     """Waits until a GPU has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-class DeviceClock(Clock):
-    """A clock that waits for the device at both ends of a phase."""
-
-    def __init__(self, device: str = "cpu"):
-        super().__init__()
-        self.device = device
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        synchronise(self.device)
-        with super().measure(phase):
-            yield
-            synchronise(self.device)
 
 
 def free(device: str) -> None:

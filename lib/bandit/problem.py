@@ -45,7 +45,7 @@ class BanditProblem:
     def __init__(self, runs: Sequence[BanditRun], device: str = "cpu"):
         if len({run.stack_key for run in runs}) != 1:
             raise ValueError("runs of a stack may differ in seed, rate and reward function only")
-        self.config, self.device, self.clock = runs[0], device, Clock()
+        self.config, self.device, self.clock = runs[0], device, Clock(device)
         self.method: Method = get(self.config.method)
         self.seeds = [run.seed for run in runs]
         self.rates = torch.tensor([run.learning_rate for run in runs], device=device)

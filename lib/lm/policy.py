@@ -6,6 +6,8 @@ import os
 import shutil
 import warnings
 from functools import cache, cached_property
+from pathlib import Path
+from sysconfig import get_paths
 
 import torch
 from torch import Tensor
@@ -54,9 +56,10 @@ def compiles(network: Network) -> bool:
 
 @cache
 def _has_compiler() -> bool:
-    """Triton, and the C compiler that it calls. Says once which of them is missing."""
+    """Triton, and what it calls: a C compiler and Python's headers. Says once what is missing."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    found = {"Triton": has_triton(), "a C compiler": any(map(shutil.which, names))}
+    found = {"Triton": has_triton(), "a C compiler": any(map(shutil.which, names)),
+             "Python's headers": Path(get_paths()["include"], "Python.h").is_file()}  # fmt: skip
     missing = " and ".join(name for name, here in found.items() if not here)
     if missing:
         warnings.warn(f"without {missing} here, completions are drawn by the slower decoder "

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -59,12 +58,14 @@ def reference_scores(
 
     The data are fixed and all offline runs of a process share them: they are scored once.
     """
-    started = perf_counter()
-    data = task_data(policy, file, task)
-    scorer = frozen_scorer(policy, data.ids, temperature, dtype, device)
-    everything = torch.arange(len(data.pairs["train"]))
-    batch = unlabelled(data.pairs["train"], everything, data.ids.pad, device)
-    return scorer.score(batch), perf_counter() - started
+    clock = Clock(device)
+    with clock.measure("scoring"):
+        data = task_data(policy, file, task)
+        scorer = frozen_scorer(policy, data.ids, temperature, dtype, device)
+        everything = torch.arange(len(data.pairs["train"]))
+        batch = unlabelled(data.pairs["train"], everything, data.ids.pad, device)
+        scores = scorer.score(batch)
+    return scores, clock.seconds["scoring"]
 
 
 def frozen_scorer(
@@ -94,7 +95,7 @@ class LengthProblem:
     shown = ("reward", "proxy")
 
     def __init__(self, config: LengthRun, device: str = "cpu"):
-        self.config, self.device, self.clock = config, device, Clock()
+        self.config, self.device, self.clock = config, device, Clock(device)
         self.method: Method = get(config.method)
         self.data = task_data(config.policy_folder, config.pairs_file, config.task)
         self.reference = self._scorer()
