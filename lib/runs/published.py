@@ -120,7 +120,7 @@ class Published:
     def replaced(self) -> str:
         """Which runs were put in later, for a reader ("" if none were)."""
         return "; ".join(
-            f"{e['runs']} of them again at commit `{e['commit'][:10]}`, {e['date'][:10]}"
+            f"{e['runs']} runs again at commit `{e['commit'][:10]}`, {e['date'][:10]}"
             for e in self.meta.get("replaced", [])
         )
 

@@ -95,7 +95,7 @@ def test_replaced_runs_name_their_own_commit_and_the_others_keep_theirs(
     assert {k: made.meta["totals"][k] for k in ("runs", "rows")} == {"runs": 6, "rows": 246}
     (entry,) = made.meta["replaced"]
     assert (entry["runs"], entry["command"]) == (2, "again")
-    assert made.replaced().startswith(f"2 of them again at commit `{entry['commit'][:10]}`, 20")
+    assert made.replaced().startswith(f"2 runs again at commit `{entry['commit'][:10]}`, 20")
     assert walks.replaced() == ""
 
 
