@@ -275,8 +275,10 @@ class Chapter(Page):
             meta = self.published.meta
             text = (
                 f"Published results, profile `{self.profile_name}`: {n:,} runs, computed at "
-                f"commit `{meta['commit'][:10]}`, published {meta['published'][:10]}."
+                f"commit `{meta['commit'][:10]}`, published {meta['published'][:10]}"
             )
+            later = self.published.replaced()
+            text += f"; {later}." if later else "."
             if notice := self.published.notice():
                 text += f" **Stale:** {notice}."
         if self.extra_seeds:

@@ -269,7 +269,8 @@ def _published_row(result: runs.Published) -> tuple[Any, ...]:
     return (
         f"[{result.chapter.replace('_', ' ')}]({result.chapter}.ipynb)", result.profile,
         f"{meta['totals']['runs']:,}", f"{hours:.2f}",
-        f"`{meta['commit'][:10]}`", meta["published"][:10],
+        "; ".join(filter(None, (f"`{meta['commit'][:10]}`", result.replaced()))),
+        meta["published"][:10],
         times.get(len(checks), f"{len(checks)} times"), result.notice() or "current",
     )  # fmt: skip
 

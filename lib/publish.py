@@ -1,14 +1,17 @@
 """Recompute a chapter's runs, resumably, and publish them: `python -m lib.publish on_policy`.
 
-Results and their provenance go to `data/results/<chapter>/<profile>.parquet` and `.json`.
+Results and their provenance go to `data/results/<chapter>/<profile>.parquet` and `.json`. After a
+change that moves the numbers of a few runs only, `--only dropout=0.1` computes those that have this
+setting and puts them in the place of the old ones; `python -m lib.verify` then tells of the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,12 +75,50 @@ def configurations(stages: Sequence[Stage], table: pd.DataFrame) -> dict[str, An
     return configs
 
 
+def recompute(
+    published: runs.Published,
+    stages: Sequence[Stage],
+    fields: Mapping[str, Any],
+    store: runs.Store,
+    engine: runs.Engine,
+    jobs: int | None = None,
+) -> pd.DataFrame:
+    """The published runs whose configuration has these fields, computed by the present code.
+
+    Raises PublishError if there are none, or if the grid, chosen on the new results, would be
+    another one.
+    """
+    configs = configurations(stages, published.table)
+    chosen = [
+        config for run, config in configs.items()
+        if run in published.runs
+        and all(getattr(config, name, None) == value for name, value in fields.items())
+    ]  # fmt: skip
+    if not chosen:
+        raise runs.PublishError(f"no published run has {fields}")
+    table = compute_stages([lambda _: chosen], store, engine, jobs)
+    if set(configurations(stages, published.merged(table))) != set(configs):
+        raise runs.PublishError("with the new results the grid is another one: publish all of it")
+    return table
+
+
 def check_chapter(experiments: ModuleType, chapter: str) -> str:
     """The chapter's name; ArgumentTypeError, naming those that exist, for an unknown one."""
     try:
         return experiments.check_chapter(chapter)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A field and its value, as in "dropout=0.1". Raises: ArgumentTypeError for other texts."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def positive(text: str) -> int:
@@ -97,13 +138,31 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     stages = experiments.stages(options.chapter, options.profile)
     engine = chapter_engine(experiments, options.chapter, options.profile)
     jobs = options.jobs or experiments.CHAPTERS[options.chapter].jobs
-    table = compute_stages(stages, store, engine, jobs)
     path = runs.results_folder(options.results) / options.chapter / f"{options.profile}.parquet"
     command = f"python -m lib.publish {options.chapter} --profile {options.profile}"
+    if options.only:
+        name, value = options.only
+        command += f" --only {name}={value}"
+        _replace(path, stages, {name: value}, store, engine, jobs, command)
+        return
+    table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
     total = published.meta["totals"]
     kilobytes = path.stat().st_size / 1e3
     print(f"published {total['runs']:,} runs, {total['rows']:,} rows, {kilobytes:,.0f} kB: {path}")
+
+
+def _replace(
+    path: Path, stages: Sequence[Stage], fields: Mapping[str, Any],
+    store: runs.Store, engine: runs.Engine, jobs: int | None, command: str,
+) -> None:  # fmt: skip
+    if not path.exists():
+        raise runs.PublishError(f"{path} is not there: publish all of it")
+    published = runs.Published.load(path)
+    table = recompute(published, stages, fields, store, engine, jobs)
+    records = store.provenance(table["run"].unique())
+    published.replace(table, records, command)
+    print(f"replaced {len(records):,} of {len(published.runs):,} runs: {path}")
 
 
 def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
@@ -115,6 +174,10 @@ def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", type=Path, default=STORE, help="folder of finished runs")
     parser.add_argument("--results", type=Path, help="folder to publish into (data/results)")
+    parser.add_argument(
+        "--only", type=setting, metavar="FIELD=VALUE",
+        help="compute only the published runs with this setting, and replace these",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the chapters and stop")
     return parser
 

@@ -47,6 +47,10 @@ class Architecture:
             "head.weight": (d, self.vocabulary),
         }
 
+    def dropped(self, tokens: int) -> tuple[int, int, int]:
+        """Shape of what dropout acts on in one run: embedding, then attention and MLP by layer."""
+        return 1 + 2 * self.layers, tokens, self.width
+
     def initial(self, seed: int) -> Parameters:
         """minGPT's initialisation of one run: N(0, 0.02), residual outputs scaled by depth."""
         generator = torch.Generator().manual_seed(seed)
@@ -128,14 +132,25 @@ def _head(p: Parameters, x: Tensor) -> Tensor:
     return _normalised(x, p["lnf.gain"], p["lnf.bias"], p["head.weight"], None)
 
 
-def logits(p: Parameters, tokens: Tensor, arch: Architecture = GPT_NANO, dropout: float = 0.0):
-    """Next-token logits. tokens (R, S, L) -> (R, S, L, V). `dropout` is for training only."""
+def dropout_masks(numbers: Tensor, rate: float) -> Tensor:
+    """Factors of dropout from uniform numbers: 0 with chance `rate`, else 1 / (1 - rate)."""
+    return (numbers >= rate) / (1 - rate)
+
+
+def logits(
+    p: Parameters, tokens: Tensor, arch: Architecture = GPT_NANO, masks: Tensor | None = None
+) -> Tensor:
+    """Next-token logits. tokens (R, S, L) -> (R, S, L, V).
+
+    Args: masks: (R, *arch.dropped(S * L)) factors of dropout, for training only.
+    """
     runs, sequences, length = tokens.shape
+    places = iter(() if masks is None else masks.unbind(1))
 
     def drop(x: Tensor) -> Tensor:
-        return F.dropout(x, dropout) if dropout else x
+        return x if masks is None else x * next(places)
 
-    x = drop(_embed(p, tokens, 0)).reshape(runs, sequences * length, arch.width)
+    x = drop(_embed(p, tokens, 0).reshape(runs, sequences * length, arch.width))
     for i in range(arch.layers):
         x = x + drop(_out(p, i, _attention(_qkv(p, i, x), arch.heads, length)))
         x = _mlp(p, i, x, drop)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.bandit.network import GPT_NANO, Architecture, Decoder, Parameters, logits
+from lib.bandit.network import (
+    GPT_NANO,
+    Architecture,
+    Decoder,
+    Parameters,
+    dropout_masks,
+    logits,
+)
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout, invert_cdf, token_logp
 
@@ -106,6 +114,7 @@ class StackedPolicy(Scorer):
         rates: (R,) learning rates.
         dropout: in training only; breaks the identity "recomputed".
         shift: False also breaks "recomputed" and "reference".
+        numbers: for dropout, (updates so far, shape) -> (R, *shape) uniform numbers.
     """
 
     tolerance = TOLERANCE
@@ -117,6 +126,7 @@ class StackedPolicy(Scorer):
         arch: Architecture = GPT_NANO,
         dropout: float = 0.0,
         shift: bool = True,
+        numbers: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     ):
         runs, shapes = len(rates), arch.shapes()
         sizes = [shape.numel() for shape in map(torch.Size, shapes.values())]
@@ -131,7 +141,7 @@ class StackedPolicy(Scorer):
             self.parameters[name].copy_(value.expand_as(self.parameters[name]))
         self.optimiser = StackedAdam(runs, self.flat.shape[1], rates)
         self.alive = torch.ones(runs, dtype=torch.bool, device=rates.device)
-        self.dropout = dropout
+        self.dropout, self.numbers = dropout, numbers
         self.breaks = frozenset(
             (["recomputed", "first loss"] if dropout else [])
             + ([] if shift else ["recomputed", "reference"])
@@ -153,7 +163,7 @@ class StackedPolicy(Scorer):
         prompts, completions = flat_groups(batch)
         tokens = torch.cat([prompts[..., None], completions], -1)
         inputs = tokens[..., :-1] if self.shift else tokens
-        raw = logits(leaves, inputs, self.arch, self.dropout)
+        raw = logits(leaves, inputs, self.arch, self._masks(inputs))
         logp = token_logp(raw, tokens, shift=self.shift).view_as(batch.logp)
         item, metrics = method.loss(batch, logp, hyper)
         loss = item.flatten(1).sum(-1) / items
@@ -164,6 +174,14 @@ class StackedPolicy(Scorer):
         self.alive &= norm.isfinite() & loss.detach().isfinite()
         self.optimiser.step(self.flat, gradient, self.alive)
         return logp.detach(), {"loss": loss.detach(), "grad_norm": norm, **metrics}
+
+    def _masks(self, inputs: Tensor) -> Tensor | None:
+        """The factors of dropout of the update to come."""
+        if not self.dropout:
+            return None
+        shape = self.arch.dropped(inputs[0].numel())
+        numbers = self.numbers(self.optimiser.steps, shape)
+        return dropout_masks(numbers.to(inputs.device), self.dropout)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changes, as tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lib.rollouts import GROUPED, Rollout, sequence_logp
 from lib.timing import Clock
 
 # Streams of random numbers; a run's numbers depend on its seed, the stream and a counter only.
-PROMPTS, TRAIN, EVALUATE, HELD_OUT = range(4)
+PROMPTS, TRAIN, EVALUATE, HELD_OUT, DROPOUT = range(5)
 TRACKED = 10  # prompts whose y_w and y_l are followed, of however many are trained on
 BINS = 20  # of the token marginal
 # Completions decoded at once, in all runs together: bounds the memory of a sampling (the cache of
@@ -61,7 +62,10 @@ class BanditProblem:
     def initial_state(self) -> State:
         """Policy = reference = the fitted network; also draws the pairs that are followed."""
         config = self.config
-        policy = StackedPolicy(self.initial, self.rates, dropout=config.dropout, shift=config.shift)
+        policy = StackedPolicy(
+            self.initial, self.rates, dropout=config.dropout, shift=config.shift,
+            numbers=partial(uniforms, self.seeds, DROPOUT),
+        )  # fmt: skip
         state = State(policy, Scorer(self.initial, len(self.seeds), policy.arch, config.shift))
         self.fixed = self._draw(state.reference, self.prompts, TRAIN, 0, True).narrow(
             0, min(TRACKED, config.prompts)

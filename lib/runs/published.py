@@ -117,6 +117,64 @@ class Published:
             else ""
         )
 
+    def replaced(self) -> str:
+        """Which runs were put in later, for a reader ("" if none were)."""
+        return "; ".join(
+            f"{e['runs']} runs again at commit `{e['commit'][:10]}`, {e['date'][:10]}"
+            for e in self.meta.get("replaced", [])
+        )
+
+    def merged(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the rows of `table`, one of `compute`, in the place of those runs' own.
+
+        Raises PublishError for runs or columns that are not published here.
+        """
+        unknown = sorted(set(table["run"]) - set(self.runs)) or sorted(
+            set(table) - set(self.table.columns)
+        )
+        if unknown:
+            raise PublishError(f"{', '.join(unknown)} are not in {self.path.name}: publish again")
+        kept = self.table[~self.table["run"].isin(table["run"])]
+        return pd.concat([kept, table], ignore_index=True)
+
+    def replace(
+        self, table: pd.DataFrame, records: Mapping[str, dict[str, Any]], command: str = ""
+    ) -> Published:
+        """Put runs that were computed again in the place of their published ones.
+
+        For a change that moves the numbers of a few runs. Arguments and refusals are those of
+        `publish`. The other runs keep rows and provenance, and the table the code that it was
+        computed or verified by: if that is another one than now, it stays stale until it is
+        verified.
+        """
+        used = {run: _record(run, records) for run in table["run"].unique()}
+        _refuse(used)
+        compact = _compact(self.merged(table), self.meta["configuration"])
+        kept = {run: _split(own) for run, own in self.runs.items() if run not in used}
+        totals = self._totals(len(compact), used)
+        write_atomically(self.path, lambda temporary: _write_table(compact, temporary))
+        entry = {"commit": provenance.commit(), "command": command, "runs": len(used),
+                 "date": provenance.now()}  # fmt: skip
+        meta = {
+            **self.meta,
+            "sha256": file_hash(self.path),
+            "totals": totals,
+            "environments": _environments({**kept, **used}),
+            "replaced": [*self.meta.get("replaced", []), entry],
+        }
+        _write_json(self.path.with_suffix(".json"), meta)
+        return Published.load(self.path)
+
+    def _totals(self, rows: int, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """The totals after some runs were replaced; published seconds are those of their rows."""
+        gone = pd.concat([self.metrics(run).tail(1) for run in records])
+        seconds = {
+            name: round(total - float(gone[f"seconds_{name}"].sum())
+                        + sum(record["seconds"].get(name, 0.0) for record in records.values()), 1)
+            for name, total in self.meta["totals"]["seconds"].items()
+        }  # fmt: skip
+        return {"runs": len(self.runs), "rows": rows, "seconds": seconds}
+
     def stamp(self, verification: dict[str, Any], modules: Sequence[str]) -> None:
         """Take the present code as these results' own after a sample was verified against it.
 
@@ -313,6 +371,13 @@ def _environments(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]
         entry = entries.setdefault(json.dumps(head, sort_keys=True), {**head, "runs": {}})
         entry["runs"][run] = record["finished"]
     return list(entries.values())
+
+
+def _split(own: dict[str, Any]) -> dict[str, Any]:
+    """What `Published.runs` says of a run, as a record has it."""
+    apart = ("commit", "finished")
+    environment = {name: value for name, value in own.items() if name not in apart}
+    return {"environment": environment, **{name: own[name] for name in apart}}
 
 
 def _plain_strings(table: pd.DataFrame) -> pd.DataFrame:

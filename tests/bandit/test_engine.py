@@ -109,6 +109,41 @@ def test_a_killed_offline_run_resumes_with_the_same_numbers(quick):
     assert_same(tables(run, checkpoint=checkpoint)[0], tables(run)[0])
 
 
+DROPPED = small("ipo", seed=1, rate=0.01, sets=2, inner_steps=2, iterations=2, dropout=0.1)
+
+
+def test_a_run_with_dropout_is_bit_equal_alone_and_among_others(quick):
+    torch.manual_seed(0)
+    (alone,) = tables(DROPPED)
+    torch.manual_seed(1)
+    others = [replace(DROPPED, seed=seed, learning_rate=0.1) for seed in (2, 3)]
+    assert_same(tables(others[0], DROPPED, others[1])[1], alone)
+    (plain,) = tables(replace(DROPPED, dropout=0.0))
+    assert plain["reward"][0] == alone["reward"][0]
+    assert plain["loss"].iloc[-1] != pytest.approx(alone["loss"].iloc[-1], rel=1e-3)
+
+
+def test_a_run_with_dropout_has_the_same_masks_in_blocks_of_any_size(monkeypatch):
+    """Products of another stack may round otherwise; other masks would differ in every digit."""
+    monkeypatch.setattr(training, "EARLY", ())
+    run, made = small("best_of_n", seed=1, dropout=0.1), []
+    for size in (1, 2, 5):
+        monkeypatch.setattr(module, "BLOCK", size)
+        made += tables(run)
+    for other in made[1:]:
+        pd.testing.assert_frame_equal(other, made[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 4, 6])
+@pytest.mark.parametrize("run", [DROPPED, small("ipo_offline", inner_steps=8, dropout=0.1)])
+def test_a_killed_run_with_dropout_resumes_with_the_same_numbers(run, kill_at, quick):
+    checkpoint = Checkpoint(kill_at)
+    with pytest.raises(Checkpoint.Killed):
+        tables(run, checkpoint=checkpoint)
+    torch.rand(1)  # what else the process draws does not matter
+    assert_same(tables(run, checkpoint=checkpoint)[0], tables(run)[0])
+
+
 def test_a_resumed_state_is_on_the_problems_device(quick):
     """Checkpoints hold tensors of the CPU; "meta" stands in for a GPU, and cannot be mixed."""
     run = small("ipo", sets=2, inner_steps=2, iterations=2, evaluations=3)

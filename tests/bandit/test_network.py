@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 
-from lib.bandit.network import GPT_NANO, Decoder, logits
+from lib.bandit.network import GPT_NANO, Decoder, dropout_masks, logits
 from tests.bandit.helpers import PlainGPT, random_parameters
 
 RUNS, SEQUENCES = 3, 5
@@ -76,10 +76,24 @@ def test_decoder_equals_the_full_pass_at_every_position(parameters, tokens):
 def test_dropout_only_when_asked(parameters, tokens):
     plain = logits(parameters, tokens)
     assert torch.equal(plain, logits(parameters, tokens))
-    torch.manual_seed(0)
-    first = logits(parameters, tokens, dropout=0.1)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, RUNS, *GPT_NANO.dropped(SEQUENCES * 10))
+    masks = dropout_masks(torch.rand(shape, generator=generator), 0.1)
+    assert masks.eq(0).float().mean().item() == pytest.approx(0.1, abs=5e-3)
+    assert masks.mean().item() == pytest.approx(1, abs=5e-3)
+    first, second = (logits(parameters, tokens, masks=half) for half in masks)
     assert not torch.allclose(first, plain, atol=1e-2)
-    assert not torch.allclose(first, logits(parameters, tokens, dropout=0.1), atol=1e-2)
+    assert not torch.allclose(first, second, atol=1e-2)
+    assert torch.equal(logits(parameters, tokens, masks=torch.ones_like(masks[0])), plain)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_dropout_acts_at_every_place(parameters, tokens, place):
+    """After the embedding, and on what attention and MLP of each layer add."""
+    masks = torch.ones(RUNS, *GPT_NANO.dropped(SEQUENCES * 10))
+    masks[:, place] = 0.5
+    plain, halved = logits(parameters, tokens), logits(parameters, tokens, masks=masks)
+    assert not torch.allclose(halved, plain, atol=1e-2)
 
 
 def test_initialisation_is_mingpts_and_follows_its_seed():

@@ -386,6 +386,43 @@ def test_lengths_of_the_text_and_of_one_token():
         assert rows[0]["loss"].item() == pytest.approx(100, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["best_of_n", "ipo_offline"])
+def test_every_update_of_every_seed_has_masks_of_its_own(method):
+    """Also where minibatches and passes share a sampling; learning rates of one seed share them."""
+    dials = {"sets": 2, "inner_steps": 2, "iterations": 2} if method == "best_of_n" else {}
+    run = small(method, dropout=0.1, **dials)
+    _, state, rows = start(run, replace(run, learning_rate=0.1), replace(run, seed=1))
+    drawn, numbers = [], state.policy.numbers
+
+    def spy(counter, shape):
+        drawn.append(numbers(counter, shape))
+        return drawn[-1]
+
+    state.policy.numbers = spy
+    assert len(list(rows)) == len(drawn) == run.updates
+    assert all(torch.equal(one[0], one[1]) for one in drawn)
+    apart = [one[row] < 0.1 for one in drawn for row in (0, 2)]
+    for i, one in enumerate(apart):
+        assert one.float().mean().item() == pytest.approx(0.1, abs=0.01)
+        for other in apart[:i]:  # as many in common as chance gives
+            assert (one & other).float().mean().item() == pytest.approx(0.01, abs=0.004)
+
+
+def test_samples_and_evaluations_are_without_dropout():
+    """With the same parameters, a run with dropout measures and samples as one without it."""
+    made = [advanced(small("ipo", rate=0.01, dropout=rate), updates=1) for rate in (0.0, 0.5)]
+    (plain, one, _), (dropped, two, _) = made
+    assert not torch.equal(one.policy.flat, two.policy.flat)
+    one.policy.flat.copy_(two.policy.flat)
+    metrics, same = plain.evaluate(one), dropped.evaluate(two)
+    assert all(torch.equal(metrics[name], same[name]) for name in metrics)
+    for state in (one, two):
+        state.behaviour = state.policy.frozen()
+    drawn, alike = plain.collect(one, plain.method), dropped.collect(two, dropped.method)
+    assert torch.equal(drawn.completions, alike.completions)
+    assert torch.equal(drawn.logp, alike.logp)
+
+
 def test_dropout_breaks_recomputed_and_says_so():
     """Without the declaration the run stops; with it, it goes on."""
     _, state, rows = start(small("best_of_n", dropout=0.1))

@@ -64,6 +64,75 @@ def test_publishing_twice_gives_the_same_bytes(store, engine, repository):
     assert path.read_bytes() == before
 
 
+@pytest.fixture
+def walks(store, engine, repository):
+    """Six walks, published at the first commit."""
+    table, records = computed(grid(), store, engine)
+    return runs.publish(table, records, repository.root / "data/results/walks/cpu.parquet")
+
+
+def test_replaced_runs_name_their_own_commit_and_the_others_keep_theirs(
+    walks, engine, repository, tmp_path
+):
+    few = [Walk("other", seed=seed) for seed in (0, 2)]
+    repository.write("README", "")
+    repository.commit()
+    moved = dataclasses.replace(engine, shift=1.0)
+    table, records = computed(few, runs.Store(tmp_path / "again"), moved)
+    made = walks.replace(table, records, "again")
+    for run, before in walks.runs.items():
+        expected, own = walks.metrics(run), made.metrics(run)
+        if run not in records:
+            assert made.runs[run] == before
+        else:
+            assert made.runs[run]["commit"] == records[run]["commit"] != before["commit"]
+            expected["reward"] = (table[table["run"] == run]["reward"]).to_numpy("float32")
+            own, expected = (t.drop(columns="seconds_training") for t in (own, expected))
+        pd.testing.assert_frame_equal(own, expected, check_exact=True)
+    assert list(made.table["run"]) == list(walks.table["run"])
+    same = ("commit", "command", "published", "code", "verified", "configuration")
+    assert all(made.meta[name] == walks.meta[name] for name in same)
+    assert {k: made.meta["totals"][k] for k in ("runs", "rows")} == {"runs": 6, "rows": 246}
+    (entry,) = made.meta["replaced"]
+    assert (entry["runs"], entry["command"]) == (2, "again")
+    assert made.replaced().startswith(f"2 runs again at commit `{entry['commit'][:10]}`, 20")
+    assert walks.replaced() == ""
+
+
+def test_replacing_runs_by_the_same_ones_gives_the_same_bytes(walks, store, engine):
+    before = walks.path.read_bytes()
+    table, records = computed(grid(seeds=1), store, engine)
+    made = walks.replace(table, records)
+    assert walks.path.read_bytes() == before
+    assert made.meta["environments"] == walks.meta["environments"]
+
+
+def test_totals_follow_the_seconds_of_replaced_runs(walks, store, engine):
+    table, records = computed(grid(seeds=1), store, engine)
+    slow = {run: {**record, "seconds": {"training": 10.0}} for run, record in records.items()}
+    assert walks.replace(table, slow).meta["totals"]["seconds"] == {"training": 20.0}
+
+
+def test_a_stale_table_stays_stale_when_some_runs_are_replaced(
+    walks, engine, repository, tmp_path, monkeypatch
+):
+    repository.write("lib/helper.py", "LIMIT = 50\n")
+    repository.commit()
+    module.fingerprint._first_seen.clear()
+    table, records = computed([Walk()], runs.Store(tmp_path / "again"), engine)
+    assert walks.replace(table, records).stale() == ["lib/helper.py"]
+
+
+def test_runs_that_are_not_published_replace_nothing(walks, store, engine):
+    new, records = computed([Walk(seed=9)], store, engine)
+    (run,) = records
+    with pytest.raises(runs.PublishError, match=f"{run} are not in cpu.parquet: publish again"):
+        walks.replace(new, records)
+    table, records = computed([Walk()], store, engine)
+    with pytest.raises(runs.PublishError, match="width are not in"):
+        walks.replace(table.assign(width=1.0), records)
+
+
 def test_a_dirty_tree_is_refused_now_and_when_a_run_was_computed(store, engine, repository):
     path = repository.root / "data/results/walks/cpu.parquet"
     table, records = computed([Walk()], store, engine)
@@ -188,6 +257,37 @@ def test_the_command_computes_the_stages_and_publishes(
     assert capsys.readouterr().out == "walks\nother\n"
 
 
+def test_the_command_replaces_the_runs_with_a_setting(experiments, repository, tmp_path, capsys):
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1"]
+    assert command.main([*arguments, "--only", "seed=6"]) == 1
+    assert "cpu.parquet is not there: publish all of it" in capsys.readouterr().err
+    assert command.main([*arguments, "--store", str(tmp_path / "store")]) == 0
+    before = runs.largest_published("walks")
+    again = [*arguments, "--store", str(tmp_path / "again"), "--only"]
+    assert command.main([*again, "seed=6"]) == 0
+    assert "replaced 1 of 8 runs" in capsys.readouterr().out
+    made = runs.largest_published("walks")
+    assert made.path.read_bytes() == before.path.read_bytes()
+    assert made.meta["replaced"][0]["command"].endswith("walks --profile cpu --only seed=6")
+    assert command.main([*again, "method=unknown"]) == 1
+    assert "no published run has {'method': 'unknown'}" in capsys.readouterr().err
+
+
+def test_results_that_choose_another_grid_replace_nothing(
+    experiments, engine, repository, tmp_path, monkeypatch, capsys
+):
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1"]
+    assert command.main([*arguments, "--store", str(tmp_path / "store")]) == 0
+    before = runs.largest_published("walks")
+    chosen = before.table[before.table["seed"] == 5]["step"].iloc[0]
+    moved = dataclasses.replace(engine, shift=-100.0)
+    monkeypatch.setattr(experiments, "engine", lambda chapter, device: moved)
+    again = [*arguments, "--store", str(tmp_path / "again"), "--only", f"step={chosen}"]
+    assert command.main(again) == 1
+    assert "the grid is another one" in capsys.readouterr().err
+    assert runs.largest_published("walks").meta == before.meta
+
+
 def test_all_records_of_uncommitted_code_are_named_before_anything_is_computed(
     experiments, engine, store, repository, capsys
 ):
@@ -224,6 +324,7 @@ def test_a_stage_may_have_nothing_to_run(engine, tmp_path):
         ([], "name a chapter: walks, other"),
         (["walks", "--jobs", "-1"], "'-1' is not a number of at least 1"),
         (["walks", "--jobs", "0"], "'0' is not a number of at least 1"),
+        (["walks", "--only", "dropout"], "'dropout' is not FIELD=VALUE"),
     ],
 )
 def test_bad_arguments_are_named_before_work(experiments, arguments, named, capsys):
