@@ -104,11 +104,14 @@ class Drawn(NamedTuple):
 
 def draw(network: Network, state: Tensor, uniforms: Tensor) -> Drawn:
     """The next tokens from the states before them, (n, d) and (n,)."""
-    raw = network.logits(state)
+    return drawn_from(network.logits(state), network.values(state), uniforms)
+
+
+def drawn_from(raw: Tensor, values: Tensor | None, uniforms: Tensor) -> Drawn:
+    """The next tokens from their logits (n, V), and what else is noted of them."""
     logp = raw.log_softmax(-1)
     tokens = invert_cdf(logp.exp(), uniforms)
-    return Drawn(tokens, logp.gather(-1, tokens[:, None])[:, 0], network.values(state),
-                 raw.abs().amax(-1))  # fmt: skip
+    return Drawn(tokens, logp.gather(-1, tokens[:, None])[:, 0], values, raw.abs().amax(-1))
 
 
 class Trace:

@@ -323,6 +323,8 @@ def _load(
     if dtype not in DTYPES:
         raise LoadError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
     place = _device(device)
+    if place.type == "cuda":  # cuDNN's plans anew, for half a second, at every length of a batch
+        torch.backends.cuda.enable_cudnn_sdp(False)
     folder, origin = resolve(source, revision)
     _check_config(folder, origin.name, auto, kind, new_head)
     _check_weights(folder, origin.name)

@@ -98,6 +98,7 @@ def prepare(options: argparse.Namespace) -> None:
     if not (out / "pairs.parquet").exists():
         make = _pairs if options.prompts else _given
         record["pairs"] = make(options, model, tokenizer)
+        write_record(out, record)  # a killed training must not lose how they were made
     found = ids(tokenizer, model)
     splits = {s: pairs.load(out / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
     for task in options.tasks:
@@ -166,7 +167,8 @@ class Sampler(Scorer):
         temperature: float = 1.0,
     ):  # fmt: skip
         network = Network(model, temperature, dtype=options.dtype)
-        super().__init__(network, found.eos, found.pad, decoder=options.decoder)
+        # each size of a batch would be compiled for, and is drawn once
+        super().__init__(network, found.eos, found.pad, decoder=options.decoder or "growing")
         # rotary positions leave keys in float32 where the cache does not cast them
         size = 4 if options.dtype == "float32" or self.decoder == "growing" else 2
         fits = room(network.device) // (size * tokens * keys_and_values(model.config))
@@ -392,7 +394,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the products while sampling (default: "
                         "bfloat16, on older GPUs float16, on a CPU float32)")  # fmt: skip
     parser.add_argument("--decoder", choices=[d for d in DECODERS if d], help="how keys and values "
-                        "are kept (default: compiled on a GPU, else growing)")  # fmt: skip
+                        "are kept (default: growing)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, repeated
+from lib.lm.decode import LOOK, Samples, Trace, draw, drawn_from, repeated
 from lib.lm.network import Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
@@ -55,12 +55,11 @@ class Steps:
         if compiled:
             self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
-    def next(self, *inputs: Network | FixedCache | Tensor) -> Drawn:
-        """A step's results as tensors of their own: a CUDA graph writes the next ones over them."""
-        if not self.compiled:
-            return self.step(*inputs)
-        torch.compiler.cudagraph_mark_step_begin()
-        return Drawn(*(x if x is None else x.clone() for x in self.step(*inputs)))
+    def next(self, *inputs: Network | FixedCache | Tensor) -> tuple[Tensor, Tensor | None]:
+        """A step's results; of a CUDA graph they are read before the next one writes over them."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.step(*inputs)
 
     def cache(self, rows: int, tokens: int) -> FixedCache:
         """An empty cache with room for `tokens`: the one in use, or a longer one in its place."""
@@ -137,18 +136,21 @@ class StaticDecoder:
             if t % LOOK == LOOK - 1 and not active.any():
                 break
             if t + 1 < length:
-                numbers = uniforms[:, t + 1].contiguous()
-                drawn = self.steps.next(network, drawn.tokens, position + t, mask, cache, numbers)
+                raw, values = self.steps.next(network, drawn.tokens, position + t, mask, cache)
+                drawn = drawn_from(raw, values, uniforms[:, t + 1])
         return trace.samples()
 
 
 def step(
-    network: Network, tokens: Tensor, positions: Tensor, mask: Tensor, cache: FixedCache,
-    uniforms: Tensor,
-) -> Drawn:  # fmt: skip
-    """Reads one token (S,) at its position (S,) and draws the next; mask (S, places)."""
+    network: Network, tokens: Tensor, positions: Tensor, mask: Tensor, cache: FixedCache
+) -> tuple[Tensor, Tensor | None]:
+    """Reads one token (S,) at its position (S,): the next logits (S, V), and values (S,) or None.
+
+    mask (S, places). Drawing is no part of it: PyTorch 2.11 cannot compile its cumulative sum over
+    a vocabulary (pytorch/pytorch issue 180221).
+    """
     state = network.hidden(tokens[:, None], mask, cache, positions[:, None])[:, 0]
-    return draw(network, state, uniforms)
+    return network.logits(state), network.values(state)
 
 
 class Twin:
