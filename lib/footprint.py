@@ -3,10 +3,10 @@
 P, P_s: parameters of the policy and of the reward model. d, l, f, k, v: width, layers, width of the
 MLP, width of all key heads together, vocabulary. Bytes of training with Adam, float32 weights and
 products in 16 bits, as the book's loop does it (chapter own_model, eq-memory): weights 4 P, their
-16-bit copies twice, 2 P that a compiled decoder keeps and 2 P that autocast makes for the backward
-pass, gradients 4 P, two moments 8 P; a frozen reference 2 P + 2 v d, whose embedding alone stays
-float32, and the reward model alike; for each token of a micro-batch 2 l (6 d + 2 k + c f), c = 2,
-or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
+16-bit copies twice, 2 P + 2 v d that a compiled decoder keeps and 2 P that autocast makes for the
+backward pass, gradients 4 P, two moments 8 P; a frozen reference 2 P + 2 v d, whose embedding alone
+stays float32, and the reward model alike; for each token of a micro-batch 2 l (6 d + 2 k + c f),
+c = 2, or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
 scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values 4 l k for each token of the
 completions, held by a compiled decoder from one sampling to the next. With LoRA of A parameters:
 weights 2 P + 2 v d, adapters (4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline
@@ -181,9 +181,10 @@ def memory(
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
     drawn = batch * (preset.prompt + preset.response)
-    tokens, copies = min(micro_batch, drawn), 2 + 2 if size == 2 else 0  # decoder, backward pass
+    tokens = min(micro_batch, drawn)
+    weights = 4 * p if size == 4 else (4 + 2) * p + policy.frozen(2)  # backward pass, decoder
     uses = {
-        "weights": policy.frozen(2) + (4 + copies) * a if lora else (4 + copies) * p,
+        "weights": policy.frozen(2) + (4 + 2 + 2) * a if lora else weights,
         "gradients": 4 * (a if lora else p),
         "moments": 8 * (a if lora else p),
         "reference": 0 if lora else policy.frozen(size),

@@ -78,7 +78,11 @@ _compiled: dict[tuple, Steps] = {}
 
 def compiled_steps(network: Network) -> Steps:
     """The compiled step of a network's architecture: every run of a process uses the same one, on
-    the weights that the run has, so that only the first waits for the compiler."""
+    the weights that the run has, so that only the first waits for the compiler. Where weights are
+    frozen (LoRA) it is the network's own: they would have to be held twice."""
+    if not all(p.requires_grad for p in network.parameters()):
+        torch.compiler.reset()
+        return Steps(Twin(network), compiled=True)
     key = architecture(network)
     if key not in _compiled:
         if len(_compiled) >= KEPT:

@@ -214,6 +214,21 @@ def test_the_twin_shares_all_but_its_matrices():
     assert Twin(Network(llama())).casts == []
 
 
+def test_networks_of_an_architecture_share_a_compiled_step(model, monkeypatch):
+    """As long as all of their weights train; no more than KEPT are held."""
+    monkeypatch.setattr(static, "_compiled", {})
+    first = static.compiled_steps(Network(copy.deepcopy(model)))
+    assert static.compiled_steps(Network(copy.deepcopy(model), checkpointing=True)) is first
+    assert first.twin.network.model is not model
+    valued = static.compiled_steps(Network(copy.deepcopy(model), value_head=True))
+    assert valued is not first and len(static._compiled) == static.KEPT
+    static.compiled_steps(Network(copy.deepcopy(model), temperature=2.0))
+    assert len(static._compiled) == 1
+    adapted = Network(copy.deepcopy(model))
+    lora.attach(adapted.model, 2, 0)
+    assert static.compiled_steps(adapted).twin.network is adapted and len(static._compiled) == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_are_sampled_with(dtype):
     model = llama()
