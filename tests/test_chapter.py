@@ -1,5 +1,6 @@
 """What a chapter tells its reader about the results it shows, and the rows it hands to figures."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from lib import chapter, claims, experiments
 from lib.chapter import Chapter, Page
 from lib.experiments.bandit import FULL
 from lib.experiments.length import PROFILES as LENGTH
+from lib.runs.configurations import file_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +79,41 @@ def test_a_published_gpu_table_is_shown_on_a_cpu(monkeypatch, tmp_path):
                      store=tmp_path / "store")  # fmt: skip
     with pytest.raises(RuntimeError, match="needs a CUDA device to compute"):
         _ = afresh.results
+
+
+@pytest.fixture
+def of_a_gpu(monkeypatch, tmp_path):
+    """The tiny policy's results as if they were SmolLM2's, whose folder is not here."""
+    full = chapter._published("complementary_length", "full")
+    rates = (full.table["learning_rate"] / 10).round(9)
+    table = full.table.assign(prepared="smollm2", dtype="bfloat16", learning_rate=rates)
+    path = tmp_path / "complementary_length" / "gpu.parquet"
+    path.parent.mkdir()
+    table.to_parquet(path)
+    meta = full.meta | {"profile": "gpu", "sha256": file_hash(path)}
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    for owner in ("lib.runs.published", "lib.chapter.runs"):
+        monkeypatch.setattr(f"{owner}.results_folder", lambda results=None: tmp_path)
+    monkeypatch.setattr("lib.lm.config.PREPARED", tmp_path)
+    return tmp_path
+
+
+def test_published_runs_of_a_policy_made_elsewhere_are_shown(of_a_gpu):
+    shown = Chapter("complementary_length", profile="gpu", store=of_a_gpu / "store")
+    assert len(shown.reported("dpo@skew")["seed"].unique()) == 5
+    assert {v.verdict for v in shown.verdicts} > {"reproduced"}
+    assert "nothing to compute" in shown.plan()
+    with pytest.raises(FileNotFoundError, match="prepare it with lib.lm.prepare"):
+        Chapter("complementary_length", profile="gpu", seeds=[10], store=of_a_gpu / "store")
+    with pytest.raises(FileNotFoundError, match="prepare it with lib.lm.prepare"):
+        Chapter("complementary_length", profile="gpu", recompute=True, store=of_a_gpu / "store")
+
+
+def test_auto_is_what_the_sentences_are_about(of_a_gpu):
+    assert Chapter("complementary_length", store=of_a_gpu).profile_name == "gpu"
+    for file in (ROOT / "data" / "results" / "complementary_length").iterdir():
+        shutil.copy(file, of_a_gpu / "complementary_length")
+    assert Chapter("complementary_length", store=of_a_gpu).profile_name == "full"
 
 
 def test_without_published_results_the_reading_still_says_so(monkeypatch, tmp_path):

@@ -19,8 +19,6 @@ from lib.lm.config import MINIBATCH, LengthRun, length_run, prepared_tasks
 from lib.lm.length import GIVEN, TASKS
 from lib.runs import Engine
 
-OFFLINE = ("pref_ft", "rwr_offline", "dpo_offline", "ipo_offline")
-ON_POLICY = ("best_of_n", "rwr", "reinforce", "ppo_token", "dpo", "ipo")
 TITLES = {"min": "Min Length", "skew": "Skew Length", "mode": "Mode Length",
           GIVEN: "your preferences"}  # fmt: skip
 
