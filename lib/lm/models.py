@@ -31,6 +31,9 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # one for every model loaded would bury the runs' own
+# On recent GPUs PyTorch prefers cuDNN's attention, which plans anew, for half a second, at every
+# length that a batch has not had before; the others do not.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # model type -> name of its class
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -323,8 +326,6 @@ def _load(
     if dtype not in DTYPES:
         raise LoadError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}")
     place = _device(device)
-    if place.type == "cuda":  # cuDNN's plans anew, for half a second, at every length of a batch
-        torch.backends.cuda.enable_cudnn_sdp(False)
     folder, origin = resolve(source, revision)
     _check_config(folder, origin.name, auto, kind, new_head)
     _check_weights(folder, origin.name)

@@ -21,6 +21,7 @@ from lib.lm.network import Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
 KEPT = 2  # compiled steps of a process at once: of policies with and without a value head
+SHAPES = 6  # of their caches together; PyTorch's compiler stops at 8 variants of a function
 
 
 def compilable(config: PreTrainedConfig) -> bool:
@@ -52,11 +53,13 @@ class Steps:
     def __init__(self, twin: Twin, compiled: bool):
         self.twin, self.compiled, self.step = twin, compiled, step
         self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
+        self.shapes = 0  # compiled for
         if compiled:
             self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def next(self, *inputs: Network | FixedCache | Tensor) -> tuple[Tensor, Tensor | None]:
-        """A step's results; of a CUDA graph they are read before the next one writes over them."""
+        """A step's results. Those of a CUDA graph are to be read before the next step, which writes
+        over them."""
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         return self.step(*inputs)
@@ -66,6 +69,9 @@ class Steps:
         cache = self.caches.get(rows)
         if cache is None or cache.places < tokens:
             self.caches.pop(rows, None)  # before its successor is made
+            if self.compiled:
+                _make_room()
+                self.shapes += 1
             network, places = self.twin.network, -(-tokens // PLACES) * PLACES
             cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
             self.caches[rows] = cache
@@ -77,27 +83,36 @@ _compiled: dict[tuple, Steps] = {}
 
 
 def compiled_steps(network: Network) -> Steps:
-    """The compiled step of a network's architecture: every run of a process uses the same one, on
-    the weights that the run has, so that only the first waits for the compiler. Where weights are
-    frozen (LoRA) it is the network's own: they would have to be held twice."""
-    if not all(p.requires_grad for p in network.parameters()):
-        torch.compiler.reset()
-        return Steps(Twin(network), compiled=True)
+    """The compiled step of a network's architecture: runs of a process use the same one, on the
+    weights that each has, so that they do not all wait for the compiler. Where weights are frozen
+    (LoRA) it is the network's own: they would have to be held twice."""
+    own = not all(p.requires_grad for p in network.parameters())
     key = architecture(network)
+    if own or (key not in _compiled and len(_compiled) >= KEPT):
+        _compiled.clear()
+        torch.compiler.reset()  # they would count as variants of what is compiled next
+    if own:
+        return Steps(Twin(network), compiled=True)
     if key not in _compiled:
-        if len(_compiled) >= KEPT:
-            _compiled.clear()
-            torch.compiler.reset()  # they would count as variants of what is compiled next
         _compiled[key] = Steps(Twin(network, alone=True), compiled=True)
     return _compiled[key]
 
 
+def _make_room() -> None:
+    """Forgets what was compiled where the compiler would refuse one more shape."""
+    if sum(steps.shapes for steps in _compiled.values()) >= SHAPES:
+        torch.compiler.reset()
+        for steps in _compiled.values():
+            steps.shapes = 0
+
+
 def architecture(network: Network) -> tuple:
-    """All that a compiled step depends on but for the values of the weights."""
+    """All that a compiled step depends on but for the values of weights and buffers."""
     named = chain(network.named_parameters(), network.named_buffers())
     tensors = ((name, x.shape, x.dtype, x.device) for name, x in named)
-    config = network.model.config.to_json_string()
-    return type(network), config, network.temperature, network.dtype, *tensors
+    config = network.model.config
+    return (type(network), config.to_json_string(), config._attn_implementation,
+            network.temperature, network.dtype, *tensors)  # fmt: skip
 
 
 class StaticDecoder:
@@ -181,11 +196,16 @@ class Twin:
                     setattr(layer, name, cast)
                     self.casts.append(cast)
                     self.names.append(f"{path}.{name}")
+        if alone:
+            for name, buffer in self.network.named_buffers():
+                self.casts.append(buffer)
+                self.names.append(name)
 
     @torch.no_grad()
     def refreshed(self, network: Network) -> Network:
         """The twin with the weights of a network as they are now."""
         if self.casts:
-            known = dict(network.named_parameters(remove_duplicate=False))
+            parts = (network.named_parameters, network.named_buffers)
+            known = dict(chain(*(part(remove_duplicate=False) for part in parts)))
             torch._foreach_copy_(self.casts, [known[name] for name in self.names])
         return self.network

@@ -217,16 +217,41 @@ def test_the_twin_shares_all_but_its_matrices():
 def test_networks_of_an_architecture_share_a_compiled_step(model, monkeypatch):
     """As long as all of their weights train; no more than KEPT are held."""
     monkeypatch.setattr(static, "_compiled", {})
-    first = static.compiled_steps(Network(copy.deepcopy(model)))
+    network = Network(copy.deepcopy(model))
+    first = static.compiled_steps(network)
     assert static.compiled_steps(Network(copy.deepcopy(model), checkpointing=True)) is first
-    assert first.twin.network.model is not model
+    own = {p.data_ptr() for p in network.parameters()}
+    assert not own & {p.data_ptr() for p in first.twin.network.parameters()}
     valued = static.compiled_steps(Network(copy.deepcopy(model), value_head=True))
     assert valued is not first and len(static._compiled) == static.KEPT
     static.compiled_steps(Network(copy.deepcopy(model), temperature=2.0))
     assert len(static._compiled) == 1
     adapted = Network(copy.deepcopy(model))
     lora.attach(adapted.model, 2, 0)
-    assert static.compiled_steps(adapted).twin.network is adapted and len(static._compiled) == 1
+    assert static.compiled_steps(adapted).twin.network is adapted and not static._compiled
+
+
+def test_a_shared_twin_takes_all_that_a_network_has(model):
+    one, other = (Network(copy.deepcopy(model), value_head=True) for _ in range(2))
+    twin = Twin(one, alone=True)
+    with torch.no_grad():
+        for x in (*other.parameters(), *other.buffers()):
+            x.copy_(torch.rand_like(x))
+    states = [dict(n.state_dict(keep_vars=True)) for n in (twin.refreshed(other), other)]
+    assert states[0].keys() == states[1].keys() and "value.weight" in states[0]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    own, theirs = (dict(n.named_buffers()) for n in (twin.network, other))
+    assert own and all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def test_the_compiler_forgets_before_it_would_refuse_a_shape(model, monkeypatch):
+    monkeypatch.setattr(static, "_compiled", {})
+    resets = []
+    steps = static.compiled_steps(Network(copy.deepcopy(model)))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(steps.shapes))
+    for rows in range(1, static.SHAPES + 2):
+        steps.cache(rows, 10)
+    assert resets == [static.SHAPES] and steps.shapes == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
