@@ -72,7 +72,7 @@ class Worker:
         far.close()
 
     def send(self) -> None:
-        """Lets it go on. Raises: Lost if it has ended."""
+        """Lets it go on; where it has ended, `receive` says so."""
         try:
             self.pipe.send(None)
         except OSError:
@@ -87,8 +87,10 @@ class Worker:
         except (EOFError, OSError):
             self.process.join(END_SECONDS)
             raise Lost(f"its process ended with {self.process.exitcode}") from None
-        if found != kind:
+        if found == "lost":
             raise Lost(value)
+        if found != kind:
+            raise Lost(f"it was {found} where it should have been {kind}")
         return value
 
     def end(self, seconds: float = END_SECONDS) -> None:

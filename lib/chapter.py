@@ -149,10 +149,10 @@ class Chapter(Page):
 
     @cached_property
     def _elsewhere(self) -> bool:
-        """Whether the published runs are of a policy that was made where they ran, and is not here:
-        the same configuration has another identity, or none."""
+        """Whether the published runs are of a policy that was made where they ran: the same
+        configuration then has another identity here, or none."""
         own = self.extra_seeds or not self._profile_as_named
-        if self.profile.device == "cpu" or self.published is None or own:
+        if self.profile.device == "cpu" or self.published is None or own or not self.settings():
             return False
         setting = self.settings()[0]
         rows = experiments.matching(self.published.table, setting, self.profile)
@@ -163,6 +163,20 @@ class Chapter(Page):
             return runs.identity(setting.run(self.profile, float(rate), int(seed))) != run
         except FileNotFoundError:
             return True
+
+    @cached_property
+    def _by_configuration(self) -> dict[frozenset, str]:
+        """Configuration -> identity of each published run."""
+        rows = self.published.table.drop_duplicates("run")
+        fields = rows[self.published.meta["configuration"]].to_dict("records")
+        return {_present(row): run for row, run in zip(fields, rows["run"], strict=True)}
+
+    def _name(self, config: Any) -> str:
+        """A run's identity: where its data are elsewhere, that of the published run of the same
+        configuration, "" if there is none."""
+        if self._elsewhere:
+            return self._by_configuration.get(_present(runs.columns(config)), "")
+        return runs.identity(config)
 
     @cached_property
     def engine(self) -> runs.Engine:
@@ -210,7 +224,7 @@ class Chapter(Page):
     def _cut(self, configs: Sequence[Any]) -> pd.DataFrame | None:
         """The table of `configs` cut out of the published one where that has them all, which is
         several times as quick as asking for each of thousands of runs."""
-        wanted = {runs.identity(config) for config in configs}
+        wanted = {self._name(config) for config in configs}
         if self.published is None or wanted - self.published.runs.keys():
             return None
         table = self.published.table
@@ -218,13 +232,7 @@ class Chapter(Page):
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """The chapter's result table, computed or loaded at first use.
-
-        Where the data of published runs are elsewhere, so are the runs' identities: the published
-        table is then taken as it is.
-        """
-        if self._elsewhere:
-            return experiments.CHAPTERS[self.name].derive(self.published.table, self.profile)
+        """The chapter's result table, computed or loaded at first use."""
         results: pd.DataFrame | None = None
         known: set[Any] = set()
         for stage in self._stages:
@@ -245,8 +253,8 @@ class Chapter(Page):
         if (table := self._cut(configs)) is not None:
             return table
         if self.published is not None and not self.extra_seeds and self._profile_as_named:
-            wanted = {runs.identity(config) for config in configs}
-            lacking = len(wanted - self.published.runs.keys())
+            wanted = [self._name(config) for config in configs]
+            lacking = sum(run not in self.published.runs for run in wanted)
             raise RuntimeError(
                 f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
                 f"profile {self.profile_name} has now: recompute=True with "
@@ -279,6 +287,9 @@ class Chapter(Page):
             )
             later = self.published.replaced()
             text += f"; {later}." if later else "."
+            if self._elsewhere:
+                text += (" They are of a policy that was made where they ran; one that is here is "
+                         "not looked at: `recompute` runs it.")  # fmt: skip
             if notice := self.published.notice():
                 text += f" **Stale:** {notice}."
         if self.extra_seeds:
@@ -460,6 +471,11 @@ class Chapter(Page):
             for word, statistic in statistics.items():
                 name = re.sub(r"\W+", "_", f"{word}_{s.name}").strip("_")
                 self.number(name, s.name, statistic, digits)
+
+
+def _present(row: Mapping[str, Any]) -> frozenset:
+    """The fields of a configuration that have a value."""
+    return frozenset((name, value) for name, value in row.items() if not pd.isna(value))
 
 
 def trial(config: BanditRun) -> pd.DataFrame:

@@ -287,7 +287,7 @@ def _memory(problem: Problem, profile: experiments.Profile) -> float:
         return float("nan")
     batch = footprint.BANDIT_BATCH if name == "bandit" else footprint.MINIBATCH
     found = footprint.memory(
-        preset, 2 if options.get("dtype") == "bfloat16" else 4,
+        preset, 4 if options.get("dtype", "float32") == "float32" else 2,
         micro_batch=footprint.TOKEN_BUDGET[profile.device], batch=batch,
     )  # fmt: skip
     return MIB * found["total"]

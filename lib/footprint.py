@@ -150,7 +150,7 @@ BANDIT = Preset(NANO, replace(NANO, name="none: the reward is known", parameters
 BANDIT_BATCH = 100  # completions of one update
 PRESETS = {
     "tiny": Preset(TINY, TINY_REWARD, 24, 96),
-    "smollm2": Preset(SMOLLM2, SMOLLM2, 64, 128),
+    "smollm2": Preset(SMOLLM2, SMOLLM2, 48, 96),
     "pythia": Preset(PYTHIA_14, PYTHIA_410, 128, 256),
 }
 MISTRAL = Shape("Mistral-7B", 7_241_732_096, 4096, 32, 14_336, 1024, 32_000, 2_621_440, gated=True)

@@ -8,6 +8,7 @@ setting and puts them in the place of the old ones; `python -m lib.verify` then 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -89,10 +90,14 @@ def recompute(
     another one.
     """
     configs = configurations(stages, published.table)
+    for name in fields:
+        known = sorted(field.name for field in dataclasses.fields(next(iter(configs.values()))))
+        if name not in known:
+            raise runs.PublishError(f"{name!r} is no field of these runs; there are {known}")
     chosen = [
         config for run, config in configs.items()
         if run in published.runs
-        and all(getattr(config, name, None) == value for name, value in fields.items())
+        and all(getattr(config, name) == value for name, value in fields.items())
     ]  # fmt: skip
     if not chosen:
         raise runs.PublishError(f"no published run has {fields}")

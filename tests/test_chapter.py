@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +96,7 @@ def of_a_gpu(monkeypatch, tmp_path):
     for owner in ("lib.runs.published", "lib.chapter.runs"):
         monkeypatch.setattr(f"{owner}.results_folder", lambda results=None: tmp_path)
     monkeypatch.setattr("lib.lm.config.PREPARED", tmp_path)
+    monkeypatch.setitem(LENGTH, "gpu", replace(LENGTH["gpu"], sweep_seeds=(0, 1)))
     return tmp_path
 
 
@@ -103,10 +105,29 @@ def test_published_runs_of_a_policy_made_elsewhere_are_shown(of_a_gpu):
     assert len(shown.reported("dpo@skew")["seed"].unique()) == 5
     assert {v.verdict for v in shown.verdicts} > {"reproduced"}
     assert "nothing to compute" in shown.plan()
+    assert "of a policy that was made where they ran" in shown.source().data
+    alone = Chapter("complementary_length", profile="gpu", methods=["dpo"], store=of_a_gpu / "s")
+    assert set(alone.results["method"]) == {"dpo"}
     with pytest.raises(FileNotFoundError, match="prepare it with lib.lm.prepare"):
         Chapter("complementary_length", profile="gpu", seeds=[10], store=of_a_gpu / "store")
     with pytest.raises(FileNotFoundError, match="prepare it with lib.lm.prepare"):
         Chapter("complementary_length", profile="gpu", recompute=True, store=of_a_gpu / "store")
+
+
+def test_published_runs_of_a_policy_made_elsewhere_are_all_there(of_a_gpu):
+    shown = Chapter("complementary_length", profile="gpu", store=of_a_gpu / "store")
+    gone = shown.reported("rwr@min")["run"].iloc[0]
+    cut = Chapter("complementary_length", profile="gpu", store=of_a_gpu / "store")
+    table = cut.published.table
+    object.__setattr__(cut.published, "table", table[table["run"] != gone])
+    with pytest.raises(RuntimeError, match="gpu.parquet lacks 1 of the "):
+        _ = cut.results
+
+
+def test_a_folder_that_was_half_made_is_not_taken_for_the_published_one(of_a_gpu):
+    (of_a_gpu / "smollm2").mkdir()
+    with pytest.raises(ValueError, match="has nothing that complementary_length runs on"):
+        Chapter("complementary_length", profile="gpu", store=of_a_gpu / "store")
 
 
 def test_auto_is_what_the_sentences_are_about(of_a_gpu):

@@ -285,3 +285,10 @@ def test_value_loss_by_hand():
     values = torch.tensor([2.0, 1.0, 0.9])  # the first has left the interval of 0.2 round the old
     found = losses.value(values, old, returns, 0.2)
     assert found.tolist() == pytest.approx([1.8**2 / 2, 0.0, 2.9**2 / 2])
+
+
+@pytest.mark.parametrize("loss", [losses.dpo, losses.ipo])
+def test_a_number_as_hyperparameter_is_taken_on_any_device(loss):
+    """The meta device refuses tensors of another device as a GPU does."""
+    logp, prefer = torch.zeros(4, 2, device="meta"), torch.ones(4, 2, 2, device="meta").bool()
+    assert loss(logp, logp, prefer, 0.1).shape == (4, 2, 2)

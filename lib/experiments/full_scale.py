@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lib.experiments.length import GPU_RATES, PAPER_RATES, SHARED, SMALL, PilotProfile
+from lib.experiments.length import PAPER_RATES, SHARED, SMALL, PilotProfile
 from lib.experiments.settings import Grid, Setting
 from lib.lm.config import MINIBATCH, length_run, prepared_folder
 from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
@@ -95,7 +95,7 @@ PROFILES: dict[str, FullScaleProfile] = {
     # SmolLM2-135M and 360M with a judge of the user's; then the paper's policies and gold model.
     "gpu": replace(
         FULL,
-        rates=GPU_RATES,
+        rates=(1e-5, 5e-6, 1e-6),
         device="cuda",
         policies=("135m", "360m", "1.7b"),
         judge="judge",

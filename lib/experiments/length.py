@@ -82,7 +82,7 @@ SMALL = (("prompts", 4), ("held_out", 4), ("minibatch", 8), ("max_tokens", 24))
 FULL = LengthProfile(
     **SHARED["full"], updates=48, options=(("evaluations", 12),), slowest=3e-4
 )
-GPU_RATES = (1e-4, 3e-5, 1e-5)  # a fifth to a tenth of the tiny policy's: wider models bear less
+GPU_RATES = (1e-4, 3e-5, 1e-5)  # a tenth of the tiny policy's: wider models bear less
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
     "smoke": replace(

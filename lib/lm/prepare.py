@@ -33,7 +33,7 @@ from lib.footprint import keys_and_values
 from lib.lm import length, pairs, reward
 from lib.lm.config import DECODERS, DTYPES
 from lib.lm.decode import Samples
-from lib.lm.layouts import LAYOUTS, as_pair, as_prompt, table
+from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
 from lib.lm.models import (
     TokenIds,
     ids,
@@ -167,7 +167,7 @@ class Sampler(Scorer):
         temperature: float = 1.0,
     ):  # fmt: skip
         network = Network(model, temperature, dtype=options.dtype)
-        # each size of a batch would be compiled for, and is drawn once
+        # a compiled step would have to be made for each size of a batch, and each is drawn once
         super().__init__(network, found.eos, found.pad, decoder=options.decoder or "growing")
         # rotary positions leave keys in float32 where the cache does not cast them
         size = 4 if options.dtype == "float32" or self.decoder == "growing" else 2
@@ -304,16 +304,29 @@ def split_of(
     alone = isinstance(read, Prompts)
     asked = {} if column is None else {"prompt": column}
     found = table(rows, asked, (("prompt",),) if alone else LAYOUTS, source)
+    prompts = [as_prompt(ours["prompt"], at) if alone else as_pair(ours, at).prompt
+               for at, ours in found]  # fmt: skip
+    names = split_names(source, rows, [at for at, _ in found], prompts)
+    return [names[as_text(prompt)] for prompt in read.prompts]
+
+
+def split_names(
+    source: str, rows: Sequence[dict[str, Any]], places: Sequence[str], prompts: Sequence[Prompt]
+) -> dict[str, str]:
+    """The split of each prompt, as text, by the rows' column.
+
+    Args: places: words that say where each row is.
+    Raises: ValueError for a name that is none, a prompt in two splits, or a split without rows.
+    """
     names: dict[str, str] = {}
-    for row, (at, ours) in zip(rows, found, strict=True):
+    for row, at, prompt in zip(rows, places, prompts, strict=True):
         name = one_of(f"{at}: {SPLIT}", row.get(SPLIT), (*pairs.SPLITS, LEFT_OUT))
-        prompt = as_prompt(ours["prompt"], at) if alone else as_pair(ours, at).prompt
         if (other := names.setdefault(as_text(prompt), name)) != name:
             raise ValueError(f"{at}: its prompt is in {name!r} and in {other!r}: what is held out "
                              "must not be trained on")  # fmt: skip
     if absent := [name for name in pairs.SPLITS if name not in names.values()]:
         raise ValueError(f"the column {SPLIT!r} of {source!r} has no row that is {absent}")
-    return [names[as_text(prompt)] for prompt in read.prompts]
+    return names
 
 
 # --- reward models --------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ class SFTRun:
         patience: epochs without a lower validation loss after which training stops.
         weight_decay: of AdamW. warmup_steps: updates until the peak rate.
         dropout: while training; the policy that results has none.
-        seed: of the order of the pairs and of dropout. device: "cpu" or "cuda".
+        seed: of the order of the pairs and of dropout. device: "cpu" or "cuda", where products are
+            in bfloat16 if the GPU has it.
     Raises: ValueError that names the value and the allowed ones.
     """
 

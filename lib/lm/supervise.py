@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from lib.lm.layouts import as_prompt, table
-from lib.lm.models import load_policy, load_tokenizer
+from lib.allowed import one_of
+from lib.lm.layouts import RESPONSES, as_prompt, last, table
+from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.pairs import SPLITS
-from lib.lm.prepare import SPLIT, drawn
+from lib.lm.prepare import SPLIT, drawn, split_names
 from lib.lm.reading import TextError, read_rows
-from lib.lm.sft import Example, SFTRun, Trained, sft
+from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
 from lib.lm.text import as_text, encode_prompts, encode_responses
 from lib.runs import provenance, write_atomically
 
 CAPPED = "capped"
+PACKAGES = ("transformers", "tokenizers", "trl", "accelerate")
 RUN = SFTRun(learning_rate=5e-5, schedule="linear", batch=32, epochs=2, patience=1)
 
 
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         supervise(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -45,55 +47,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def supervise(options: argparse.Namespace) -> Trained:
     """Trains the policy and writes it. Raises: ValueError, before training, for what is wrong."""
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"--out {options.out} is there already: name a new folder")
     run = replace(RUN, learning_rate=options.rate, epochs=options.epochs, batch=options.batch,
-                  seed=options.seed, device=torch.device(options.device).type)  # fmt: skip
+                  seed=options.seed, device=options.device)  # fmt: skip
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
     data, read = examples(options, tokenizer)
     model, source = load_policy(options.policy, options.revision, device=options.device)
+    ids(tokenizer, model)  # which must fit together
+    options.out.mkdir(parents=True, exist_ok=True)
     counts = {split: len(rows) for split, rows in data.items()}
-    print(f"{counts['train']:,} responses to learn from, {counts['validation']:,} held out")
+    print(f"{counts['train']:,} responses to learn from, {counts['validation']:,} held out; {read}")
     trained = sft(model, tokenizer, data["train"], data["validation"], run)
+    after = response_loss(model, data["validation"], run.batch)  # of what is written, as before it
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    environment = provenance.environment(options.device, "float32", PACKAGES)
     record = {"policy": asdict(source), **read, "pairs": counts, "settings": asdict(run),
               "losses": trained.losses, "chosen_update": trained.chosen_update,
-              "seconds": round(trained.seconds, 1), "commit": provenance.commit()}  # fmt: skip
+              "validation_loss": after, "seconds": round(trained.seconds, 1),
+              "commit": provenance.commit(), "date": provenance.now(),
+              "environment": environment}  # fmt: skip
     write_atomically(options.out / "training.json",
                      lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))  # fmt: skip
-    losses = ", ".join(f"{row['validation']:.3f}" for row in trained.losses)
-    print(f"validation loss by epoch, nats a token: {losses}; written: {options.out}")
+    before = trained.losses[0]["validation"]
+    print(f"held-out loss {before:.3f} before, {after:.3f} after, nats a token: {options.out}")
     return trained
 
 
 def examples(
     options: argparse.Namespace, tokenizer: Any
 ) -> tuple[dict[str, list[Example]], dict[str, Any]]:
-    """Prompts and responses as token ids by split, and a record of what was read.
+    """Prompts and responses as token ids by split, and a record of what was read and left out.
 
-    Raises: TextError for a file without prompts and responses, or none that fits the caps.
+    Raises: ValueError for a file that `prepare` would refuse, or one without responses that fit.
     """
-    rows, source = read_rows(options.responses, config=options.config, split=options.split,
-                             revision=options.responses_revision)  # fmt: skip
-    rows = [row for row in rows if not row.get(CAPPED)]
-    found = table(rows, {}, (("prompt", "response"),), source.name)
-    if lists := next((where for where, row in found if not isinstance(row["response"], str)), None):
-        raise TextError(f"{lists}: a response must be text")
-    prompts = [as_prompt(row["prompt"], where) for where, row in found]
-    heads = encode_prompts(tokenizer, prompts, options.max_prompt)
-    bodies = encode_responses(tokenizer, [found[i][1]["response"] for i in heads.kept],
-                              options.max_tokens)  # fmt: skip
+    where = {"config": options.config, "split": options.split,
+             "revision": options.responses_revision}  # fmt: skip
+    rows, source = read_rows(options.responses, **where)
+    found = table(rows, {}, RESPONSES, source.name)
+    prompts = [as_prompt(ours["prompt"], at) for at, ours in found]
+    said = [_response(ours["response"], at) for at, ours in found]
+    capped = [_is_capped(row, at) for row, (at, _) in zip(rows, found, strict=True)]
     if any(SPLIT in row for row in rows):
-        names = [rows[i].get(SPLIT) for i in heads.kept]
+        names = split_names(source.name, rows, [at for at, _ in found], prompts)
+        split = [names[as_text(prompt)] for prompt in prompts]
     else:
-        names = drawn([as_text(prompts[i]) for i in heads.kept], options.seed)
-    data: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for head, body, capped, name in zip(heads.ids, bodies.ids, bodies.capped, names, strict=True):
-        if not capped and name in data:
-            data[name].append(Example(head, body))
-    if empty := [split for split, rows in data.items() if not rows]:
-        raise TextError(f"{source.name!r} has no response of at most {options.max_tokens} tokens "
-                        f"for {empty}")  # fmt: skip
-    return data, {"responses": asdict(source), "too long": heads.too_long + sum(bodies.capped)}
+        split = drawn([as_text(prompt) for prompt in prompts], options.seed)
+    full = [i for i in range(len(rows)) if last(prompts[i]).strip() and said[i].strip()]
+    kept = [i for i in full if not capped[i] and split[i] in SPLITS]
+    heads = encode_prompts(tokenizer, [prompts[i] for i in kept], options.max_prompt)
+    kept = [kept[i] for i in heads.kept]
+    bodies = encode_responses(tokenizer, [said[i] for i in kept], options.max_tokens)
+    data: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    for i, head, body, long in zip(kept, heads.ids, bodies.ids, bodies.capped, strict=True):
+        if not long:
+            data[split[i]].append(Example(head, body))
+    left = {"empty": len(rows) - len(full), "capped": sum(capped),
+            "too long": heads.too_long + sum(bodies.capped)}  # fmt: skip
+    if none := [name for name, examples in data.items() if not examples]:
+        raise TextError(f"no response of {source.name!r} is left for {none}: of {len(rows)} rows "
+                        f"these were left out: {left}")  # fmt: skip
+    return data, {"responses": asdict(source), "left out": left}
+
+
+def _response(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise TextError(f"{where}: a response must be text")
+    return value
+
+
+def _is_capped(row: dict[str, Any], where: str) -> bool:
+    """Whether a row says that its response was cut; text as a CSV file has it will do."""
+    text = str(row.get(CAPPED, False)).lower()
+    return one_of(f"{where}: {CAPPED}", text, ("true", "false")) == "true"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,10 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=RUN.learning_rate, help="peak, of AdamW")
     parser.add_argument("--epochs", type=int, default=RUN.epochs, help="at most")
     parser.add_argument("--batch", type=int, default=RUN.batch, help="responses of an update")
-    parser.add_argument("--max-tokens", type=int, default=256, help="longer responses are left out")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longer responses (with their "
+                        "EOS) are left out")  # fmt: skip
     parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        choices=("cpu", "cuda"))  # fmt: skip
     return parser
 
 

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from lib.lm import supervise
 from lib.lm.models import load_tokenizer
+from lib.lm.sft import response_loss
+from lib.lm.text import encode_prompts
 from tests.tiny_lm import save_tiny_policy
 
 
@@ -36,27 +38,46 @@ def test_a_policy_learns_its_responses_and_is_written(policy, tmp_path):
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["pairs"] == {"train": 16, "validation": 6}
     losses = [row["validation"] for row in record["losses"]]
-    assert losses[-1] < losses[0] - 0.1
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    load_tokenizer(tmp_path / "out")
+    assert record["validation_loss"] < losses[0] - 0.1
+    assert record["left out"] == {"empty": 0, "capped": 1, "too long": 0}
+    tokenizer, _ = load_tokenizer(tmp_path / "out")
+    options = asked(tmp_path / "said.parquet")
+    held_out = supervise.examples(options, tokenizer)[0]["validation"]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert response_loss(written, held_out) == pytest.approx(record["validation_loss"], rel=1e-4)
+
+
+def asked(path):
+    """The command's options, with all that is not asked for at its default."""
+    return supervise._parser().parse_args(["--policy", "p", "--responses", str(path),
+                                           "--out", "o"])  # fmt: skip
 
 
 def test_responses_end_in_eos_and_the_prompt_is_as_everywhere(policy, tmp_path):
-    table(rows=30, answer=1).drop(columns="answer").to_json(
-        tmp_path / "said.jsonl", orient="records", lines=True)  # fmt: skip
+    """Also from a CSV file, whose column `capped` is text; a tenth of the prompts is held out."""
+    table(rows=30, capped=[n == 2 for n in range(30)]).to_csv(tmp_path / "said.csv", index=False)
     tokenizer, _ = load_tokenizer(policy)
-    options = supervise._parser().parse_args(
-        ["--policy", "p", "--responses", str(tmp_path / "said.jsonl"), "--out", "o"])  # fmt: skip
-    data, record = supervise.examples(options, tokenizer)
+    data, record = supervise.examples(asked(tmp_path / "said.csv"), tokenizer)
     rows = [row for part in data.values() for row in part]
-    assert len(rows) == 30 and {row.response[-1] for row in rows} == {tokenizer.eos_token_id}
-    assert record["too long"] == 0 and 0 < len(data["validation"]) < 15
+    assert len(rows) == 29 and {row.response[-1] for row in rows} == {tokenizer.eos_token_id}
+    prompts = encode_prompts(tokenizer, [f"Say {n}." for n in range(30)], 100).ids
+    assert all(row.prompt in prompts for row in rows)
+    assert record["left out"]["capped"] == 1 and 0 < len(data["validation"]) < 15
+
+
+ODD = ["train", "validation"] * 12
 
 
 @pytest.mark.parametrize(("made", "said"), [
-    (lambda: table().drop(columns="response"), "looked for .*response/output"),
+    (lambda: table().drop(columns="response"), "looked for .*response/output.*rename them"),
     (lambda: table(response=[[{"role": "assistant", "content": "a"}]] * 24), "must be text"),
-    (lambda: table(response=["long " * 500] * 24), "no response of at most 256 tokens"),
+    (lambda: table(response=["long " * 500] * 24), "no response .* is left .*'too long': 24"),
+    (lambda: table(response=[" "] * 24), "'empty': 24"),
+    (lambda: table(capped=[True] * 24), "'capped': 24"),
+    (lambda: table(capped=["perhaps"] * 24), "row 1: capped must be one of"),
+    (lambda: table(split=["valid"] * 24), "split must be one of .*got 'valid'"),
+    (lambda: table(split=["train"] * 24), "has no row that is .'validation'"),
+    (lambda: table(split=ODD, prompt=["Say 1."] * 24), "must not be trained on"),
 ])  # fmt: skip
 def test_what_cannot_be_learned_from_is_refused(policy, tmp_path, capsys, made, said):
     made().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
@@ -64,3 +85,10 @@ def test_what_cannot_be_learned_from_is_refused(policy, tmp_path, capsys, made, 
     error = capsys.readouterr().err
     assert re.search(said, error), error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_written_over(policy, tmp_path, capsys):
+    table().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
+    assert run(policy, tmp_path / "said.jsonl", policy) == 2
+    assert run(policy, tmp_path / "said.jsonl", tmp_path / "said.jsonl") == 2
+    assert capsys.readouterr().err.count("is there already: name a new folder") == 2
