@@ -269,8 +269,10 @@ def test_the_command_replaces_the_runs_with_a_setting(experiments, repository, t
     made = runs.largest_published("walks")
     assert made.path.read_bytes() == before.path.read_bytes()
     assert made.meta["replaced"][0]["command"].endswith("walks --profile cpu --only seed=6")
-    assert command.main([*again, "method=unknown"]) == 1
-    assert "no published run has {'method': 'unknown'}" in capsys.readouterr().err
+    assert command.main([*again, "seed=99"]) == 1
+    assert "no published run has {'seed': 99}" in capsys.readouterr().err
+    assert command.main([*again, "methods=walk"]) == 1
+    assert "'methods' is no field of these runs; there are [" in capsys.readouterr().err
 
 
 def test_results_that_choose_another_grid_replace_nothing(
