@@ -74,6 +74,8 @@ def graphs_compiled() -> int:
 
 def graphs_skipped() -> int:
     """How many compiled graphs could not be made CUDA graphs, and are launched kernel by kernel."""
+    if not torch.cuda.is_available():
+        return 0
     return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
