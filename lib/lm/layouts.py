@@ -36,9 +36,6 @@ LAYOUTS = (
     ("prompt", "response_1", "response_2", "preference"),
     ("prompt", "response_1", "response_2", "score_1", "score_2"),
 )
-RESPONSES = (("prompt", "response"),)  # what supervised fine-tuning reads
-# How other names than the usual ones are given; by layouts, of preferences where there is none.
-HINTS = {(("prompt",),): "column=...", RESPONSES: "rename them"}
 INPUT = "input"  # further text of an `instruction`, which belongs to the prompt
 ECHO = 20  # characters: a prompt this long is not repeated by chance
 
@@ -111,7 +108,7 @@ def _names(
         if all(found[our] for our in layout) and wanted.issuperset(asked):
             return {our: theirs for our, theirs in found.items() if theirs and our in wanted}
     looked = " or ".join(str(["/".join(COLUMNS[our]) for our in layout]) for layout in layouts)
-    how = HINTS.get(layouts, "columns={'chosen': ..., ...}")
+    how = "column=..." if layouts == (("prompt",),) else "columns={'chosen': ..., ...}"
     given = f" with {dict(asked)}" if asked else ""
     raise TextError(f"{name!r} has the columns {there}{given}; looked for {looked}. Name them: "
                     f"{how}")  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lib.allowed import one_of
-from lib.lm.layouts import RESPONSES, as_prompt, last, table
+from lib.lm.layouts import COLUMNS, as_prompt, last, table
 from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.pairs import SPLITS
 from lib.lm.prepare import SPLIT, drawn, split_names
@@ -29,7 +29,7 @@ from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
 from lib.lm.text import as_text, encode_prompts, encode_responses
 from lib.runs import provenance, write_atomically
 
-CAPPED = "capped"
+LAYOUT, CAPPED = ("prompt", "response"), "capped"
 PACKAGES = ("transformers", "tokenizers", "trl", "accelerate")
 RUN = SFTRun(learning_rate=5e-5, schedule="linear", batch=32, epochs=2, patience=1)
 
@@ -85,7 +85,11 @@ def examples(
     where = {"config": options.config, "split": options.split,
              "revision": options.responses_revision}  # fmt: skip
     rows, source = read_rows(options.responses, **where)
-    found = table(rows, {}, RESPONSES, source.name)
+    for wanted in LAYOUT:
+        if not (names := {*COLUMNS[wanted]}) & rows[0].keys():
+            raise TextError(f"{source.name!r} has the columns {list(rows[0])} and no {wanted}: "
+                            f"name it one of {sorted(names)}")  # fmt: skip
+    found = table(rows, {}, (LAYOUT,), source.name)
     prompts = [as_prompt(ours["prompt"], at) for at, ours in found]
     said = [_response(ours["response"], at) for at, ours in found]
     capped = [_is_capped(row, at) for row, (at, _) in zip(rows, found, strict=True)]

@@ -69,7 +69,7 @@ ODD = ["train", "validation"] * 12
 
 
 @pytest.mark.parametrize(("made", "said"), [
-    (lambda: table().drop(columns="response"), "looked for .*response/output.*rename them"),
+    (lambda: table().drop(columns="response"), "and no response: name it one of .*output"),
     (lambda: table(response=[[{"role": "assistant", "content": "a"}]] * 24), "must be text"),
     (lambda: table(response=["long " * 500] * 24), "no response .* is left .*'too long': 24"),
     (lambda: table(response=[" "] * 24), "'empty': 24"),
