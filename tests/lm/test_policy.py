@@ -139,6 +139,7 @@ def test_a_reward_model_trains_with_checkpoints_on_a_gpu_alone(tmp_path, monkeyp
         raise Asked(args.gradient_checkpointing)
 
     monkeypatch.setattr(trl, "RewardTrainer", trainer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     pairs = Pairs([[1, 2]], [[3, 4]], [[5]], (EOS,))
     model, tokenizer = tiny_reward_model(264, 64, PAD), tiny_tokenizer()
     for device, expected in (("cpu", False), ("cuda", True)):
