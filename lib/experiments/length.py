@@ -106,7 +106,7 @@ PROFILES: dict[str, LengthProfile] = {
     "gpu": replace(
         FULL,
         rates=GPU_RATES,
-        slowest=3e-5,
+        slowest=GPU_RATES[1],
         sweep_seeds=(0,),
         device="cuda",
         options=(("prepared", "smollm2"), ("dtype", "bfloat16"), *FULL.options),
