@@ -1,6 +1,7 @@
 """The registry of methods: Table 1 as data. A method says what it needs; no code asks its name.
 
-Adding a method means adding its loss to `lib.losses` and its entry here. Chapter: methods.
+A new method starts with its loss in `lib.losses` and its entry here; CONTRIBUTING.md says what
+else brings it into the book. Chapter: methods.
 """
 
 from __future__ import annotations

@@ -53,7 +53,6 @@ class Steps:
     def __init__(self, twin: Twin, compiled: bool):
         self.twin, self.compiled, self.step = twin, compiled, step
         self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
-        self.shapes = 0  # compiled for
         if compiled:
             self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
@@ -70,8 +69,7 @@ class Steps:
         if cache is None or cache.places < tokens:
             self.caches.pop(rows, None)  # before its successor is made
             if self.compiled:
-                _make_room()
-                self.shapes += 1
+                _count_shape()
             network, places = self.twin.network, -(-tokens // PLACES) * PLACES
             cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
             self.caches[rows] = cache
@@ -80,6 +78,7 @@ class Steps:
 
 
 _compiled: dict[tuple, Steps] = {}
+_shapes = 0  # that the compiler has seen, also those of networks with a step of their own
 
 
 def compiled_steps(network: Network) -> Steps:
@@ -90,7 +89,7 @@ def compiled_steps(network: Network) -> Steps:
     key = architecture(network)
     if own or (key not in _compiled and len(_compiled) >= KEPT):
         _compiled.clear()
-        torch.compiler.reset()  # they would count as variants of what is compiled next
+        _forget()  # they would count as variants of what is compiled next
     if own:
         return Steps(Twin(network), compiled=True)
     if key not in _compiled:
@@ -98,12 +97,18 @@ def compiled_steps(network: Network) -> Steps:
     return _compiled[key]
 
 
-def _make_room() -> None:
+def _count_shape() -> None:
     """Forgets what was compiled where the compiler would refuse one more shape."""
-    if sum(steps.shapes for steps in _compiled.values()) >= SHAPES:
-        torch.compiler.reset()
-        for steps in _compiled.values():
-            steps.shapes = 0
+    global _shapes
+    if _shapes >= SHAPES:
+        _forget()
+    _shapes += 1
+
+
+def _forget() -> None:
+    global _shapes
+    torch.compiler.reset()
+    _shapes = 0
 
 
 def architecture(network: Network) -> tuple:

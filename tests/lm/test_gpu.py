@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 import pytest
 import torch
 
 from lib.lm.config import length_run
 from lib.lm.engine import LengthEngine
+from lib.timing import Clock
 from lib.untracked import Untracked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -50,3 +53,18 @@ def test_16_bits_stay_near_32(method):
     assert abs(half["held_out_accuracy"].iloc[-1] - whole["held_out_accuracy"].iloc[-1]) < 0.2
     assert abs(half["length"].iloc[0] - whole["length"].iloc[0]) < 8
     assert np.isfinite(half["loss"]).iloc[1:].all()
+
+
+def test_phases_take_as_long_as_the_gpu_works():
+    """Products that are only asked for, and not waited for, are in their phase."""
+    clock, x = Clock("cuda"), torch.randn(8192, 8192, device="cuda")
+    with clock.measure("training"):
+        x = x @ x
+        with clock.measure("scoring"):
+            for _ in range(8):
+                x = x @ x
+        asked = perf_counter()
+    torch.cuda.synchronize()
+    waited, seconds = perf_counter() - asked, clock.seconds
+    assert seconds["scoring"] > 4 * seconds["training"] > 0
+    assert seconds["scoring"] > 0.8 * waited

@@ -244,14 +244,20 @@ def test_a_shared_twin_takes_all_that_a_network_has(model):
     assert own and all(torch.equal(own[name], theirs[name]) for name in own)
 
 
-def test_the_compiler_forgets_before_it_would_refuse_a_shape(model, monkeypatch):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_compiler_forgets_before_it_would_refuse_a_shape(monkeypatch, adapted):
+    """Whether the step is shared, or the network's own."""
+    resets, model = [], llama()
+    if adapted:
+        lora.attach(model, 2, 0)
     monkeypatch.setattr(static, "_compiled", {})
-    resets = []
-    steps = static.compiled_steps(Network(copy.deepcopy(model)))
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(steps.shapes))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(static._shapes))
+    monkeypatch.setattr(static, "_shapes", 0)
+    steps = static.compiled_steps(Network(model))
+    resets.clear()
     for rows in range(1, static.SHAPES + 2):
         steps.cache(rows, 10)
-    assert resets == [static.SHAPES] and steps.shapes == 1
+    assert resets == [static.SHAPES] and static._shapes == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
