@@ -119,15 +119,23 @@ class Trace:
 
     def __init__(self, network: Network, rows: int, length: int, pad: int):
         options = {"device": network.device}
-        self.completions = torch.full((rows, length), pad, **options)
-        self.mask = torch.zeros(rows, length, dtype=torch.bool, **options)
-        self.logp = torch.zeros(rows, length, **options)
-        self.values = torch.zeros(rows, length, **options) if network.value else None
-        self.scale = torch.zeros((), **options)
+        self.completions = torch.empty(rows, length, dtype=torch.long, **options)
+        self.mask = torch.empty(rows, length, dtype=torch.bool, **options)
+        self.logp = torch.empty(rows, length, **options)
+        self.values = torch.empty(rows, length, **options) if network.value else None
+        self.scale = torch.empty((), **options)
+        self.clear(pad)
 
-    def note(self, t: int, index: Tensor, active: Tensor, drawn: Drawn) -> None:
-        """Keeps token t of those rows of `index` that are active."""
-        self.scale = torch.maximum(self.scale, drawn.scale.where(active, 0.0).amax())
+    def clear(self, pad: int) -> None:
+        """Nothing has been sampled."""
+        self.completions.fill_(pad)
+        for x in (self.mask, self.logp, self.values, self.scale):
+            if x is not None:
+                x.zero_()
+
+    def note(self, t: int | Tensor, index: Tensor, active: Tensor, drawn: Drawn) -> None:
+        """Keeps token t, a number or (1,), of those rows of `index` that are active."""
+        torch.maximum(self.scale, drawn.scale.where(active, 0.0).amax(), out=self.scale)
         kept = self.completions[index, t]
         self.completions[index, t] = torch.where(active, drawn.tokens, kept)
         self.logp[index, t] = drawn.logp.where(active, 0.0)

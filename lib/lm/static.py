@@ -1,27 +1,31 @@
 """Decoding with a cache of fixed shape: what a compiler, and a CUDA graph, can take.
 
-Every step has the same shapes: all rows, one token, all places of the cache. Finished rows go on
-and are not noted. The host waits for the device once in `LOOK` tokens, to see whether all have
-finished.
+Every step has the same shapes and the same tensors: all rows, one token, all places of the cache.
+On a GPU it is compiled, and captured with the draw of its token as a CUDA graph, so that the host
+starts one thing a token. Finished rows go on and are not noted. The host waits for the device once
+in `LOOK` tokens, to see whether all have finished.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from lib.lm.decode import LOOK, Samples, Trace, draw, drawn_from, repeated
+from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, drawn_from, repeated
 from lib.lm.network import Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
 KEPT = 2  # compiled steps of a process at once: of policies with and without a value head
-SHAPES = 6  # of their caches together; PyTorch's compiler stops at 8 variants of a function
+SHAPES = 6  # of their slates together; PyTorch's compiler stops at 8 variants of a function
 
 
 def compilable(config: PreTrainedConfig) -> bool:
@@ -44,41 +48,100 @@ class FixedCache(StaticCache):
         return super().update(*cast, *args, **kwargs)
 
 
-class Steps:
-    """The step of one token as it is reused: a twin of the network, and the caches by rows.
+class Slate:
+    """What one sampling after the other writes on: tensors that stay where they are, since a CUDA
+    graph knows them by their address.
 
-    Caches are kept from one sampling to the next, since a CUDA graph knows them by their address.
+    Args: length: tokens of a completion. places: of the cache. ends: ids that end a completion.
     """
+
+    def __init__(self, network: Network, rows: int, length: int, places: int, ends: int):
+        whole = partial(torch.zeros, dtype=torch.long, device=network.device)
+        self.cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
+        self.trace = Trace(network, rows, length, pad=0)
+        self.mask = whole(rows, places).bool()
+        self.uniforms = whole(rows, length).float()
+        self.tokens, self.positions = whole(rows), whole(rows)
+        self.active = whole(rows).bool()
+        self.at = whole(1)  # which token of the completions `tokens` is
+        self.index = torch.arange(rows, device=network.device)
+        self.eos = whole(ends)
+        self.graph: torch.cuda.CUDAGraph | None = None  # of the next token
+
+    def begin(self, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, pad: int) -> None:
+        """Ready for new prompts, (S, *) with the padding on the left."""
+        self.cache.reset()
+        self.trace.clear(pad)
+        # every place after the prompt is allowed; that it is not read before it is written is
+        # what the causal mask sees to
+        self.mask.fill_(True)[:, : prompt_mask.shape[1]] = prompt_mask
+        self.positions.copy_(prompt_mask.sum(-1))
+        self.uniforms.copy_(uniforms)
+        self.eos.copy_(eos)
+        self.active.fill_(True)
+        self.at.zero_()
+
+    def put(self, drawn: Drawn) -> None:
+        """Notes a token of each row that has not ended."""
+        self.trace.note(self.at, self.index, self.active, drawn)
+        self.tokens.copy_(drawn.tokens)
+        self.active.logical_and_((drawn.tokens[:, None] != self.eos).all(-1))
+
+
+class Steps:
+    """The step of one token as it is reused: a twin of the network, and slates by their shape."""
 
     def __init__(self, twin: Twin, compiled: bool):
         self.twin, self.compiled, self.step = twin, compiled, step
-        self.caches: dict[int, FixedCache] = {}  # rows -> the longest so far
+        self.captures = compiled and twin.network.device.type == "cuda"
+        self.slates: dict[tuple[int, int, int], Slate] = {}  # with the longest cache so far
         if compiled:
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+            self.step = torch.compile(step, fullgraph=True, dynamic=False)
+            _made.add(self)
 
-    def next(self, *inputs: Network | FixedCache | Tensor) -> tuple[Tensor, Tensor | None]:
-        """A step's results. Those of a CUDA graph are to be read before the next step, which writes
-        over them."""
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
-        return self.step(*inputs)
-
-    def cache(self, rows: int, tokens: int) -> FixedCache:
-        """An empty cache with room for `tokens`: the one in use, or a longer one in its place."""
-        cache = self.caches.get(rows)
-        if cache is None or cache.places < tokens:
-            self.caches.pop(rows, None)  # before its successor is made
+    def slate(self, rows: int, length: int, tokens: int, ends: int) -> Slate:
+        """One with room for `tokens` of prompt and completion: that in use, or a longer one in its
+        place."""
+        shape = rows, length, ends
+        slate = self.slates.get(shape)
+        if slate is None or slate.cache.places < tokens:
+            self.slates.pop(shape, None)  # before its successor is made
             if self.compiled:
                 _count_shape()
-            network, places = self.twin.network, -(-tokens // PLACES) * PLACES
-            cache = FixedCache(network.model.config, places, getattr(torch, network.dtype))
-            self.caches[rows] = cache
-        cache.reset()
-        return cache
+            places = -(-tokens // PLACES) * PLACES
+            slate = self.slates[shape] = Slate(self.twin.network, rows, length, places, ends)
+        return slate
+
+    def advance(self, slate: Slate) -> None:
+        """Reads the last token of every row, and puts the next one; nothing waits for the host."""
+        raw, values = self.step(
+            self.twin.network, slate.tokens, slate.positions, slate.mask, slate.cache
+        )
+        slate.positions.add_(1)
+        slate.at.add_(1)
+        slate.put(drawn_from(raw, values, slate.uniforms.index_select(1, slate.at)[:, 0]))
+
+    def next(self, slate: Slate) -> None:
+        """`advance`, on a GPU from its second time on a slate as a graph."""
+        if slate.graph is not None:
+            slate.graph.replay()
+            return
+        self.advance(slate)  # a graph can take what has run once, and is compiled
+        if self.captures:
+            slate.graph = captured(partial(self.advance, slate))
 
 
-_compiled: dict[tuple, Steps] = {}
-_shapes = 0  # that the compiler has seen, also those of networks with a step of their own
+def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """What `work` starts on the GPU, to be started again at once. It is not done now."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+_compiled: dict[tuple, Steps] = {}  # that networks of an architecture share
+_made: WeakSet[Steps] = WeakSet()  # those, and those that networks have to themselves
+_shapes = 0  # that the compiler has seen
 
 
 def compiled_steps(network: Network) -> Steps:
@@ -106,8 +169,11 @@ def _count_shape() -> None:
 
 
 def _forget() -> None:
+    """What was compiled, and the graphs that were made of it."""
     global _shapes
     torch.compiler.reset()
+    for steps in _made:
+        steps.slates.clear()
     _shapes = 0
 
 
@@ -138,31 +204,22 @@ class StaticDecoder:
         self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, pad: int
     ) -> Samples:
         """See `lib.lm.decode.sample`."""
-        rows, length = uniforms.shape
-        network = self.steps.twin.refreshed(self.network)
-        trace = Trace(network, rows, length, pad)
+        (rows, length), steps = uniforms.shape, self.steps
         if rows == 0:
-            return trace.samples()
+            return Trace(self.network, rows, length, pad).samples()
+        network = steps.twin.refreshed(self.network)
         prompts, prompt_mask = repeated(rows // len(prompts), prompts, prompt_mask)
-        cache = self.steps.cache(rows, max(prompts.shape[1], self.longest) + length)
-        # every place after the prompt is allowed; that it is not read before it is written is
-        # what the causal mask sees to
-        rest = cache.places - prompts.shape[1]
-        mask = torch.nn.functional.pad(prompt_mask, (0, rest), value=True)
-        position = prompt_mask.sum(-1)
+        tokens = max(prompts.shape[1], self.longest) + length
+        slate = steps.slate(rows, length, tokens, len(eos))
+        slate.begin(prompt_mask, uniforms, eos, pad)
         places = (prompt_mask.long().cumsum(-1) - 1).clamp(min=0)
-        state = network.hidden(prompts, mask, cache, places)[:, -1]
-        drawn, active = draw(network, state, uniforms[:, 0]), torch.ones_like(position).bool()
-        index = torch.arange(rows, device=prompts.device)
-        for t in range(length):
-            trace.note(t, index, active, drawn)
-            active = active & ~torch.isin(drawn.tokens, eos)
-            if t % LOOK == LOOK - 1 and not active.any():
+        state = network.hidden(prompts, slate.mask, slate.cache, places)[:, -1]
+        slate.put(draw(network, state, uniforms[:, 0]))
+        for t in range(1, length):
+            if t % LOOK == 0 and not slate.active.any():
                 break
-            if t + 1 < length:
-                raw, values = self.steps.next(network, drawn.tokens, position + t, mask, cache)
-                drawn = drawn_from(raw, values, uniforms[:, t + 1])
-        return trace.samples()
+            steps.next(slate)
+        return copy.deepcopy(slate.trace.samples())  # the next sampling writes over these
 
 
 def step(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -90,6 +93,11 @@ def test_grouped_keys_and_a_tied_head():
     assert_same(decode.sample(network, *given), StaticDecoder(network).sample(*given))
 
 
+def only_slate(decoder):
+    (slate,) = decoder.steps.slates.values()
+    return slate
+
+
 def test_a_cache_is_kept_until_a_longer_one_is_needed(model, monkeypatch):
     """And what an earlier sampling left in it is not read."""
     monkeypatch.setattr(static, "PLACES", 8)
@@ -100,7 +108,7 @@ def test_a_cache_is_kept_until_a_longer_one_is_needed(model, monkeypatch):
     for i, prompts in enumerate([short, long, short, long]):
         given = inputs(prompts, numbers(4, seed=i))
         assert_same(decode.sample(network, *given), decoder.sample(*given))
-        caches.append(decoder.steps.caches[4])
+        caches.append(only_slate(decoder).cache)
     assert caches[0] is not caches[1] and caches[1] is caches[2] is caches[3]
     assert [c.places for c in caches] == [32, 56, 56, 56]
 
@@ -113,7 +121,7 @@ def test_a_cache_has_room_for_the_longest_prompt_from_the_start(model, monkeypat
     for i, prompts in enumerate([PROMPTS, [list(range(30))] * 2 + PROMPTS[:2]]):
         given = inputs(prompts, numbers(4, seed=i))
         assert_same(decode.sample(network, *given), scorer.sample(*given[:3]))
-        caches.append(scorer._static.steps.caches[4])
+        caches.append(only_slate(scorer._static).cache)
     assert caches[0] is caches[1] and caches[0].places == 56
 
 
@@ -256,8 +264,9 @@ def test_the_compiler_forgets_before_it_would_refuse_a_shape(monkeypatch, adapte
     steps = static.compiled_steps(Network(model))
     resets.clear()
     for rows in range(1, static.SHAPES + 2):
-        steps.cache(rows, 10)
+        steps.slate(rows, 4, 10, 1)
     assert resets == [static.SHAPES] and static._shapes == 1
+    assert [slate.index.numel() for slate in steps.slates.values()] == [rows]  # nor are graphs kept
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -283,6 +292,60 @@ def test_a_scorer_decodes_as_it_is_told(model):
     grown, *others = (scorer.sample(*given) for scorer in ways.values())
     for other in others:
         assert_same(grown, other)
+
+
+class Graph(TorchDispatchMode):
+    """A CUDA graph as a CPU can have one: the operations on tensors that some work started, to be
+    started again on the same tensors. What Python did meanwhile is not done again, and reading a
+    number is refused, as it is while a GPU is captured."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.calls, self.replays = [], 0
+        slate = vars(work.args[0])
+        kept = [x for x in (*slate.values(), *vars(slate["trace"]).values(),
+                            *chain(*(vars(layer).values() for layer in slate["cache"].layers)))
+                if isinstance(x, torch.Tensor)]  # fmt: skip
+        before = [x.clone() for x in kept]
+        with self:
+            work()
+        for x, was in zip(kept, before, strict=True):  # a GPU does nothing while it is captured
+            x.copy_(was)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        made = {}
+        self.replays += 1
+
+        def now(x):
+            return made.get(id(x), x) if isinstance(x, torch.Tensor) else x
+
+        for func, args, kwargs, then in self.calls:
+            out = func(*tree_map(now, args), **tree_map(now, kwargs))
+            for old, new in zip(tree_leaves(then), tree_leaves(out), strict=True):
+                if isinstance(old, torch.Tensor):
+                    made[id(old)] = new
+
+
+@pytest.mark.parametrize(("dtype", "value_head"), [("float32", True), ("bfloat16", False)])
+def test_a_token_can_be_captured_as_a_graph(model, monkeypatch, dtype, value_head):
+    """And the graph writes what the step does, for other prompts, numbers, ends and weights."""
+    monkeypatch.setattr(static, "captured", Graph)
+    network = Network(copy.deepcopy(model), 1.5, value_head, dtype)
+    plain, graphed = StaticDecoder(network, longest=6), StaticDecoder(network, longest=6)
+    graphed.steps.captures = True
+    for i, prompts in enumerate((PROMPTS, PROMPTS[::-1], [[9, 8, 7, 6, 5, 4]] * 4)):
+        given = inputs(prompts, numbers(8, seed=i), eos=(EOS, 31 + i))
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        assert_same(plain.sample(*given), graphed.sample(*given))
+    assert only_slate(graphed).graph.replays > 3 * static.LOOK
 
 
 def cpu(samples):
