@@ -90,10 +90,11 @@ def steps() -> pd.DataFrame:
 
 
 def beside() -> pd.DataFrame:
-    """Estimated and measured: seconds of a step by phase, and its memory."""
+    """Estimated and measured: a step by phase, and its memory."""
     table = footprint.beside(STEP, H200, phases())
     table.columns = ["of a step", "estimated", "measured"]
-    table["of a step"] += ", s"
+    table["of a step"] += ", ms"
+    table[["estimated", "measured"]] *= 1e3
     table.loc[len(table)] = ["memory, GiB", footprint.memory(STEP)["total"],
                              details("dpo_step")[OURS]["memory_mb"] * MB]  # fmt: skip
     return table.assign(factor=table["measured"] / table["estimated"])
@@ -164,13 +165,20 @@ def numbers() -> dict[str, float | str]:
     own, static, dynamic, half = steps().to_dict("records")
     found |= {"trl_static": static["slower"], "trl_dynamic": dynamic["slower"],
               "trl_half": half["slower"], "trl_half_less": static["GiB"] - half["GiB"]}  # fmt: skip
-    return found | _of_pilot(about, pilot())
+    found |= _of_pilot(about, pilot(), prepared["reward-mode"]["target"])
+    return {name: v if isinstance(v, int | str) else float(v) for name, v in found.items()}
 
 
-def _of_pilot(about: dict[str, Any], table: pd.DataFrame) -> dict[str, float | str]:
+def _of_pilot(
+    about: dict[str, Any], table: pd.DataFrame, target: float
+) -> dict[str, float | str]:  # fmt: skip
+    """Args: target: of the Mode task, tokens: its gold reward is minus the distance from it."""
     used, tensors = about["memory_gib"]["processes"], about["memory_gib"]["tensors"]
     missing = [run["method"] for run in about["missing"]]
     start, last = table[table["update"] == 0].iloc[0], experiments.final(table)
+    mode = table[(table["task"] == "mode") & (table["update"] == 0)].iloc[0]
+    # the variance of a distance: its mean square about the target less the square of its mean
+    spread = mode["length_sd"] ** 2 + (mode["length"] - target) ** 2 - mode["reward"] ** 2
     found: dict[str, float | str] = {
         "pilot_runs": about["runs"], "pilot_planned": about["planned"],
         "pilot_missing": len(missing), "pilot_ppo": missing.count("ppo_token"),
@@ -178,9 +186,8 @@ def _of_pilot(about: dict[str, Any], table: pd.DataFrame) -> dict[str, float | s
         "process_said": footprint.memory(footprint.PRESETS["smollm2"])["total"],
         "process_fit": int(about["memory_gib"]["capacity"] / max(used)),
         "tensors_low": min(tensors), "tensors_high": max(tensors),
-        "start_length": start["length"],
-        "start_error": start["length_sd"] / about["configuration"]["prompts"] ** 0.5,
-        "start_mode": table.loc[table["task"] == "mode", "reward"].iloc[0],
+        "start_length": start["length"], "start_mode": mode["reward"],
+        "start_error": (spread / about["configuration"]["prompts"]) ** 0.5,
         "ended_least": table["ended"].min(), "empty": int((last["length"] == 0).sum()),
         "same": int((last["length_sd"] == 0).sum()),
         **{f"most_{task}": rows["length"].max() for task, rows in last.groupby("task")},
