@@ -190,7 +190,8 @@ def _of_pilot(
         "start_error": (spread / about["configuration"]["prompts"]) ** 0.5,
         "ended_least": table["ended"].min(), "empty": int((last["length"] == 0).sum()),
         "same": int((last["length_sd"] == 0).sum()),
-        **{f"most_{task}": rows["length"].max() for task, rows in last.groupby("task")},
+        **{f"most_{task}": last.loc[last["task"] == task, "length"].max()
+           for task in ("min", "skew")},
     }  # fmt: skip
     for run in last[last["task"] == "mode"].itertuples():
         name = f"mode_{run.method}_{1e5 * run.learning_rate:.0f}"  # rates in 1e-5
