@@ -5,12 +5,15 @@ MLP, width of all key heads together, vocabulary. Bytes of training with Adam, f
 products in 16 bits, as the book's loop does it (chapter own_model, eq-memory): weights 4 P, their
 16-bit copies twice, 2 P + 2 v d that a compiled decoder keeps and 2 P that autocast makes for the
 backward pass, gradients 4 P, two moments 8 P; a frozen reference 2 P + 2 v d, whose embedding alone
-stays float32, and the reward model alike; for each token of a micro-batch 2 l (6 d + 2 k + c f),
-c = 2, or 4 with a gated MLP (Korthikanti et al. 2023, without dropout and without stored attention
-scores), or, checkpointed, 2 (l d + 6 d + 2 k + c f); keys and values 4 l k for each token of the
-completions, held by a compiled decoder from one sampling to the next. With LoRA of A parameters:
-weights 2 P + 2 v d, adapters (4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline
-one is evaluated on samples and by the reward model as well.
+stays float32, and the reward model alike; for each token of a micro-batch 2 l (a d + 2 k + c f),
+or, checkpointed, 2 (l d + a d + 2 k + c f); keys and values 4 l k for each token of the
+completions, held by a compiled decoder from one sampling to the next. a = 10 and c = 2, or 15 and 4
+for an architecture like LLaMA's: the count of Korthikanti et al. 2023 without dropout and without
+stored attention scores (a = 6) takes no copies into account, and no steps of a norm in float32; a
+is what PyTorch was counted to keep. With LoRA of A parameters: weights 2 P + 2 v d, adapters
+(4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline one is evaluated on samples
+and by the reward model as well. Gradients are counted beside all activations, as where a minibatch
+goes through in pieces; in one piece they come as activations go.
 Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
 a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
 """
@@ -38,7 +41,7 @@ BANDWIDTH = 0.6  # share of the memory's speed that a decoding step reaches
 LAUNCH = 5e-4  # seconds to start a layer's operations one by one (one response, a CPU core)
 GRAPH = 5e-5  # the same as part of a CUDA graph: some 15 kernels of 3 microseconds
 LORA_RANK = 16
-RESERVED = 1.0  # GiB for driver, kernels and fragments
+RESERVED = 2.0  # GiB for driver, kernels and fragments: 1.8 to 2.3 of a process on an H200
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Shape:
 
     Args: parameters: all of them. width, layers; inner: width of the MLP; keys: width of all key
         heads together; vocabulary; sides: inputs plus outputs of all linear layers but the head.
-        gated: whether the MLP has a gate (three matrices, not two).
+        gated: whether it is built as LLaMA: an MLP with a gate (three matrices, not two), and
+        norms that divide by the root mean square.
     """
 
     name: str
@@ -72,17 +76,20 @@ class Shape:
         return cls(name, model.num_parameters(), config.hidden_size, config.num_hidden_layers,
                    config.intermediate_size, keys, config.vocab_size, sides, gated)  # fmt: skip
 
-    @property
-    def layer_numbers(self) -> int:
-        """Numbers per token that a layer keeps for the backward pass."""
-        return 6 * self.width + 2 * self.keys + (4 if self.gated else 2) * self.inner
+    def layer_numbers(self, size: int = 2) -> int:
+        """Numbers per token that a layer keeps for the backward pass, in the dtype of products.
 
-    def activations(self, checkpointing: bool = False) -> int:
-        """Numbers per token that the backward pass needs; with checkpointing each layer's input
+        Args: size: bytes of such a number.
+        """
+        widths = 8 if size == 4 else 15 if self.gated else 10
+        return widths * self.width + 2 * self.keys + (4 if self.gated else 2) * self.inner
+
+    def activations(self, size: int = 2, checkpointing: bool = False) -> int:
+        """Bytes per token that the backward pass needs; with checkpointing each layer's input
         is kept, and one layer at a time is computed again."""
         if checkpointing:
-            return self.layers * self.width + self.layer_numbers
-        return self.layers * self.layer_numbers
+            return size * (self.layers * self.width + self.layer_numbers(size))
+        return size * self.layers * self.layer_numbers(size)
 
     @property
     def cache(self) -> int:
@@ -189,7 +196,7 @@ def memory(
         "moments": 8 * (a if lora else p),
         "reference": 0 if lora else policy.frozen(size),
         "reward model": preset.reward.frozen(size),
-        "activations": size * tokens * policy.activations(checkpointing),
+        "activations": tokens * policy.activations(size, checkpointing),
         # as they are, normalised, and their gradient; float32
         "logits": 3 * 4 * min(LOGIT_BUDGET, tokens * policy.vocabulary),
         "keys and values": size * drawn * policy.cache,

@@ -118,7 +118,8 @@ class Network(nn.Module):
                 raw = self.model.get_output_embeddings()(hidden)
             else:
                 raw = nn.functional.linear(hidden, *head)
-        return raw.float() / self.temperature
+        raw = raw.float()
+        return raw if self.temperature == 1 else raw / self.temperature
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the head, cast once to the dtype of the products."""
