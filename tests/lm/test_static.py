@@ -370,6 +370,7 @@ def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model,
             for i, prompts in enumerate((PROMPTS, PROMPTS[::-1]))
         )
         first = decoder.sample(*given)
+        assert (only_slate(decoder).graph is not None) == (device == "cuda")
         assert_scored(network, given[:2], first)
         if network.dtype == "float32":
             assert_same(cpu(decode.sample(network, *given)), cpu(first))
