@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lib.bandit.config import BanditRun
+from lib.bandit.policy import carriers
 from lib.bandit.problem import BanditProblem
+from lib.methods import get
 from lib.training import Training, evaluated_updates, run
 
 # Runs trained as one stack. A short stack keeps the activations of a layer near the cache; a fixed
@@ -46,8 +48,10 @@ class BanditEngine:
         schedule = config.schedule
         hundreds = config.prompts * config.completions * config.length / 900
         drawn = schedule.iterations * config.sets * hundreds
+        loss = carriers(get(config.method), config.hyper) or config.completions
+        update = 0.0015 + 0.0145 * hundreds * loss / config.completions
         evaluations = len(evaluated_updates(config.updates, config.evaluations))
-        run = 0.010 * drawn + 0.016 * schedule.updates * hundreds + 0.026 * evaluations
+        run = 0.008 * drawn + update * schedule.updates + 0.026 * evaluations
         return width(config) * run
 
     def run(self, configs: Sequence[BanditRun], checkpoint) -> list[pd.DataFrame]:

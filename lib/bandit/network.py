@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Parameters = dict[str, Tensor]
+LANES = 64  # float32 numbers that a CPU sums at once: four of its widest vectors
 
 
 @dataclass(frozen=True)
@@ -160,29 +161,40 @@ def logits(
 class Decoder:
     """Next-token logits one position at a time, with cached keys and values.
 
+    The heads of all sequences lie along the last dimension, which fills vector units. Each run's
+    share of it is filled up to a multiple of `LANES`, so that where in a vector a sequence stands,
+    and with it the last digit of its sums, does not depend on the other runs.
     Args: p, arch as `logits`; sequences: S, decoded side by side in every run.
     """
 
     def __init__(self, p: Parameters, sequences: int, length: int, arch: Architecture = GPT_NANO):
-        runs, size = p["token"].shape[0], arch.width // arch.heads
-        shape = (arch.layers, 2, runs, sequences, arch.heads, size, length)
+        runs, self.lanes = p["token"].shape[0], sequences * arch.heads
+        shape = (arch.width // arch.heads, runs, -(-self.lanes // LANES) * LANES)
         self.p, self.arch, self.position = p, arch, 0
-        self.cache = p["token"].new_empty(shape)
+        self.cache = p["token"].new_empty(arch.layers, 2, length, *shape)
+        self.now = p["token"].new_zeros(3, *shape)  # this position's queries, keys and values
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens (R, S) at the next position -> logits (R, S, V)."""
-        t, p, (runs, sequences) = self.position, self.p, tokens.shape
+        t, p, sequences = self.position, self.p, tokens.shape[1]
         x = _embed(p, tokens[..., None], t)[:, :, 0]
         for i in range(self.arch.layers):
-            q, k, v = self._heads(_qkv(p, i, x))
-            self.cache[i, 0, ..., t], self.cache[i, 1, ..., t] = k, v
-            keys, values = self.cache[i, :, ..., : t + 1]
-            scores = (q[..., None] * keys).sum(-2) * q.shape[-1] ** -0.5
-            mixed = (scores.softmax(-1)[..., None, :] * values).sum(-1)
-            x = x + _out(p, i, mixed.reshape(runs, sequences, self.arch.width))
+            self._spread(_qkv(p, i, x))
+            self.cache[i, :, t] = self.now[1:]
+            keys, values = self.cache[i, :, : t + 1]
+            scores = (self.now[0] * keys).sum(1) * self.now.shape[1] ** -0.5
+            mixed = (scores.softmax(0)[:, None] * values).sum(0)
+            x = x + _out(p, i, self._gathered(mixed, sequences))
             x = _mlp(p, i, x, lambda y: y)
         self.position += 1
         return _head(p, x)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.unflatten(-1, (3, self.arch.heads, -1)).unbind(2)
+    def _spread(self, qkv: Tensor) -> None:
+        """(R, S, 3 d) into `now` (3, size, R, lanes)."""
+        parts = qkv.unflatten(-1, (3, self.arch.heads, -1)).permute(2, 4, 0, 3, 1)
+        self.now[..., : self.lanes].unflatten(-1, (self.arch.heads, -1)).copy_(parts)
+
+    def _gathered(self, mixed: Tensor, sequences: int) -> Tensor:
+        """(size, R, lanes) -> (R, S, d)."""
+        parts = mixed[..., : self.lanes].unflatten(-1, (self.arch.heads, sequences))
+        return parts.permute(1, 3, 2, 0).flatten(2)

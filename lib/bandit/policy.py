@@ -157,14 +157,16 @@ class StackedPolicy(Scorer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One Adam step of every run that is finite (see `lib.finetune.Policy`).
 
-        A run whose gradient is not finite is frozen as it was before this step, for good.
+        A run whose gradient is not finite is frozen as it was before this step, for good. Where it
+        is known how many completions of a prompt carry loss, the others do not pass through the
+        network; their log-probabilities are returned as those of the sampling.
         """
         leaves = {k: v.detach().requires_grad_() for k, v in self.parameters.items()}
-        prompts, completions = flat_groups(batch)
-        tokens = torch.cat([prompts[..., None], completions], -1)
-        inputs = tokens[..., :-1] if self.shift else tokens
-        raw = logits(leaves, inputs, self.arch, self._masks(inputs))
-        logp = token_logp(raw, tokens, shift=self.shift).view_as(batch.logp)
+        rows = carrying(batch, method, hyper)
+        logp = self._training_logp(leaves, batch, rows)
+        if rows is not None:
+            logp = batch.logp.flatten(1, 2).scatter(1, rows[..., None].expand_as(logp), logp)
+        logp = logp.view_as(batch.logp)
         item, metrics = method.loss(batch, logp, hyper)
         loss = item.flatten(1).sum(-1) / items
         grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
@@ -175,13 +177,26 @@ class StackedPolicy(Scorer):
         self.optimiser.step(self.flat, gradient, self.alive)
         return logp.detach(), {"loss": loss.detach(), "grad_norm": norm, **metrics}
 
+    def _training_logp(self, leaves: Parameters, batch: Rollout, rows: Tensor | None) -> Tensor:
+        """Log-probabilities of the completions at `rows` (R, n), or of all: (R, n, L) nats."""
+        prompts, completions = flat_groups(batch)
+        tokens = torch.cat([prompts[..., None], completions], -1)
+        masks = self._masks(tokens[..., :-1] if self.shift else tokens)
+        if rows is not None:
+            tokens = tokens.take_along_dim(rows[..., None], 1)
+            if masks is not None:  # drawn for all, so that they do not depend on who is trained on
+                masks = masks.take_along_dim(rows[:, None, :, None, None], 2)
+        inputs = tokens[..., :-1] if self.shift else tokens
+        masks = None if masks is None else masks.flatten(2, 3)
+        return token_logp(logits(leaves, inputs, self.arch, masks), tokens, shift=self.shift)
+
     def _masks(self, inputs: Tensor) -> Tensor | None:
-        """The factors of dropout of the update to come."""
+        """The factors of dropout of the update to come, (R, places, S, L, d); inputs (R, S, L)."""
         if not self.dropout:
             return None
         shape = self.arch.dropped(inputs[0].numel())
-        numbers = self.numbers(self.optimiser.steps, shape)
-        return dropout_masks(numbers.to(inputs.device), self.dropout)
+        numbers = self.numbers(self.optimiser.steps, shape).to(inputs.device)
+        return dropout_masks(numbers, self.dropout).unflatten(2, inputs.shape[1:])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changes, as tensors."""
@@ -196,6 +211,24 @@ class StackedPolicy(Scorer):
         adam.square.copy_(state["square"])
         adam.steps = int(state["steps"])
         self.alive.copy_(state["alive"])
+
+
+def carriers(method: Method, hyper: Hyper) -> int | None:
+    """How many completions of a prompt carry loss, where that is known before the rewards are.
+
+    Where it is not, all are trained on: a stack has products of one shape, and a run's numbers must
+    not depend on how many ties the others have.
+    """
+    known = method.unit == "selected" and not method.negative_gradient
+    return hyper.get("top_k") if known else None
+
+
+def carrying(batch: Rollout, method: Method, hyper: Hyper) -> Tensor | None:
+    """Flat indices (R, n) of the `carriers` of all prompts, in their order; None for all."""
+    if (count := carriers(method, hyper)) is None:
+        return None
+    first = method.active(batch).flatten(1).byte().argsort(dim=-1, descending=True, stable=True)
+    return first[:, : batch.rewards.shape[1] * count]
 
 
 def flat_groups(batch: Rollout) -> tuple[Tensor, Tensor]:

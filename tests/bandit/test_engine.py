@@ -246,9 +246,10 @@ def test_runs_that_cannot_be_stacked_have_different_keys():
 
 
 def test_cost_grows_with_updates_and_completions():
-    def cost(**options):
-        return BanditEngine().cost([bandit_run("ipo", "R1", 0.01, 0, **options)])
+    def cost(method="ipo", **options):
+        return BanditEngine().cost([bandit_run(method, "R1", 0.01, 0, **options)])
 
+    assert cost() > cost("best_of_n", top_k=3) > cost("best_of_n")  # of ten completions
     assert cost() > cost(iterations=4)
     assert cost(inner_steps=2) > cost()
     assert cost(prompts=20) > cost()

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import chisquare
 
 from lib import losses
+from lib.bandit import policy
 from lib.bandit.network import GPT_NANO
 from lib.bandit.policy import Scorer, StackedAdam, StackedPolicy, flat_groups, invert_cdf
 from lib.bandit.problem import BanditProblem
@@ -216,7 +217,8 @@ LOSS = {
 
 @pytest.mark.parametrize("name", LOSS)
 def test_stack_equals_the_loop_of_single_runs(name):
-    """On given samples, over the first updates, at different rates: losses and log-probs."""
+    """On given samples, over the first updates, at different rates: losses and log-probs (of those
+    that carry loss; the others' are those of the sampling)."""
     runs = [small(name, seed, rate) for seed, rate in ((0, 0.003), (1, 0.001), (2, 1e-4))]
     problem = BanditProblem(runs)
     state = problem.initial_state()
@@ -230,9 +232,55 @@ def test_stack_equals_the_loop_of_single_runs(name):
         single = single_run(load(), batch, run, name, config.learning_rate, 4)
         for (logp, metrics), (loss, own) in zip(stacked, single, strict=True):
             assert metrics["loss"][run].item() == pytest.approx(loss, rel=1e-5, abs=1e-5)
+            seen = method.active(batch)[run].flatten()
             total = logp[run].sum(-1).flatten()
-            torch.testing.assert_close(total, own, rtol=1e-5, atol=1e-4)
-    assert not torch.allclose(stacked[0][0][2], stacked[3][0][2], atol=1e-3)  # it has moved
+            torch.testing.assert_close(total[seen], own[seen], rtol=1e-5, atol=1e-4)
+            assert torch.equal(logp[run].flatten(0, 1)[~seen],
+                               batch.logp[run].flatten(0, 1)[~seen])  # fmt: skip
+    moved = method.active(batch)[2]
+    assert not torch.allclose(stacked[0][0][2][moved], stacked[3][0][2][moved], atol=1e-3)
+
+
+@pytest.mark.parametrize(("top_k", "dropout"), [(1, 0.0), (3, 0.0), (1, 0.1)])
+def test_completions_without_loss_do_not_pass_through(monkeypatch, top_k, dropout):
+    """And the others are trained on as if they did, with the same masks of dropout."""
+    ends, seen, method = [], [], METHODS["best_of_n"]
+    hyper = {**method.hyper, "top_k": top_k}
+    forward = policy.logits
+    monkeypatch.setattr(policy, "logits", lambda leaves, inputs, *rest: seen.append(
+        inputs.shape[1]) or forward(leaves, inputs, *rest))  # fmt: skip
+    for rows, trained in ((policy.carrying, 3 * top_k), (lambda *_: None, 3 * 4)):
+        monkeypatch.setattr(policy, "carrying", rows)
+        problem = BanditProblem([small("best_of_n", seed, dropout=dropout) for seed in (0, 1)])
+        state = problem.initial_state()
+        batch = problem.collect(state_with_behaviour(state), method)
+        batch = batch.labelled(method.prepare(batch, hyper))
+        seen.clear()
+        for _ in range(3):
+            logp, metrics = state.policy.update(batch, method, hyper, method.items(batch))
+        ends.append((logp[method.active(batch)], metrics["loss"], metrics["grad_norm"]))
+        assert set(seen) == {trained}
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
+
+
+def state_with_behaviour(state):
+    state.behaviour = state.policy.frozen()
+    return state
+
+
+def test_how_many_carry_loss_is_not_asked_of_the_data():
+    """Where ties decide it, or all of them may, nobody is left out."""
+    problem = BanditProblem([small("best_of_n", 0)])
+    batch = problem.collect(state_with_behaviour(problem.initial_state()), METHODS["best_of_n"])
+    for name in ("best_of_n_negative", "rwr", "dpo", "pref_ft"):
+        method = METHODS[name]
+        labelled = batch.labelled(method.prepare(batch, method.hyper))
+        assert policy.carrying(labelled, method, method.hyper) is None
+    method = METHODS["best_of_n_offline"]
+    labelled = batch.labelled(method.prepare(batch, {"top_k": 2}))
+    rows = policy.carrying(labelled, method, {"top_k": 2})
+    chosen = labelled.labels["selected"].flatten(1)
+    assert torch.equal(rows[0], chosen[0].nonzero()[:, 0])
 
 
 def test_grad_norm_is_that_of_the_run():
