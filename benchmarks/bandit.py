@@ -31,8 +31,10 @@ from lib import methods
 from lib.bandit.config import LEARNING_RATES, VOCABULARY, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 from lib.bandit.network import GPT_NANO
+from lib.bandit.policy import carriers
 from lib.bandit.problem import EVALUATE, TRACKED, BanditProblem
 from lib.finetune import State, fine_tune
+from lib.methods import Hyper, Method
 from lib.randomness import uniforms
 from lib.rollouts import Rollout, sequence_logp
 from lib.untracked import Untracked
@@ -272,22 +274,19 @@ class Stepper:
 
     def counted(self) -> tuple[int, int]:
         """FLOPs of a run-step: analytic, and as torch counts the products that are executed."""
-        shapes = []
+        trained = []
         policy, update = self.state.policy, self.state.policy.update
 
-        def noted(batch: Rollout, *args: Any):
-            shapes.append(batch.completions.shape)
-            return update(batch, *args)
+        def noted(batch: Rollout, method: Method, hyper: Hyper, *args: Any):
+            groups, completions = batch.completions.shape[1:3]
+            trained.append(groups * (carriers(method, hyper) or completions))
+            return update(batch, method, hyper, *args)
 
         policy.update = noted
         with FlopCounterMode(display=False) as counter:
             self.step()
         policy.update = update
-        _, groups, completions, _ = shapes[0]
-        return (
-            run_step_flops(self.config, groups * completions),
-            counter.get_total_flops() // BLOCK,
-        )
+        return run_step_flops(self.config, trained[0]), counter.get_total_flops() // BLOCK
 
 
 KINDS = {  # operations whose name contains a word, first match

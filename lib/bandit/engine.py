@@ -48,10 +48,12 @@ class BanditEngine:
         schedule = config.schedule
         hundreds = config.prompts * config.completions * config.length / 900
         drawn = schedule.iterations * config.sets * hundreds
-        loss = carriers(get(config.method), config.hyper) or config.completions
-        update = 0.0015 + 0.0145 * hundreds * loss / config.completions
+        method = get(config.method)
+        loss = carriers(method, config.hyper) or config.completions
+        draw = 0.009 + 0.005 * ("reference" in method.needs)
+        update = 0.0015 + 0.0165 * hundreds * loss / config.completions
         evaluations = len(evaluated_updates(config.updates, config.evaluations))
-        run = 0.008 * drawn + update * schedule.updates + 0.026 * evaluations
+        run = draw * drawn + update * schedule.updates + 0.034 * evaluations
         return width(config) * run
 
     def run(self, configs: Sequence[BanditRun], checkpoint) -> list[pd.DataFrame]:
