@@ -73,7 +73,8 @@ def graphs_compiled() -> int:
 
 
 def graphs_skipped() -> int:
-    """How many compiled graphs could not be made CUDA graphs, and are launched kernel by kernel."""
+    """How many compiled graphs could not be made CUDA graphs by the compiler, where it was asked to
+    (transformers asks; this book's decoder captures its own), and are launched kernel by kernel."""
     if not torch.cuda.is_available():
         return 0
     return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

@@ -5,15 +5,15 @@ MLP, width of all key heads together, vocabulary. Bytes of training with Adam, f
 products in 16 bits, as the book's loop does it (chapter own_model, eq-memory): weights 4 P, their
 16-bit copies twice, 2 P + 2 v d that a compiled decoder keeps and 2 P that autocast makes for the
 backward pass, gradients 4 P, two moments 8 P; a frozen reference 2 P + 2 v d, whose embedding alone
-stays float32, and the reward model alike; for each token of a micro-batch 2 l (a d + 2 k + c f),
-or, checkpointed, 2 (l d + a d + 2 k + c f); keys and values 4 l k for each token of the
-completions, held by a compiled decoder from one sampling to the next. a = 10 and c = 2, or 15 and 4
-for an architecture like LLaMA's: the count of Korthikanti et al. 2023 without dropout and without
-stored attention scores (a = 6) takes no copies into account, and no steps of a norm in float32; a
-is what PyTorch was counted to keep. With LoRA of A parameters: weights 2 P + 2 v d, adapters
-(4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline one is evaluated on samples
-and by the reward model as well. Gradients are counted beside all activations, as where a minibatch
-goes through in pieces; in one piece they come as activations go.
+stays float32, and the reward model alike; for each token of a micro-batch 2 l (a d + c f), or,
+checkpointed, 4 l d + 2 (a d + c f); keys and values 4 l k for each token of the completions, held
+by a compiled decoder from one sampling to the next. a = 11 and c = 2, or 17 and 4 for an
+architecture like LLaMA's: what PyTorch was counted to keep where a batch has padding. (The count of
+Korthikanti et al. 2023, without dropout and without stored attention scores, is a = 8 and c = 2; it
+has no copies in it, and no norms in float32.) With LoRA of A parameters: weights 2 P + 2 v d,
+adapters (4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline one is evaluated on
+samples and by the reward model as well. Gradients are counted beside all activations, as where a
+minibatch goes through in pieces; in one piece they come as activations go.
 Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
 a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
 """
@@ -41,7 +41,7 @@ BANDWIDTH = 0.6  # share of the memory's speed that a decoding step reaches
 LAUNCH = 5e-4  # seconds to start a layer's operations one by one (one response, a CPU core)
 GRAPH = 5e-5  # the same as part of a CUDA graph: some 15 kernels of 3 microseconds
 LORA_RANK = 16
-RESERVED = 2.0  # GiB for driver, kernels and fragments: 1.8 to 2.3 of a process on an H200
+RESERVED = 2.0  # GiB for driver, kernels and fragments
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Shape:
 
         Args: size: bytes of such a number.
         """
-        widths = 8 if size == 4 else 15 if self.gated else 10
-        return widths * self.width + 2 * self.keys + (4 if self.gated else 2) * self.inner
+        widths = 10 if size == 4 else 17 if self.gated else 11
+        return widths * self.width + (4 if self.gated else 2) * self.inner
 
     def activations(self, size: int = 2, checkpointing: bool = False) -> int:
-        """Bytes per token that the backward pass needs; with checkpointing each layer's input
-        is kept, and one layer at a time is computed again."""
+        """Bytes per token that the backward pass needs; with checkpointing each layer's input,
+        which is float32, is kept, and one layer at a time is computed again."""
         if checkpointing:
-            return size * (self.layers * self.width + self.layer_numbers(size))
+            return 4 * self.layers * self.width + size * self.layer_numbers(size)
         return size * self.layers * self.layer_numbers(size)
 
     @property
@@ -326,7 +326,8 @@ def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: An
 def stored(network: Network, samples: int = 4, length: int = 64) -> float:
     """Bytes per token that PyTorch keeps for the backward pass of the hidden states, counted.
 
-    Storages that several tensors share count once, parameters not at all.
+    Storages that several tensors share count once, parameters not at all. A token is padding, since
+    attention takes other ways where none is.
     Args: network: with weights that train; its own dtype of products.
     """
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -340,7 +341,7 @@ def stored(network: Network, samples: int = 4, length: int = 64) -> float:
     tokens = torch.arange(samples * length, device=network.device) % network.vocabulary
     tokens = tokens.view(samples, length)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        network.hidden(tokens, torch.arange(tokens.numel()).view_as(tokens).to(tokens.device) > 0)
     return sum(t.untyped_storage().nbytes() for t in kept.values()) / tokens.numel()
 
 

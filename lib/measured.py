@@ -184,7 +184,6 @@ def _of_pilot(
         "pilot_missing": len(missing), "pilot_ppo": missing.count("ppo_token"),
         "process_low": min(used), "process_high": max(used), "process_jobs": len(used),
         "process_said": footprint.memory(footprint.PRESETS["smollm2"])["total"],
-        "process_fit": int(about["memory_gib"]["capacity"] / max(used)),
         "tensors_low": min(tensors), "tensors_high": max(tensors),
         "start_length": start["length"], "start_mode": mode["reward"],
         "start_error": (spread / about["configuration"]["prompts"]) ** 0.5,

@@ -200,7 +200,7 @@ def test_what_the_page_concludes_of_the_pilot():
     assert max(abs(end - said["start_mode"]) for end in pref) < 2 * said["start_error"]
     assert abs(said["mode_dpo_3"] - said["mode_dpo_offline_3"]) < 2 * said["start_error"]
     assert said["turned_end"] < said["turned_best"] and said["turned_length"] > 0
-    assert said["tensors_low"] < said["process_said"] < said["tensors_high"] < said["process_high"]
+    assert said["tensors_high"] < said["process_high"] and said["process_said"] < said["process_high"]
 
 
 # the script
@@ -257,7 +257,7 @@ def test_typed_numbers_are_those_of_the_files():
         f"{1e3 * sum(measured.phases().values()):.0f} ms",
         f"{said['h200_together']:.1f} times the estimate",
         f"{said['trl_static']:.1f} times as long",
-        f"up to {said['tensors_high']:.1f} were found", f"says {said['process_said']:.1f} now",
+        f"of which {said['tensors_high']:.1f} were found", f"says {said['process_said']:.1f} now",
         f"{said['process_low']:.0f} to {said['process_high']:.0f} GiB",
     ):
         assert text in ledger

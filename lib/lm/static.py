@@ -25,7 +25,7 @@ from lib.lm.network import Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
 KEPT = 2  # compiled steps of a process at once: of policies with and without a value head
-SHAPES = 6  # of their slates together; PyTorch's compiler stops at 8 variants of a function
+SHAPES = 6  # rows by places, of all together; PyTorch's compiler stops at 8 variants of a function
 
 
 def compilable(config: PreTrainedConfig) -> bool:
@@ -106,9 +106,11 @@ class Steps:
         slate = self.slates.get(shape)
         if slate is None or slate.cache.places < tokens:
             self.slates.pop(shape, None)  # before its successor is made
-            if self.compiled:
-                _count_shape()
+            if len(self.slates) >= SHAPES:
+                self.slates.clear()
             places = -(-tokens // PLACES) * PLACES
+            if self.compiled:
+                _note_shape(id(self), rows, places)
             slate = self.slates[shape] = Slate(self.twin.network, rows, length, places, ends)
         return slate
 
@@ -122,26 +124,30 @@ class Steps:
         slate.put(drawn_from(raw, values, slate.uniforms.index_select(1, slate.at)[:, 0]))
 
     def next(self, slate: Slate) -> None:
-        """`advance`, on a GPU from its second time on a slate as a graph."""
+        """`advance`, on a GPU from its second time on a slate as a graph. A graph knows nothing of
+        Python: what it reads must change in place, as weights do."""
         if slate.graph is not None:
             slate.graph.replay()
             return
         self.advance(slate)  # a graph can take what has run once, and is compiled
         if self.captures:
-            slate.graph = captured(partial(self.advance, slate))
+            slate.graph = captured(partial(self.advance, slate), slate.tokens.device)
 
 
-def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """What `work` starts on the GPU, to be started again at once. It is not done now."""
+def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """What `work` starts on a GPU, to be started again at once. It is not done now. Threads that
+    have nothing to do with it may go on."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with (torch.cuda.device(device),
+          torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+          ):  # fmt: skip
         work()
     return graph
 
 
 _compiled: dict[tuple, Steps] = {}  # that networks of an architecture share
 _made: WeakSet[Steps] = WeakSet()  # those, and those that networks have to themselves
-_shapes = 0  # that the compiler has seen
+_shapes: set[tuple[int, int, int]] = set()  # that the compiler has seen: of which steps, and what
 
 
 def compiled_steps(network: Network) -> Steps:
@@ -160,21 +166,19 @@ def compiled_steps(network: Network) -> Steps:
     return _compiled[key]
 
 
-def _count_shape() -> None:
+def _note_shape(*shape: int) -> None:
     """Forgets what was compiled where the compiler would refuse one more shape."""
-    global _shapes
-    if _shapes >= SHAPES:
+    if shape not in _shapes and len(_shapes) >= SHAPES:
         _forget()
-    _shapes += 1
+    _shapes.add(shape)
 
 
 def _forget() -> None:
-    """What was compiled, and the graphs that were made of it."""
-    global _shapes
-    torch.compiler.reset()
+    """What was compiled, and before it the graphs that were made of it."""
     for steps in _made:
         steps.slates.clear()
-    _shapes = 0
+    torch.compiler.reset()
+    _shapes.clear()
 
 
 def architecture(network: Network) -> tuple:

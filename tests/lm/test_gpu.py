@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib.lm.config import length_run
+from lib.lm import decode, lora
+from lib.lm.config import TINY, length_run
 from lib.lm.engine import LengthEngine
+from lib.lm.models import load_policy
+from lib.lm.network import Network
+from lib.lm.static import StaticDecoder
 from lib.timing import Clock
 from lib.untracked import Untracked
 
@@ -53,6 +57,23 @@ def test_16_bits_stay_near_32(method):
     assert abs(half["held_out_accuracy"].iloc[-1] - whole["held_out_accuracy"].iloc[-1]) < 0.2
     assert abs(half["length"].iloc[0] - whole["length"].iloc[0]) < 8
     assert np.isfinite(half["loss"]).iloc[1:].all()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_graph_is_made_anew_for_longer_prompts(rank):
+    """Of adapters too; prompts of another width that fit use the old one."""
+    model, _ = load_policy(TINY / "policy", device="cuda")
+    if rank:
+        lora.attach(model, rank, 0)
+    decoder = StaticDecoder(network := Network(model), compiled=True)
+    eos, graphs = torch.tensor([model.config.eos_token_id], device="cuda"), []
+    for width in (5, 9, 70, 5):
+        prompts = torch.randint(3, 2000, (4, width), device="cuda")
+        given = prompts, torch.ones_like(prompts).bool(), torch.rand(8, 40, device="cuda"), eos, 0
+        one, other = decode.sample(network, *given), decoder.sample(*given)
+        assert torch.equal(one.completions, other.completions), f"width {width}"
+        graphs.append(next(iter(decoder.steps.slates.values())).graph)
+    assert graphs[0] is graphs[1] and graphs[1] is not graphs[2] and graphs[2] is graphs[3]
 
 
 def test_phases_take_as_long_as_the_gpu_works():

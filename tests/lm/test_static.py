@@ -259,14 +259,23 @@ def test_the_compiler_forgets_before_it_would_refuse_a_shape(monkeypatch, adapte
     if adapted:
         lora.attach(model, 2, 0)
     monkeypatch.setattr(static, "_compiled", {})
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(static._shapes))
-    monkeypatch.setattr(static, "_shapes", 0)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(len(static._shapes)))
+    monkeypatch.setattr(static, "_shapes", set())
     steps = static.compiled_steps(Network(model))
     resets.clear()
     for rows in range(1, static.SHAPES + 2):
+        for length in (4, 5):  # which is no shape of the compiler's
+            steps.slate(rows, length, 10, 1)
+    assert resets == [static.SHAPES] and len(static._shapes) == 1
+    assert [slate.index.numel() for slate in steps.slates.values()] == [rows] * 2  # nor graphs
+
+
+def test_slates_are_not_kept_for_ever(model):
+    """Of a decoder that is not compiled either: each holds keys and values."""
+    steps = StaticDecoder(Network(model)).steps
+    for rows in range(1, static.SHAPES + 2):
         steps.slate(rows, 4, 10, 1)
-    assert resets == [static.SHAPES] and static._shapes == 1
-    assert [slate.index.numel() for slate in steps.slates.values()] == [rows]  # nor are graphs kept
+    assert list(steps.slates) == [(rows, 4, 1)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -297,9 +306,9 @@ def test_a_scorer_decodes_as_it_is_told(model):
 class Graph(TorchDispatchMode):
     """A CUDA graph as a CPU can have one: the operations on tensors that some work started, to be
     started again on the same tensors. What Python did meanwhile is not done again, and reading a
-    number is refused, as it is while a GPU is captured."""
+    number is refused, as it is (with other things) while a GPU is captured."""
 
-    def __init__(self, work):
+    def __init__(self, work, device):
         super().__init__()
         self.calls, self.replays = [], 0
         slate = vars(work.args[0])
