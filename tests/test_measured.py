@@ -200,7 +200,7 @@ def test_what_the_page_concludes_of_the_pilot():
     assert max(abs(end - said["start_mode"]) for end in pref) < 2 * said["start_error"]
     assert abs(said["mode_dpo_3"] - said["mode_dpo_offline_3"]) < 2 * said["start_error"]
     assert said["turned_end"] < said["turned_best"] and said["turned_length"] > 0
-    assert said["tensors_high"] < said["process_high"] and said["process_said"] < said["process_high"]
+    assert max(said["tensors_high"], said["process_said"]) < said["process_high"]
 
 
 # the script
