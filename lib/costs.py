@@ -194,7 +194,8 @@ def numbers(lines: Lines, target: float) -> dict[str, str]:
     """
     run = lines.get("ipo")
     ms = {"write_ms": _per_unit(run, "sampling", "samples"),
-          "train_ms": _per_unit(run, "training", "update")}  # fmt: skip
+          "train_ms": _per_unit(run, "training", "update"),
+          "train_best_ms": _per_unit(lines.get("best_of_n"), "training", "update")}  # fmt: skip
     reached = {
         f"{name}_reached": f"{np.isfinite(reaching(rows, target)['update']).sum()} of "
         f"{rows['run'].nunique()}" for name, rows in lines.items()
