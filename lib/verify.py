@@ -175,6 +175,8 @@ def _recompute(
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         store = runs.Store(folder)
+        if hasattr(engine, "afresh"):  # it keeps more than runs
+            engine = engine.afresh(Path(folder))
         runs.compute(configs, store, engine, jobs)
         for run in map(runs.identity, configs):
             table, record = store.read(run)

@@ -28,10 +28,11 @@ class JudgedProblem(LengthProblem):
 
     shown = ("proxy", "kl_ref")
 
-    def __init__(self, config: FullScaleRun, device: str = "cpu"):
+    def __init__(self, config: FullScaleRun, device: str = "cpu", scores: Path | None = None):
+        """Args: scores: the file of what judges have said; None for the checkout's."""
         self.judge = None  # found first: a missing one is said before anything is loaded
         if config.judge:
-            self.judge = kept_judge(str(judge_source(config)), device, SCORES)
+            self.judge = kept_judge(str(judge_source(config)), device, scores or SCORES)
         super().__init__(config, device)
         self.tokenizer, _ = load_tokenizer(config.policy_folder)
         self.instructions = instructions(config.pairs_file)
@@ -74,7 +75,18 @@ class FullScaleEngine(LengthEngine):
     """How `lib.runs` computes full-scale runs: one at a time, each in a process of its own."""
 
     modules = ("lib.lm.judged",)
-    problem = JudgedProblem
+
+    def __init__(self, device: str = "cpu", scores: Path | None = None):
+        super().__init__(device)
+        self.scores = scores
+
+    def problem(self, config: FullScaleRun, device: str) -> JudgedProblem:
+        return JudgedProblem(config, device, self.scores)
+
+    def afresh(self, folder: Path) -> FullScaleEngine:
+        """One whose judges know nothing of what they have said: the last digit of a score depends
+        on which responses are read with it, and those are the ones that are not known yet."""
+        return FullScaleEngine(self.device, folder / "gold.sqlite")
 
     def seconds(self, config: FullScaleRun) -> float:
         """Seconds of one run of a shipped policy on one core."""

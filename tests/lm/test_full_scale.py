@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sqlite3
 from itertools import islice
 
 import numpy as np
@@ -86,6 +87,21 @@ def test_preparing_again_changes_nothing(made):
               (".parquet", ".safetensors")}  # fmt: skip
     assert prepare_full.main(arguments) == 0
     assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+def test_an_engine_can_start_afresh(made, tmp_path, monkeypatch):
+    """Its judge reads what was read before, and keeps it elsewhere."""
+    monkeypatch.setattr("lib.lm.judged.SCORES", tmp_path / "kept.sqlite")
+    (tmp_path / "new").mkdir()
+    root, _ = made
+    config, tables = run(root / "out", judge=str(root / "judge")), []
+    for engine in (FullScaleEngine(), FullScaleEngine().afresh(tmp_path / "new")):
+        tables += engine.run([config], Silent())
+    files = [tmp_path / "kept.sqlite", tmp_path / "new" / "gold.sqlite"]
+    counts = [sqlite3.connect(file).execute("select count(*) from scores").fetchone()[0]
+              for file in files]  # fmt: skip
+    assert counts[0] == counts[1] > 0
+    pd.testing.assert_series_equal(tables[0]["gold"], tables[1]["gold"])
 
 
 @pytest.mark.parametrize("method", ["dpo_offline", "pref_ft", "rwr", "dpo"])
