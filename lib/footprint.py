@@ -340,8 +340,10 @@ def stored(network: Network, samples: int = 4, length: int = 64) -> float:
 
     tokens = torch.arange(samples * length, device=network.device) % network.vocabulary
     tokens = tokens.view(samples, length)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 0] = False
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network.hidden(tokens, torch.arange(tokens.numel()).view_as(tokens).to(tokens.device) > 0)
+        network.hidden(tokens, mask)
     return sum(t.untyped_storage().nbytes() for t in kept.values()) / tokens.numel()
 
 

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lib import costs
+from lib.chapter import Chapter
 
 TITLES = {"ipo": "IPO (on-policy)", "ipo_offline": "IPO (offline)"}
 
@@ -112,3 +114,25 @@ def test_figures_of_costs_draw_who_gets_there_and_name_who_does_not():
     assert table.query("method == 'c'")["relative"].tolist() == pytest.approx([2.0, 2.0])
     bars, _ = drawn.phases(costs.split(lines))
     assert len(bars.axes[0].patches) == 9
+
+
+def test_what_the_chapter_says_of_the_published_clock():
+    """Its sentences that compare, which have no numbers of their own."""
+    chapter, options = Chapter("wall_clock"), "[alone=True,evaluations=100,held_out=False]"
+    alone = chapter.lines({name: f"{name}@R1{options}" for name in chapter.names()})
+    target = float(next(iter(alone.values()))["target"].iloc[0])
+    took = {name: costs.reaching(rows, target)["seconds"] for name, rows in alone.items()}
+    median = {name: seconds.median() for name, seconds in took.items()}
+    assert sorted(median, key=median.get)[:2] == ["best_of_n", "rwr"]
+    assert not np.isfinite(took["best_of_n"]).all()
+    four = ("ppo_sequence", "ipo", "dpo", "reinforce")
+    assert max(median[name] for name in four) - min(median[name] for name in four) < 0.1
+    assert all(np.isfinite(took[name]).all() for name in four)
+
+    spent = costs.split(alone).set_index("method")
+    training = spent["training"].drop("best_of_n")
+    assert spent.loc["best_of_n", "training"] < 0.5 * training.min()
+    on_policy = spent.drop(["ipo_offline", "dpo_offline", "best_of_n"])
+    assert (on_policy["training"] > on_policy["sampling"]).all()
+    said = costs.numbers(alone, target)
+    assert float(said["turn_ms"]) < float(said["write_ms"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 
 import numpy as np
@@ -16,6 +15,7 @@ from lib.figures import curves
 from lib.lm.length import TASKS
 from lib.runs import ROOT, canonical
 from lib.runs.records import write_record
+from tests.scripts import loaded
 from tests.test_notebooks import read
 
 CARD = measured.FOLDER / "README.md"
@@ -28,10 +28,7 @@ PILOT = measured.record("pilot")
 @pytest.fixture(scope="module")
 def collect():
     """The script that made the table, as a module."""
-    spec = importlib.util.spec_from_file_location("collect", measured.FOLDER / "collect.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(measured.FOLDER / "collect.py")
 
 
 def prose() -> str:

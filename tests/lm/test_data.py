@@ -1,7 +1,6 @@
 """The shipped pairs and tiny policy are what their card and their record say."""
 
 import hashlib
-import importlib.util
 import json
 import re
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.lm import tiny
 from lib.lm.sft import response_loss
+from tests.scripts import loaded
 
 CARD = tiny.FOLDER / "README.md"
 
@@ -41,10 +41,7 @@ def record() -> dict:
 @pytest.fixture(scope="module")
 def make():
     """The script that made the prompts, as a module."""
-    spec = importlib.util.spec_from_file_location("make_length", tiny.FOLDER / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(tiny.FOLDER / "make.py")
 
 
 def sha256(path) -> str:

@@ -55,6 +55,17 @@ def test_a_sample_is_recomputed_and_is_bit_equal(published, monkeypatch, capsys)
     assert runs.Published.load(published.path).meta["verified"] == []
 
 
+def test_an_engine_that_keeps_more_than_runs_starts_afresh(published, monkeypatch, tmp_path):
+    """In a folder that is gone when all is compared."""
+    engine, folders = experiments(published, monkeypatch), []
+    other = dataclasses.replace(engine, log=tmp_path / "other")
+    monkeypatch.setattr(WalkEngine, "afresh", lambda _, folder: folders.append(folder) or other,
+                        raising=False)  # fmt: skip
+    assert verify.main(["--sample", "3", "--seed", "1", "--jobs", "1"]) == 0
+    assert not engine.log.exists() and len(other.computed()) == 3
+    assert len(folders) == 1 and not folders[0].exists()
+
+
 def test_changed_code_that_gives_the_same_numbers_is_stamped(published, repository, monkeypatch):
     experiments(published, monkeypatch)
     edit_code(repository)
