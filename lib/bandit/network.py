@@ -71,15 +71,31 @@ class Architecture:
 GPT_NANO = Architecture()
 
 
-def _normalised(x: Tensor, gain: Tensor, bias: Tensor, weight: Tensor, offset: Tensor | None):
-    """Layer norm then linear, with the norm's gain and bias folded into the linear layer.
-
-    The fold touches 48 x n numbers a run instead of every token. x (R, N, d) -> (R, N, n).
-    """
-    x = F.layer_norm(x, x.shape[-1:])
-    shift = torch.bmm(bias[:, None], weight)
+def _folded(p: Parameters, norm: str, linear: str) -> tuple[Tensor, Tensor]:
+    """The offset (R, 1, n) and weight (R, d, n) of a linear layer after a layer norm, with the
+    norm's gain and bias folded in: d x n numbers a run are touched instead of every token."""
+    weight, offset = p[f"{linear}.weight"], p.get(f"{linear}.bias")
+    shift = torch.bmm(p[f"{norm}.bias"][:, None], weight)
     shift = shift if offset is None else shift + offset[:, None]
-    return torch.baddbmm(shift, x, gain[..., None] * weight)
+    return shift, p[f"{norm}.gain"][..., None] * weight
+
+
+def _fold(p: Parameters, arch: Architecture) -> dict[str, tuple[Tensor, Tensor]]:
+    """All layers that follow a layer norm, folded: once for all positions that are decoded."""
+    pairs = [(f"{i}.{norm}", f"{i}.{linear}") for i in range(arch.layers)
+             for norm, linear in (("ln1", "qkv"), ("ln2", "up"))]  # fmt: skip
+    return {linear: _folded(p, norm, linear) for norm, linear in [*pairs, ("lnf", "head")]}
+
+
+def _normalised(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
+    """Layer norm, then a layer of `_fold`. x (R, N, d) -> (R, N, n)."""
+    shift, weight = layer
+    return torch.baddbmm(shift, F.layer_norm(x, x.shape[-1:]), weight)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """The exact GELU, in place where no gradient has to pass."""
+    return F.gelu(x) if x.requires_grad else F.gelu(x, out=x)
 
 
 def _causal(length: int) -> Tensor:
@@ -112,25 +128,12 @@ def _embed(p: Parameters, tokens: Tensor, start: int) -> Tensor:
     return flat + p["position"][:, None, start : start + tokens.shape[-1]]
 
 
-def _mlp(p: Parameters, i: int, x: Tensor, drop) -> Tensor:
-    up = _normalised(
-        x, p[f"{i}.ln2.gain"], p[f"{i}.ln2.bias"], p[f"{i}.up.weight"], p[f"{i}.up.bias"]
-    )
-    return x + drop(torch.baddbmm(p[f"{i}.down.bias"][:, None], F.gelu(up), p[f"{i}.down.weight"]))
-
-
-def _qkv(p: Parameters, i: int, x: Tensor) -> Tensor:
-    return _normalised(
-        x, p[f"{i}.ln1.gain"], p[f"{i}.ln1.bias"], p[f"{i}.qkv.weight"], p[f"{i}.qkv.bias"]
-    )
-
-
 def _out(p: Parameters, i: int, mixed: Tensor) -> Tensor:
     return torch.baddbmm(p[f"{i}.out.bias"][:, None], mixed, p[f"{i}.out.weight"])
 
 
-def _head(p: Parameters, x: Tensor) -> Tensor:
-    return _normalised(x, p["lnf.gain"], p["lnf.bias"], p["head.weight"], None)
+def _down(p: Parameters, i: int, up: Tensor) -> Tensor:
+    return torch.baddbmm(p[f"{i}.down.bias"][:, None], _gelu(up), p[f"{i}.down.weight"])
 
 
 def dropout_masks(numbers: Tensor, rate: float) -> Tensor:
@@ -151,11 +154,13 @@ def logits(
     def drop(x: Tensor) -> Tensor:
         return x if masks is None else x * next(places)
 
+    folded = _fold(p, arch)
     x = drop(_embed(p, tokens, 0).reshape(runs, sequences * length, arch.width))
     for i in range(arch.layers):
-        x = x + drop(_out(p, i, _attention(_qkv(p, i, x), arch.heads, length)))
-        x = _mlp(p, i, x, drop)
-    return _head(p, x).view(runs, sequences, length, arch.vocabulary)
+        qkv = _normalised(x, folded[f"{i}.qkv"])
+        x = x + drop(_out(p, i, _attention(qkv, arch.heads, length)))
+        x = x + drop(_down(p, i, _normalised(x, folded[f"{i}.up"])))
+    return _normalised(x, folded["head"]).view(runs, sequences, length, arch.vocabulary)
 
 
 class Decoder:
@@ -170,29 +175,30 @@ class Decoder:
     def __init__(self, p: Parameters, sequences: int, length: int, arch: Architecture = GPT_NANO):
         runs, self.lanes = p["token"].shape[0], sequences * arch.heads
         shape = (arch.width // arch.heads, runs, -(-self.lanes // LANES) * LANES)
-        self.p, self.arch, self.position = p, arch, 0
-        self.cache = p["token"].new_empty(arch.layers, 2, length, *shape)
-        self.now = p["token"].new_zeros(3, *shape)  # this position's queries, keys and values
+        self.p, self.folded, self.arch, self.position = p, _fold(p, arch), arch, 0
+        self.queries = p["token"].new_zeros(shape)
+        self.cache = p["token"].new_empty(arch.layers, 2, length, *shape)  # keys and values
+        self.cache[..., self.lanes :] = 0.0
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens (R, S) at the next position -> logits (R, S, V)."""
         t, p, sequences = self.position, self.p, tokens.shape[1]
         x = _embed(p, tokens[..., None], t)[:, :, 0]
         for i in range(self.arch.layers):
-            self._spread(_qkv(p, i, x))
-            self.cache[i, :, t] = self.now[1:]
+            self._spread(_normalised(x, self.folded[f"{i}.qkv"]), self.cache[i, :, t])
             keys, values = self.cache[i, :, : t + 1]
-            scores = (self.now[0] * keys).sum(1) * self.now.shape[1] ** -0.5
+            scores = (self.queries * keys).sum(1) * len(self.queries) ** -0.5
             mixed = (scores.softmax(0)[:, None] * values).sum(0)
             x = x + _out(p, i, self._gathered(mixed, sequences))
-            x = _mlp(p, i, x, lambda y: y)
+            x = x + _down(p, i, _normalised(x, self.folded[f"{i}.up"]))
         self.position += 1
-        return _head(p, x)
+        return _normalised(x, self.folded["head"])
 
-    def _spread(self, qkv: Tensor) -> None:
-        """(R, S, 3 d) into `now` (3, size, R, lanes)."""
+    def _spread(self, qkv: Tensor, now: Tensor) -> None:
+        """(R, S, 3 d) into `queries` and this position's keys and values, (2, size, R, lanes)."""
         parts = qkv.unflatten(-1, (3, self.arch.heads, -1)).permute(2, 4, 0, 3, 1)
-        self.now[..., : self.lanes].unflatten(-1, (self.arch.heads, -1)).copy_(parts)
+        for part, place in ((parts[0], self.queries), (parts[1:], now)):
+            place[..., : self.lanes].unflatten(-1, (self.arch.heads, -1)).copy_(part)
 
     def _gathered(self, mixed: Tensor, sequences: int) -> Tensor:
         """(size, R, lanes) -> (R, S, d)."""
