@@ -49,7 +49,8 @@ class Record:
     """What became of a method, by its short name.
 
     Args: ran, led, harmed: the problems that ran it, on which it led, on which a run ended below
-        the untrained model (`lib.decisions`). first: its mean share of first places.
+        the untrained model (`lib.decisions`). first: its mean share of first places. rewards:
+            whether it needs one for every answer; otherwise pairs are enough.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Record:
     led: tuple[Problem, ...]
     harmed: tuple[Problem, ...]
     first: float
+    rewards: bool
 
     @property
     def order(self) -> tuple[int, int, float]:
@@ -64,36 +66,51 @@ class Record:
         behind = set(self.ran) - set(self.led)
         return len(behind | set(self.harmed)), -len(self.led), -self.first
 
-    def __str__(self) -> str:
-        """ "DPO on 5 of 6 (not on Mode Length)"."""
-        missed = [p.title for p in self.ran if p not in self.led]
-        notes = [f"not on {_and(missed)}"] if missed else []
-        if self.harmed:
-            titles = _and([p.title for p in self.harmed])
-            notes.append(f"a run ended below the untrained model on {titles}")
-        told = f"{self.name} on {len(self.led)} of {len(self.ran)}"
-        return f"{told} ({'; '.join(notes)})" if notes else told
+    @property
+    def needs(self) -> str:
+        return "a reward for every answer" if self.rewards else "pairs"
+
+    def row(self, side: str) -> dict[str, str]:
+        """Where it led and where it failed, as a row of a table. Args: side: "offline" or not."""
+        missed = [p for p in self.ran if p not in self.led]
+        return {
+            "method": f"{self.name} ({side})", "needs": self.needs, "level with the best on": _titles(self.led),
+            "behind on": _titles(missed),
+            "a run ended below the untrained model on": _titles(self.harmed),
+        }  # fmt: skip
+
+
+def _titles(problems: Iterable[Problem]) -> str:
+    return ", ".join(p.title for p in problems) or "\N{EN DASH}"
 
 
 def default(results: pd.DataFrame) -> str:
     """What to take unseen: the methods that failed least often, with fresh samples and without."""
     fresh, fixed = (_standings(results, choice) for choice in ("fresh", "fixed"))
-    sides = {"with fresh samples": _records(fresh, True), "on fixed data": _records(fixed, False)}
-    picks = {side: records[:PICKS] for side, records in sides.items() if records}
-    if not picks:
+    sampled, given = _records(fresh, True)[:PICKS], _records(fixed, False)[:PICKS]
+    advised = []
+    if sampled:
+        advised.append(f"sample while you train and take {_and([r.name for r in sampled], 'or')}")
+    if given:
+        named = [f"{r.name} if you have {r.needs}" for r in given]
+        advised.append(f"on fixed data take {_and(named, 'or')}")
+    if not advised:
         return f"**One default?** {overview.NOT_YET.capitalize()}."
-    names = "; ".join(f"{side} {_and([record.name for record in some], 'or')}"
-                      for side, some in picks.items())  # fmt: skip
-    told = "; ".join(f"{side} {', '.join(map(str, some))}" for side, some in picks.items())
-    sampled = {s.problem for s in fresh}
-    table = matrix([*fresh, *(s for s in fixed if s.problem not in sampled)])
+    counts = "; ".join(
+        f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
+        for side, some in (("", sampled), ("on fixed data ", given)) if some
+    )
+    seen = {s.problem for s in fresh}
+    table = matrix([*fresh, *(s for s in fixed if s.problem not in seen)])
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
               "margin. \N{EN DASH}: not run.")  # fmt: skip
-    return _answer(f"**If you want one default:** {names}. Of the problems that ran them they are "
-                   f"level with the best so often: {told}.",
-                   f"{cards.markdown(table)}\n\n{legend}",
-                   "Every method on every problem")  # fmt: skip
+    rows = [*(r.row("on-policy") for r in sampled), *(r.row("offline") for r in given)]
+    failed = cards.markdown(pd.DataFrame(rows))
+    return _answer(f"**If you want one default:** {'; '.join(advised)}. Of the problems that ran "
+                   f"them they are level with the best so often: {counts}.",
+                   f"{failed}\n\n{cards.markdown(table)}\n\n{legend}",
+                   "Where they failed, and every method on every problem")  # fmt: skip
 
 
 def _standings(results: pd.DataFrame, choice: str) -> list[Standing]:
@@ -113,7 +130,8 @@ def _records(standings: Sequence[Standing], on_policy: bool) -> list[Record]:
         Record(name, tuple(s.problem for s, _ in of),
                tuple(s.problem for s, e in of if e.leads),
                tuple(s.problem for s, e in of if e.harms),
-               sum(e.first / s.n for s, e in of) / len(of))
+               sum(e.first / s.n for s, e in of) / len(of),
+               all("rewards" in methods.get(e.method).needs for _, e in of))
         for name, of in ran.items() if 2 * len(of) > len(standings)
     ]  # fmt: skip
     mostly = (record for record in found if 2 * len(record.led) > len(record.ran))
@@ -159,7 +177,20 @@ def sampling(results: pd.DataFrame) -> str:
     ]  # fmt: skip
     notes = ("*Completions*: how many each kind of run labels or is given, offline first. The best "
              "method of each kind is picked on the seeds shown, which flatters both.")  # fmt: skip
-    return _answer(f"**{head}** {best} {_loss(counted, sides)}", _numbers(rows, gaps, notes))
+    told = " ".join(filter(None, [best, _labels(results, counted), _loss(counted, sides)]))
+    return _answer(f"**{head}** {told}", _numbers(rows, gaps, notes))
+
+
+def _labels(results: pd.DataFrame, counted: Iterable[Problem]) -> str:
+    """On which problems the on-policy runs have more labels than the offline ones."""
+    more: dict[float, list[Problem]] = {}
+    for p in counted:
+        offline, on_policy = _drawn(results, p)
+        if on_policy > offline:
+            more.setdefault(on_policy / offline, []).append(p)
+    times = [f"{ratio:,.0f} times the labels on {_and([p.title for p in found])}"
+             for ratio, found in more.items()]  # fmt: skip
+    return f"On-policy runs had {_and(times)}." if times else ""
 
 
 def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Values]]) -> str:
@@ -178,9 +209,14 @@ def _range(found: Values) -> str:
 
 
 def _completions(results: pd.DataFrame, problem: Problem) -> str:
-    """ "100 and 10,000": medians of the offline and the fresh on-policy runs of a problem."""
+    """ "100 and 10,000": what the offline and the fresh on-policy runs of a problem had labelled."""
+    return " and ".join(f"{count:,.0f}" for count in _drawn(results, problem))
+
+
+def _drawn(results: pd.DataFrame, problem: Problem) -> tuple[float, float]:
+    """Medians of the completions of the offline and the fresh on-policy runs of a problem."""
     own = results[results["problem"] == problem.name].groupby("choice")["completions"].median()
-    return " and ".join(f"{own[choice]:,.0f}" for choice in ("fixed", "fresh"))
+    return float(own["fixed"]), float(own["fresh"])
 
 
 # --- old samples ----------------------------------------------------------------------------------
@@ -202,21 +238,25 @@ def old_samples(chapters: Chapters) -> str:
     groups: dict[tuple, list[str]] = {}
     for p, rare in counted.items():
         if _apart(p, rare):
-            key = serves[p], tuple(rare), tuple(map(overview.short, _extremes(rare)))
+            slower = p.column == "reward"
+            key = serves[p], tuple(rare), tuple(map(overview.short, _extremes(rare))), slower
             groups.setdefault(key, []).append(p.title)
-    order = [f"With one drawing for {n} updates, of {_listed(ran)}, {best} bears it best and "
-             f"{worst} worst on {_and(titles)}."
-             for (n, ran, (best, worst)), titles in groups.items()]  # fmt: skip
-    gains: dict[str, list[str]] = {}
+    order = [f"With one drawing for {n} updates, of {_listed(ran)}, {best} "
+             f"{'is slowed' if slower else 'ends lower'} least and {worst} most on {_and(titles)}."
+             for (n, ran, (best, worst), slower), titles in groups.items()]  # fmt: skip
+    gains: dict[tuple[str, bool], list[str]] = {}
     for p, rare in counted.items():
         for name in (n for n, change in rare.items() if _beyond(p, change)):
-            gains.setdefault(name, []).append(p.title)
-    order += [f"{overview.short(name)} even does better with old samples on {_and(titles)}."
-              for name, titles in gains.items()]  # fmt: skip
+            gains.setdefault((name, p.column == "reward"), []).append(p.title)
+    order += [f"{overview.short(name)} even {'learns faster' if faster else 'ends higher'} with "
+              f"old samples on {_and(titles)}."
+              for (name, faster), titles in gains.items()]  # fmt: skip
+    if any(slower for *_, slower in groups):
+        order.append("Slowed is not worse: where they end is in the chart.")
     rows = [
         {"problem": p.title, "updates per drawing": serves[p],
          "what old samples change in": _judged(p),
-         "bears it best": _ends(p, rare, 0), "bears it worst": _ends(p, rare, 1)}
+         "loses least": _ends(p, rare, 0), "loses most": _ends(p, rare, 1)}
         for p, rare in counted.items()
     ]  # fmt: skip
     return _answer(f"**If sampling is slow, {head}** {' '.join(order)}",

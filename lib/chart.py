@@ -57,10 +57,15 @@ def _list(items: Iterable[str]) -> str:
 
 def _leaf(answer: str, leaf: Leaf) -> str:
     """An answer that opens: what to take in the line that always shows, the evidence below it."""
-    badge = f'<span class="verdict-{BADGES[CLASSES[leaf.outcome]]}">{leaf.outcome}</span>'
-    head = f"<summary>{answer} {badge} {take(leaf)}</summary>"
+    badge = f'<span class="verdict-{BADGES[CLASSES[leaf.outcome]]}">{_paper(leaf.outcome)}</span>'
+    head = f"<summary>{answer} {take(leaf)} {badge}</summary>"
     return "\n\n".join(["<details>", head, *map(_standing, leaf.standings), _verdicts(leaf),
                         "</details>"])  # fmt: skip
+
+
+def _paper(outcome: str) -> str:
+    """An outcome as a label: it speaks of the paper's comparisons, not of the recommendation."""
+    return outcome if outcome == NOT_YET or "paper" in outcome else f"paper: {outcome}"
 
 
 def take(leaf: Leaf) -> str:
@@ -72,13 +77,19 @@ def take(leaf: Leaf) -> str:
     if not leaf.recommended:
         return "No method leads on all its problems."
     safe = [name for name in leaf.recommended if not any(e.harms for e in leaf.found(name))]
-    harmful = [name for name in leaf.recommended if name not in safe]
+    sunk = [name for name in leaf.recommended if _sunk(name, leaf)]
+    risky = [name for name in leaf.recommended if name not in (*safe, *sunk)]
     leading = "Leading so far" if leaf.outcome == "inconclusive" else "Leading"
-    words = [f"{leading}: {_by_side(safe, leaf)}."] if safe else []
-    if harmful:
-        words.append(f"{leading}, but a run ended below the untrained model: "
-                     f"{_by_side(harmful, leaf)}.")  # fmt: skip
-    return " ".join(words)
+    words = {leading: safe, f"{leading}, but a run ended below the untrained model": risky,
+             "Too scattered to judge, the mean is below the untrained model": sunk}  # fmt: skip
+    return " ".join(f"{word}: {_by_side(some, leaf)}." for word, some in words.items() if some)
+
+
+def _sunk(name: str, leaf: Leaf) -> bool:
+    """Whether a method's mean lies below the untrained model, by more than the margin, on one of
+    the leaf's problems where another's does not."""
+    return any(e.mean < s.start - s.problem.margin <= max(other.mean for other in s.entries)
+               for s in leaf.standings if s.votes for e in s.entries if label(e.method) == name)
 
 
 def _by_side(labels: Sequence[str], leaf: Leaf) -> str:

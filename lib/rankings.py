@@ -8,7 +8,7 @@ Kendall's tau to the ranking as it is. Chapter: audit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -18,18 +18,20 @@ from lib import experiments, methods, stats
 from lib.audit import Chapters, home
 from lib.decisions import NOT_YET, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
-from lib.tables import CEILING, COLLAPSED, NEAR, count_near_best
+from lib.tables import CEILING, COLLAPSED, NEAR
 
 FAMILIES = {"all": (*ON_POLICY, *OFFLINE), "on-policy": ON_POLICY, "offline": OFFLINE}
 STATISTICS = {"end": "final reward", "speed": "mean reward over updates",
               "10 nats": "reward at 10 nats"}  # fmt: skip
+DISTANCE = 10.0  # nats from the reference
 LEVEL = 3  # decimals: means that agree to these share a rank
 DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class Runs:
-    """A method's runs on a reward, one row each: seed, learning_rate, end, speed, 10 nats, lost.
+    """A method's runs on a reward, one row each: seed, learning_rate, end, speed, 10 nats, stride,
+    lost (see `scored`).
 
     Args: rate: the selected learning rate. reported: at that rate, on the reported seeds. swept:
         at every rate, on the sweep seeds.
@@ -46,13 +48,16 @@ Field = Mapping[str, Runs]  # method -> its runs on one reward
 def scored(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per run: seed, learning_rate, a column per name of `STATISTICS`, and `lost`.
 
-    `lost`: the run went non-finite, or answers in one way only and that is not the best answer.
+    `stride`: the KL to the reference at the first row after the start, nats. `lost`: the run went
+    non-finite, or answers in one way only and that is not the best answer.
     """
     parts = []
     for rate, part in rows.groupby("learning_rate", observed=True):
         last = experiments.final(part).set_index("seed")
         stuck = (last["entropy"] < COLLAPSED) & ~(last["reward"] > CEILING - 1e-3)
         table = pd.DataFrame({k: stats.per_run(part, name) for k, name in STATISTICS.items()})
+        later = part[part["update"] > 0].sort_values("update")
+        table["stride"] = later.groupby("seed")["kl_ref"].first()
         table["lost"] = last["diverged"].astype(bool) | stuck
         parts.append(table.rename_axis("seed").reset_index().assign(learning_rate=float(rate)))
     return pd.concat(parts, ignore_index=True)
@@ -81,15 +86,28 @@ def _at(runs: Runs, rate: float) -> pd.DataFrame:
     return runs.swept[runs.swept["learning_rate"] == rate].set_index("seed")
 
 
-# Reading -> its value by seed, for every method of a field. At the rate that learns fastest a first
-# step may go past 10 nats at once, so that reading has the rate that is best at 10 nats.
+def _at_distance(runs: Runs) -> pd.Series:
+    """The reward at 10 nats by seed, at the best of the rates whose first step stays within them.
+
+    A run whose first step goes further would be read off the straight line between two rows, at a
+    policy that it never had. Where every rate does, the smallest.
+    """
+    strides = runs.swept.groupby("learning_rate")["stride"].max()
+    small = strides.index[strides < DISTANCE]
+    rates = small if len(small) else strides.index[:1]
+    return _best_of_sweep(replace(runs, swept=runs.swept[runs.swept["learning_rate"].isin(rates)]),
+                          "10 nats")  # fmt: skip
+
+
+# Reading -> its value by seed, for every method of a field.
 CRITERIA: dict[str, Callable[[Runs], pd.Series]] = {
     "end": lambda runs: runs.reported.set_index("seed")["end"],
     "best of sweep": lambda runs: _best_of_sweep(runs, "end"),
     "speed": lambda runs: runs.reported.set_index("seed")["speed"],
-    "10 nats": lambda runs: _best_of_sweep(runs, "10 nats"),
+    "10 nats": _at_distance,
 }
 WORST, LOST = "worst seed", "lost runs"
+GOOD = 0.1  # of the bandit's reward: an end that near to the best one is a good one
 
 
 def values(runs: Field) -> pd.DataFrame:
@@ -122,25 +140,34 @@ def practical(runs: Field, reward: str) -> str:
     """What a ranking of ends leaves open, as a Markdown list: a short way, and an untuned rate."""
     if not runs:
         return NOT_YET
-    short_way = values(runs)["10 nats"].sort_values(ascending=False)
-    tried = max((own.swept["learning_rate"].nunique() for own in runs.values()), default=0)
-    near = pd.Series({
-        name: count_near_best(own.swept.groupby("learning_rate")["end"].mean())
-        for name, own in runs.items()
-    })  # fmt: skip
-    near = near.sort_values(ascending=False, kind="stable")
+    return f"- {_short_way(runs, reward)}\n- {_untuned(runs, reward)}"
 
-    def listed(by_method: pd.Series, form: str) -> str:
-        return ", ".join(f"{label(name)} {value:{form}}" for name, value in by_method.items())
 
-    return (
-        "- **How far may the model move?** The order changes if it has to stay close to where it "
-        f"started. Reward on bandit {reward} within 10 nats: {listed(short_way, '.2f')} "
-        "([audit](audit.ipynb)).\n"
-        "- **Can you tune the learning rate?** If not, take a method that does well at many. Of "
-        f"{tried} rates tried on bandit {reward}, so many end within {NEAR} of the method's best: "
-        f"{listed(near, 'd')}."
-    )
+def _short_way(runs: Field, reward: str) -> str:
+    """Who earns most where the policy stays close to the reference."""
+    found = values(runs)["10 nats"].sort_values(ascending=False)
+    (top, first), rest = next(found.items()), found.iloc[1:]
+    head = "**Must the model stay close to where it started?**"
+    if rest.empty or first - rest.iloc[0] <= NEAR:
+        return (f"{head} Within 10 nats no method is ahead on bandit {reward}: "
+                f"{found.iloc[-1]:.2f} to {first:.2f} ([audit](audit.ipynb)).")  # fmt: skip
+    return (f"{head} Take {label(top)}: within 10 nats it earns {first:.2f} on bandit {reward}, "
+            f"the others {rest.iloc[-1]:.2f} to {rest.iloc[0]:.2f} ([audit](audit.ipynb)).")  # fmt: skip
+
+
+def _untuned(runs: Field, reward: str) -> str:
+    """Who does well at many learning rates: how many end near the best end of any method."""
+    ends = {n: own.swept.groupby("learning_rate")["end"].mean() for n, own in runs.items()}
+    best = max(means.max() for means in ends.values())
+    good: dict[int, list[str]] = {}
+    for name, means in ends.items():
+        good.setdefault(int((means >= best - GOOD).sum()), []).append(label(name))
+    most, *rest = sorted(good, reverse=True)
+    told = [f"{', '.join(good[n])} at {n or 'none'}" for n in rest]
+    tried = max(map(len, ends.values()))
+    return (f"**Can you not tune the learning rate?** Take {', '.join(good[most])}: at {most} of "
+            f"{tried} rates tried on bandit {reward} they end within {GOOD} of the best end of any "
+            f"method.{' The others: ' if told else ''}{'; '.join(told)}{'.' if told else ''}")
 
 
 def tau(first: pd.Series, second: pd.Series) -> float:

@@ -54,8 +54,8 @@ def test_strong_wording_with_the_numbers_behind_it():
     assert f"| bandit R2 | near | DPO 0.99 (0.98) | DPO 0.90 (0.89) | {gap}" in first
     assert "matters little" in first
     assert "take a loss with a negative gradient" in second
-    assert ("With one drawing for 50 updates, of DPO and RWR, DPO bears it best and RWR worst on "
-            "bandit R1.") in second  # fmt: skip
+    assert ("With one drawing for 50 updates, of DPO and RWR, DPO is slowed least and RWR most on "
+            "bandit R1. Slowed is not worse") in second  # fmt: skip
     assert "| bandit R1 | 50 | mean reward over training | DPO: -0.04" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
     assert "| bandit R1 | far | DPO 0.90 (0.89) | RWR 0.30 (0.29) | +0.60" in third
@@ -63,13 +63,15 @@ def test_strong_wording_with_the_numbers_behind_it():
 
 def test_the_default_is_who_failed_least_often_and_says_where():
     first, *_ = told(chapters(sampled=(0.99, 0.99), near=(-0.3, -0.3)))
-    assert "one default:** with fresh samples DPO or RWR; on fixed data DPO." in first
-    assert ("so often: with fresh samples DPO on 2 of 2, RWR on 2 of 2; on fixed data DPO on 2 of "
-            "2 (a run ended below the untrained model on bandit R2).") in first  # fmt: skip
+    assert ("one default:** sample while you train and take DPO or RWR; on fixed data take DPO if "
+            "you have pairs.") in first  # fmt: skip
+    assert ("level with the best so often: DPO on 2 of 2 and RWR on 2 of 2; on fixed data DPO on 2 "
+            "of 2.") in first  # fmt: skip
+    assert "| RWR (on-policy) | a reward for every answer | bandit R1, bandit R2 | \N{EN DASH}" in first
+    assert "| DPO (offline) | pairs | bandit R1, bandit R2 | \N{EN DASH} | bandit R2 |" in first
     assert "| untrained | 0.00 | 0.00 |" in first
     assert "| DPO (on-policy) | **0.99** | **0.99** |" in first
     assert "| RWR (offline) | 0.30 | -0.30\N{DAGGER} |" in first
-    assert "not on" not in first
 
 
 def test_a_problem_that_nobody_sampled_on_is_in_the_matrix():
@@ -78,13 +80,13 @@ def test_a_problem_that_nobody_sampled_on_is_in_the_matrix():
         {"negative_gradient": offline}), "fixed"))  # fmt: skip
     assert list(table["method"]) == ["untrained", "DPO (offline)", "RWR (offline)"]
     first, *_ = told({"negative_gradient": offline})
-    assert "on fixed data" in first and "with fresh samples" not in first
+    assert "on fixed data" in first and "sample while you train" not in first
     assert "| DPO (offline) | **0.90** | **0.90** |" in first
 
 
 def test_a_method_that_gains_by_old_samples_is_told():
     _, _, second, _ = told(chapters(sampled=(0.5, 0.5), stale=(0.9, 0.3)))
-    assert "DPO even does better with old samples on bandit R1." in second
+    assert "DPO even learns faster with old samples on bandit R1." in second
     assert "RWR even" not in second
 
 
@@ -93,7 +95,7 @@ def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
     text = advice.short_answers({**chapters(near=(0.9, 0.9)), **skewed})
     assert ("against the best without: ahead on bandit R1; behind on Skew Length; "
             "undecided on bandit R2.") in text  # fmt: skip
-    assert "DPO bears it best and RWR worst on bandit R1" in text
+    assert "DPO is slowed least and RWR most on bandit R1" in text
     sentences = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
     assert text.count("<details>") == text.count("</details>") == 4
     assert "(+" in text and "(+" not in sentences
@@ -166,7 +168,7 @@ def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
             judged.rows[setting] = rows(ends(0.0)).assign(gold=value)
     _, _, second, _ = told({"full_scale": judged})
     assert second.startswith("- **If sampling is slow, mind the loss.**")
-    assert "RWR even does better with old samples on pairs of one model." in second
+    assert "RWR even ends higher with old samples on pairs of one model." in second
     assert ("| pairs of one model | 4 | final gold reward | RWR: +1.50 (+1.50 to +1.50) nats a "
             "token | REINFORCE: -0.50") in second  # fmt: skip
     both = advice.short_answers({**chapters(), "full_scale": judged})

@@ -58,7 +58,7 @@ def test_it_is_read_as_question_answer_outcome_methods(text):
              "Near what the model writes. not computed yet")  # fmt: skip
     assert heard.strip().startswith(start)
     assert ("Far from it. Do the preference pairs come near the peak? No: they are what the model "
-            "writes. mixed Leading: offline DPO.") in heard  # fmt: skip
+            "writes. Leading: offline DPO. paper: mixed") in heard  # fmt: skip
 
 
 def test_a_leaf_gives_frequency_interval_n_costs_and_links(text):
