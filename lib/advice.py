@@ -74,7 +74,8 @@ class Record:
         """Where it led and where it failed, as a row of a table. Args: side: "offline" or not."""
         missed = [p for p in self.ran if p not in self.led]
         return {
-            "method": f"{self.name} ({side})", "needs": self.needs, "level with the best on": _titles(self.led),
+            "method": f"{self.name} ({side})", "needs": self.needs,
+            "level with the best on": _titles(self.led),
             "behind on": _titles(missed),
             "a run ended below the untrained model on": _titles(self.harmed),
         }  # fmt: skip
@@ -98,7 +99,8 @@ def default(results: pd.DataFrame) -> str:
         return f"**One default?** {overview.NOT_YET.capitalize()}."
     counts = "; ".join(
         f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
-        for side, some in (("", sampled), ("on fixed data ", given)) if some
+        for side, some in (("", sampled), ("on fixed data ", given))
+        if some
     )
     seen = {s.problem for s in fresh}
     table = matrix([*fresh, *(s for s in fixed if s.problem not in seen)])
@@ -209,7 +211,7 @@ def _range(found: Values) -> str:
 
 
 def _completions(results: pd.DataFrame, problem: Problem) -> str:
-    """ "100 and 10,000": what the offline and the fresh on-policy runs of a problem had labelled."""
+    """ "100 and 10,000": what the offline and the fresh on-policy runs had labelled."""
     return " and ".join(f"{count:,.0f}" for count in _drawn(results, problem))
 
 

@@ -187,6 +187,24 @@ def _price(value: float) -> str:
     return f"{1000 * value:.2g} ms" if value else "offline is cheaper at any"
 
 
+def _turn(lines: Lines, on_policy: str) -> str:
+    """The price, in milliseconds, at which offline DPO gets cheaper than a method, for half."""
+    pair = [lines.get(name) for name in ("dpo_offline", on_policy)]
+    known = all(rows is not None for rows in pair)
+    return f"{1000 * crossing(*pair, HALF):.2g}" if known else "-"
+
+
+def _saves(lines: Lines, first: str, second: str, target: float) -> str:
+    """By how many seconds one method is sooner at `target` than another, in seeds where both get
+    there."""
+    pair = [lines.get(name) for name in (first, second)]
+    if any(rows is None for rows in pair):
+        return "-"
+    a, b = (reaching(rows, target)["seconds"].replace(np.inf, np.nan) for rows in pair)
+    both = (b - a).dropna()
+    return tables.interval_text(both) if len(both) else "-"
+
+
 def numbers(lines: Lines, target: float) -> dict[str, str]:
     """What the prose quotes, by name: milliseconds, counts of runs, ratios; "-" where not run.
 
@@ -200,9 +218,8 @@ def numbers(lines: Lines, target: float) -> dict[str, str]:
         f"{name}_reached": f"{np.isfinite(reaching(rows, target)['update']).sum()} of "
         f"{rows['run'].nunique()}" for name, rows in lines.items()
     }  # fmt: skip
-    pair = [lines.get(name) for name in ("dpo_offline", "dpo")]
-    known = all(rows is not None for rows in pair)
-    turn = {"turn_ms": f"{1000 * crossing(*pair, HALF):.2g}" if known else "-"}
+    turn = {"turn_ms": _turn(lines, "dpo"), "turn_best_ms": _turn(lines, "best_of_n"),
+            "rwr_saves": _saves(lines, "rwr", "dpo", target)}  # fmt: skip
     rounds = {"rounds": _rounds(lines, [target]), "rounds_any": _rounds(lines, [target, HALF])}
     return ms | reached | turn | rounds
 

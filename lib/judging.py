@@ -168,6 +168,9 @@ def numbers(chapter: Chapter) -> None:
         fresh, old = (f"{method}@similar[judged=True{dial}]" for dial in ("", ",sets=4"))
         chapter.number(f"fs_batch_{method}", f"{fresh} - {old}", "final gold")
     profile: FullScaleProfile = chapter.profile
+    for word, dial in (("fresh", ""), ("old", ",sets=4")):
+        chapter.number_at(f"fs_mid_{word}", f"rwr@similar[judged=True{dial}]", "gold",
+                          [profile.updates // 2], ".2f")  # fmt: skip
     glue("fs_seen", profile.updates * MINIBATCH // 2 // profile.few, display=False)
     fast, slow = (f"dpo_offline@{kind}[judged=True]" for kind in ("distinct", "similar"))
     ratio = chapter.rate(fast) / chapter.rate(slow) if chapter.has(fast, slow) else float("nan")

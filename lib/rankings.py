@@ -151,8 +151,9 @@ def _short_way(runs: Field, reward: str) -> str:
     if rest.empty or first - rest.iloc[0] <= NEAR:
         return (f"{head} Within 10 nats no method is ahead on bandit {reward}: "
                 f"{found.iloc[-1]:.2f} to {first:.2f} ([audit](audit.ipynb)).")  # fmt: skip
+    others = f"{rest.iloc[-1]:.2f} to {rest.iloc[0]:.2f}"
     return (f"{head} Take {label(top)}: within 10 nats it earns {first:.2f} on bandit {reward}, "
-            f"the others {rest.iloc[-1]:.2f} to {rest.iloc[0]:.2f} ([audit](audit.ipynb)).")  # fmt: skip
+            f"the others {others} ([audit](audit.ipynb)).")  # fmt: skip
 
 
 def _untuned(runs: Field, reward: str) -> str:

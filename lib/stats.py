@@ -109,6 +109,7 @@ STATISTICS: dict[str, Callable[[Curve], float]] = {
     "mean reward over updates": area,
     "mean reward over the first 100 updates": lambda c: area(c, limit=100),
     "mean reward over samples": lambda c: area(c, over="samples"),
+    "mean reward over the first 384 samples": lambda c: area(c, over="samples", limit=384),
     "mean reward over the first 768 samples": lambda c: area(c, over="samples", limit=768),
     "reward at 10 nats": lambda c: at_kl(c, 10.0),
     "reward at 20 nats": lambda c: at_kl(c, 20.0),

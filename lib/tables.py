@@ -97,12 +97,13 @@ def within(tables: Iterable[pd.DataFrame], bound: float = NEAR) -> int:
 
 
 def reaching(rows: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Seconds, updates and completions to `target`, one row per run; inf where it is never kept."""
+    """Seconds, updates and completions to `target`, one row per run, by seed; inf where it is never
+    kept."""
     curves = [c.sort_values("update") for _, c in rows.groupby("run", observed=True)]
     return pd.DataFrame([
         {name: stats.reaching(c, target, name) for name in ("seconds", "update", "samples")}
         for c in curves
-    ])  # fmt: skip
+    ], index=pd.Index([c["seed"].iloc[0] for c in curves], name="seed"))  # fmt: skip
 
 
 def quantile(values: pd.Series, q: float) -> float:
