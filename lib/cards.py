@@ -170,13 +170,13 @@ def push(method: Method, batch: Rollout | None = None) -> Tensor:
 def pushes(names: Iterable[str] = tuple(METHODS), batch: Rollout | None = None) -> pd.DataFrame:
     """The first update's push on each completion, as a share of the method's largest push.
 
-    One row per loss (on-policy and offline variants push alike), columns by falling reward.
+    One row per loss (variants push alike at the first update), columns by falling reward.
     """
     batch = few_completions() if batch is None else batch
     columns = [f"reward {r:g}" for r in batch.rewards[0].tolist()]
     rows: dict[str, list[float]] = {}
     for method in map(get, names):
-        title = method.title.removesuffix(" (offline)").removesuffix(" (on-policy)")
+        title = method.title.partition(" (")[0]
         pushed = push(method, batch)[0]
         rows.setdefault(title, (pushed / pushed.abs().max()).tolist())
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

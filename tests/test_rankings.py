@@ -20,7 +20,7 @@ def runs(ends, rate=0.1, swept=None, lost=()):
         seeds = range(first, first + len(values))
         return pd.DataFrame({"seed": seeds, "learning_rate": at, "end": values,
                              "speed": np.array(values) / 2, "10 nats": values,
-                             "lost": [s in lost for s in seeds]})  # fmt: skip
+                             "stride": 50 * at, "lost": [s in lost for s in seeds]})  # fmt: skip
 
     swept = swept or {rate: ends}
     parts = [table(list(values), 0, at) for at, values in swept.items()]
@@ -160,6 +160,24 @@ def test_places_under_another_beta():
 
 def test_what_a_ranking_of_ends_leaves_open(field):
     distance, rates = rankings.practical(field, "R1").split("\n")
-    assert "within 10 nats: DPO (on-policy) 1.00, RWR (on-policy) 0.90, IPO" in distance
-    assert "Of 2 rates tried on bandit R1" in rates and "DPO (on-policy) 1" in rates
+    assert "Take DPO (on-policy): within 10 nats it earns 1.00 on bandit R1" in distance
+    assert "others 0.20 to 0.90" in distance
+    assert "Take DPO (on-policy), RWR (on-policy): at 1 of 2 rates tried on bandit R1" in rates
+    assert "within 0.1 of the best end of any method. The others: IPO (offline) at none." in rates
     assert rankings.practical({}, "R1") == "not computed yet"
+
+
+def test_10_nats_are_read_at_rates_whose_first_step_stays_within_them(field):
+    """The best reading of all is of a first step of 25 nats: off a line between two policies."""
+    far = runs([1.0, 1.0], rate=0.5, swept={0.5: [1.0, 1.0], 0.1: [0.4, 0.4]})
+    assert rankings.CRITERIA["10 nats"](far).tolist() == [0.4, 0.4]
+    only = runs([1.0, 1.0], rate=0.5)
+    assert rankings.CRITERIA["10 nats"](only).tolist() == [1.0, 1.0]  # no smaller step there
+
+
+def test_a_stride_is_the_distance_of_the_first_row_after_the_start():
+    rows = pd.DataFrame({
+        "run": "a", "seed": 3, "learning_rate": 0.1, "update": [0, 1, 2], "reward": [0.1, 0.2, 0.3],
+        "kl_ref": [0.0, 7.0, 12.0], "entropy": 5.0, "diverged": False,
+    })  # fmt: skip
+    assert rankings.scored(rows)["stride"].tolist() == [7.0]

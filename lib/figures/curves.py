@@ -88,6 +88,20 @@ def staleness_looks(names: Iterable[str], last: int, minibatch: int = 64) -> dic
     return looks
 
 
+def paired_looks(settings: Mapping[str, str]) -> dict[str, dict]:
+    """Label -> the look of its setting's method: solid for the first of a method, then dotted.
+
+    Args: settings: label -> name of a setting, such as "dpo@min[label=rule]".
+    """
+    looks: dict[str, dict] = {}
+    seen: set[str] = set()
+    for label, setting in settings.items():
+        method = setting.partition("@")[0]
+        looks[label] = {**style.look(method), "linestyle": ":" if method in seen else "-"}
+        seen.add(method)
+    return looks
+
+
 def curves(
     panels: Sequence[Panel], looks: Mapping[str, dict], columns: int = 2
 ) -> tuple[Figure, pd.DataFrame]:
