@@ -12,7 +12,6 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +36,7 @@ from lib.lm.policy import Scorer
 from lib.lm.prefix import Prefixed, shared_prefix
 from lib.lm.reward import RewardModel
 from lib.lm.text import Prompt, encode_responses, render, rendered_ids
+from lib.lm.unchanged import kept_while_unchanged
 from lib.rollouts import Rollout
 
 COPIED = 4  # a run of so many of the judge's tokens that stood there before is a copy
@@ -202,7 +202,7 @@ def load_judge(source: str | Path, revision: str | None = None, device: str = "c
     return kind(source, revision, device)
 
 
-@lru_cache(maxsize=2)
+@kept_while_unchanged("source", maxsize=2)
 def kept_judge(source: str, device: str, file: Path) -> Kept:
     """A process's judge: loaded once."""
     return Kept(load_judge(source, device=device), file)
