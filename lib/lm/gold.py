@@ -42,6 +42,7 @@ from lib.rollouts import Rollout
 COPIED = 4  # a run of so many of the judge's tokens that stood there before is a copy
 COPY = -7.0  # what a copied token counts, nats: about what a word out of place costs
 MAX_TOKENS = 512  # of a response, in the judge's tokens; what comes later is not read
+RULE = 1  # raised at each change of the formula: scores that were kept are of another rule then
 
 
 class Judge(Protocol):
@@ -155,7 +156,8 @@ def as_rollout(
 
 
 class Kept:
-    """A judge whose scores are kept in a file, by the judge's content, prompt and response."""
+    """A judge whose scores are kept in a file, by the judge's content, the rule by which it scores,
+    prompt and response."""
 
     def __init__(self, judge: Judge, file: Path):
         self.judge, self.file, self.source = judge, file, judge.source
@@ -187,7 +189,8 @@ class Kept:
         return np.array([known[key] for key in keys])
 
     def _key(self, prompt: Prompt, response: str) -> str:
-        content = json.dumps([self.source.resolved, prompt, response], ensure_ascii=False)
+        rule = [RULE, COPIED, COPY, MAX_TOKENS]
+        content = json.dumps([self.source.resolved, rule, prompt, response], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
