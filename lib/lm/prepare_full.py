@@ -20,7 +20,6 @@ policies of a folder, and a reward model that is no tiny one, must have the same
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,11 +41,14 @@ from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.prepare import (
     Sampler,
     add_shared,
+    check_policy,
     check_reward_model,
+    copy_policy,
     given_pairs,
     is_trained,
     ordinary,
     read_record,
+    save_pairs,
     settle,
     split_of,
     train_reward,
@@ -92,12 +94,16 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer, _ = load_tokenizer(weak)
     _check_tokenizers(options)
     check_reward_model(options, tokenizer, weak)
+    folders = {name: resolve(source)[0] for name, source in options.policy}
+    for name, source in options.policy:
+        check_policy(out / f"policy-{name}", folders[name], source, None)
     out.mkdir(parents=True, exist_ok=True)
     record = read_record(out) | {"commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
     model, source = load_policy(weak, device=options.device)
     record["policy"] = asdict(source)
-    _copy_policies(options)
+    for name, folder in folders.items() if options.copy else ():
+        copy_policy(folder, out / f"policy-{name}")
     if all(made):
         _make(options, model, tokenizer, record)
     else:
@@ -134,14 +140,6 @@ def _reading(source: str) -> tuple[dict[str, int], list[list[int]], int]:
     return ordinary(tokenizer), encode_prompts(tokenizer, ["a"], 10_000).ids, tokenizer.eos_token_id
 
 
-def _copy_policies(options: argparse.Namespace) -> None:
-    for name, source in options.policy:
-        folder, _ = resolve(source)
-        to = options.out / f"policy-{name}"
-        if options.copy and folder.resolve() != to.resolve() and not to.exists():
-            shutil.copytree(folder, to, symlinks=False)
-
-
 # --- pairs made here ------------------------------------------------------------------------------
 
 
@@ -173,7 +171,7 @@ def _make(
               for s, a in splits.items()}  # fmt: skip
     for kind, (one, two) in ANSWERERS.items():
         labelled = {s: _labelled(a, scores[s], one, two, found.eos) for s, a in splits.items()}
-        files.save(options.out / f"{kind}.parquet", {s: p for s, (p, _) in labelled.items()},
+        save_pairs(options.out / f"{kind}.parquet", {s: p for s, (p, _) in labelled.items()},
                    {s: more for s, (_, more) in labelled.items()})  # fmt: skip
         wins = {s: float((more["answerer"] == one).mean()) for s, (_, more) in labelled.items()}
         record[kind] = {"count": {s: len(p) for s, (p, _) in labelled.items()},
@@ -292,7 +290,7 @@ def _read(
         read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
         splits, texts, record[kind] = given_pairs(read, options, tokenizer, eos,
                                                   split_of(name, read, **where))  # fmt: skip
-        files.save(path, splits, texts)
+        save_pairs(path, splits, texts)
         write_record(options.out, record)
 
 
