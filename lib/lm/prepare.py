@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.tasks = (length.GIVEN,)
     try:
         prepare(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

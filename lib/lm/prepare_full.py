@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
         prepare(_parser().parse_args(arguments))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
