@@ -20,6 +20,7 @@ policies of a folder, and a reward model that is no tiny one, must have the same
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -64,7 +65,7 @@ from lib.lm.text import (
     load_prompts,
 )
 from lib.randomness import uniforms
-from lib.runs import provenance
+from lib.runs import provenance, write_atomically
 
 BATCH = 64  # prompts answered, and responses judged, at once
 STRONG, SPLIT = 1, 2  # streams of random numbers
@@ -163,10 +164,12 @@ def _make(
     if all((options.out / f"{kind}.parquet").exists() for kind in KINDS):
         return
     started = perf_counter()
+    prompts, how = _prompts(options, tokenizer), _how(options)
+    for s, (_, texts) in prompts.items():
+        _check_strong(_strong_file(options, s), texts, how)
     judge = Kept(load_judge(options.judge, device=options.device), options.scores)
     found = ids(tokenizer, model)
-    splits = {s: _answers(options, s, p, model, tokenizer)
-              for s, p in _prompts(options, tokenizer).items()}  # fmt: skip
+    splits = {s: _answers(options, s, p, how, model, tokenizer) for s, p in prompts.items()}
     scores = {s: {name: _judged(judge, a.instructions, texts) for name, texts in a.texts.items()}
               for s, a in splits.items()}  # fmt: skip
     for kind, (one, two) in ANSWERERS.items():
@@ -203,10 +206,10 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[lis
 
 
 def _answers(
-    options: argparse.Namespace, split: str, prompts: tuple[list, list[Prompt]], model: Any,
-    tokenizer: Any,
+    options: argparse.Namespace, split: str, prompts: tuple[list, list[Prompt]], how: str,
+    model: Any, tokenizer: Any,
 ) -> Answers:  # fmt: skip
-    """Two answers of the policy and one of the strong model to every prompt, as text."""
+    """Two answers of the policy and one of the strong model (`_how`) to every prompt, as text."""
     coded, texts = prompts
     found = ids(tokenizer, model)
     number = SPLITS.index(split)
@@ -215,14 +218,52 @@ def _answers(
     coded_answers = {"first": sampled.first, "second": sampled.second}  # as they were sampled
     answers = {name: tokenizer.batch_decode(side, skip_special_tokens=True)
                for name, side in coded_answers.items()}  # fmt: skip
-    kept = options.out / f".strong-{split}.parquet"
-    if not kept.exists():
-        pd.DataFrame({"text": list(_strong(options, texts, number))}).to_parquet(kept)
-    strong = [text or None for text in pd.read_parquet(kept)["text"]]
+    strong = [text or None for text in _kept_strong(options, split, texts, how)]
     coded_answers["strong"] = encode_responses(
         tokenizer, [text or "" for text in strong], options.max_tokens
     ).ids
     return Answers(coded, texts, coded_answers, answers | {"strong": strong})
+
+
+def _how(options: argparse.Namespace) -> str:
+    """What the strong model's answers depend on besides the prompts, as JSON."""
+    return json.dumps({
+        "strong": resolve(options.strong)[1].resolved, "system": SHORT, "seed": options.seed,
+        "strong_temperature": options.strong_temperature, "max_tokens": options.max_tokens,
+    })  # fmt: skip
+
+
+def _strong_file(options: argparse.Namespace, split: str) -> Path:
+    return options.out / f".strong-{split}.parquet"
+
+
+def _check_strong(kept: Path, prompts: list[Prompt], how: str) -> None:
+    """Raises: ValueError if a file has answers to other prompts, or ones that were made otherwise;
+    it names what differs."""
+    if not kept.exists():
+        return
+    table, asked = pd.read_parquet(kept), json.loads(how)
+    then = json.loads(table["how"].iloc[0]) if "how" in table else {}
+    other = [name for name, value in asked.items() if then.get(name) != value]
+    if "prompt" not in table or table["prompt"].tolist() != list(map(as_text, prompts)):
+        other.append("prompts")
+    if other:
+        raise ValueError(
+            f"the answers in {str(kept)!r} were made with other {', '.join(other)}: remove them to "
+            "have new ones, or prepare a folder of its own"
+        )
+
+
+def _kept_strong(
+    options: argparse.Namespace, split: str, prompts: list[Prompt], how: str
+) -> list[str]:
+    """The strong model's answers, kept in the folder: they take the longest."""
+    kept = _strong_file(options, split)
+    if not kept.exists():
+        texts = list(_strong(options, prompts, SPLITS.index(split)))
+        made = {"prompt": list(map(as_text, prompts)), "text": texts, "how": how}
+        write_atomically(kept, pd.DataFrame(made).to_parquet)
+    return pd.read_parquet(kept)["text"].tolist()
 
 
 def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> Iterator[str]:
