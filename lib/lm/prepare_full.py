@@ -102,7 +102,8 @@ def prepare(options: argparse.Namespace) -> None:
     record = read_record(out) | {"commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
     model, source = load_policy(weak, device=options.device)
-    record["policy"] = asdict(source)
+    if not _are_made(out):  # else it is the one that answered then
+        record["policy"] = asdict(source)
     for name, folder in folders.items() if options.copy else ():
         copy_policy(folder, out / f"policy-{name}")
     if all(made):
@@ -119,6 +120,10 @@ def prepare(options: argparse.Namespace) -> None:
             write_record(out, record)
     write_record(out, record)
     print(f"prepared: {out}")
+
+
+def _are_made(out: Path) -> bool:
+    return all((out / f"{kind}.parquet").exists() for kind in KINDS)
 
 
 def _check_tokenizers(options: argparse.Namespace) -> None:
@@ -161,7 +166,7 @@ def _make(
     options: argparse.Namespace, model: Any, tokenizer: Any, record: dict[str, Any]
 ) -> None:
     """similar.parquet and distinct.parquet by the judge's labels."""
-    if all((options.out / f"{kind}.parquet").exists() for kind in KINDS):
+    if _are_made(options.out):
         return
     started = perf_counter()
     prompts, how = _prompts(options, tokenizer), _how(options)

@@ -89,6 +89,17 @@ def test_preparing_again_changes_nothing(made):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
+def test_a_second_policy_is_not_said_to_have_answered(made, tmp_path):
+    root, arguments = made
+    shutil.copytree(root / "out", tmp_path / "out")
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= {"--policy": f"second={root / 'judge'}", "--out": str(tmp_path / "out")}
+    assert prepare_full.main([word for pair in options.items() for word in pair]) == 0
+    records = [json.loads((f / "out" / "prepared.json").read_text()) for f in (root, tmp_path)]
+    assert records[0]["policy"] == records[1]["policy"]
+    assert (tmp_path / "out" / "policy-second").is_dir()
+
+
 def test_answers_of_the_strong_model_are_kept_for_the_same_question_alone(made, tmp_path, capsys):
     """Of a preparation that was killed before the pairs were written."""
     root, arguments = made
