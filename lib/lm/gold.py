@@ -12,7 +12,6 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -37,11 +36,13 @@ from lib.lm.policy import Scorer
 from lib.lm.prefix import Prefixed, shared_prefix
 from lib.lm.reward import RewardModel
 from lib.lm.text import Prompt, encode_responses, render, rendered_ids
+from lib.lm.unchanged import kept_while_unchanged
 from lib.rollouts import Rollout
 
 COPIED = 4  # a run of so many of the judge's tokens that stood there before is a copy
 COPY = -7.0  # what a copied token counts, nats: about what a word out of place costs
 MAX_TOKENS = 512  # of a response, in the judge's tokens; what comes later is not read
+RULE = 1  # raised at each change of the formula: scores that were kept are of another rule then
 
 
 class Judge(Protocol):
@@ -155,7 +156,8 @@ def as_rollout(
 
 
 class Kept:
-    """A judge whose scores are kept in a file, by the judge's content, prompt and response."""
+    """A judge whose scores are kept in a file, by the judge's content, the rule by which it scores,
+    prompt and response."""
 
     def __init__(self, judge: Judge, file: Path):
         self.judge, self.file, self.source = judge, file, judge.source
@@ -187,7 +189,8 @@ class Kept:
         return np.array([known[key] for key in keys])
 
     def _key(self, prompt: Prompt, response: str) -> str:
-        content = json.dumps([self.source.resolved, prompt, response], ensure_ascii=False)
+        rule = [RULE, COPIED, COPY, MAX_TOKENS]
+        content = json.dumps([self.source.resolved, rule, prompt, response], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -202,7 +205,7 @@ def load_judge(source: str | Path, revision: str | None = None, device: str = "c
     return kind(source, revision, device)
 
 
-@lru_cache(maxsize=2)
+@kept_while_unchanged("source", maxsize=2)
 def kept_judge(source: str, device: str, file: Path) -> Kept:
     """A process's judge: loaded once."""
     return Kept(load_judge(source, device=device), file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +16,7 @@ from lib.lm.gold import kept_judge
 from lib.lm.models import load_tokenizer
 from lib.lm.problem import LengthProblem
 from lib.lm.text import Prompt, from_text
+from lib.lm.unchanged import kept_while_unchanged
 from lib.randomness import uniforms
 from lib.rollouts import Rollout
 
@@ -63,7 +63,7 @@ class JudgedProblem(LengthProblem):
         return {"gold": torch.tensor(self.judge.score(prompts, responses)).mean()}
 
 
-@lru_cache(maxsize=4)
+@kept_while_unchanged("file", maxsize=4)
 def instructions(file: Path) -> dict[tuple[int, ...], Prompt]:
     """The prompts of a file of pairs as the judge reads them, by their token ids."""
     table = pd.read_parquet(file, columns=["prompt", "instruction"])

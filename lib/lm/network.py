@@ -6,8 +6,10 @@ hidden states and head apart keeps them to the tokens that count, and in chunks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,7 @@ class Network(nn.Module):
             self.value.to(model.device)
         self.checkpointing = checkpointing
         if checkpointing:
-            _enable_checkpointing(model)
+            _check_layers(model)
         self._check_head()
 
     @property
@@ -108,7 +110,7 @@ class Network(nn.Module):
     def _layers_checkpointed(self, cache: Cache | None) -> AbstractContextManager:
         """Where gradients are wanted; a layer that reads a cache cannot be computed again."""
         wanted = self.checkpointing and cache is None and torch.is_grad_enabled()
-        return _training_layers(self.model) if wanted else nullcontext()
+        return _checkpointed(_layers(self.model)) if wanted else nullcontext()
 
     def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """(..., d) -> (..., V) float32, at the temperature. head: what `_head` returned, for
@@ -180,25 +182,33 @@ def halve(model: nn.Module, dtype: str) -> None:
                 p.data = p.data.to(getattr(torch, dtype))
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    """Nothing in a pass is random, so no random state is kept with a layer's input. A layer's
-    input needs no gradient of its own, and a compiled step could not give it one."""
-    if not any(isinstance(m, GradientCheckpointingLayer) for m in model.modules()):
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    if not (model.supports_gradient_checkpointing and _layers(model)):
         raise ValueError(f"{type(model).__name__} has no layers that transformers can checkpoint: "
                          "checkpointing must be False")  # fmt: skip
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    model.disable_input_require_grads()
 
 
 @contextmanager
-def _training_layers(model: nn.Module) -> Iterator[None]:
-    """Layers in training mode, which is when they are checkpointed; what is inside them, dropout
-    among it, stays in evaluation mode."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
+    """Layers of which only what goes in is kept for the backward pass.
+
+    They stay in evaluation mode. transformers' own switch works in training mode alone, in which a
+    layer that applies dropout itself, as OPT's do, would apply it.
+    """
     for layer in layers:
-        layer.training = True
+        layer.forward = partial(_kept_input, layer.forward)
     try:
         yield
     finally:
         for layer in layers:
-            layer.training = False
+            del layer.forward  # the class's own again
+
+
+def _kept_input(forward: Callable, *arguments: Any, **more: Any) -> Any:
+    """Nothing in a pass is random, so no random state is kept with a layer's input."""
+    again = partial(forward, **more)
+    return checkpoint(again, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -36,6 +36,7 @@ from lib.lm.decode import Samples
 from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
 from lib.lm.models import (
     TokenIds,
+    folder_digest,
     ids,
     load_policy,
     load_reward_model,
@@ -56,7 +57,7 @@ from lib.lm.text import (
     load_prompts,
 )
 from lib.randomness import uniforms
-from lib.runs import provenance, write_atomically
+from lib.runs import provenance, write_atomically, write_folder_atomically
 
 VALIDATION = 0.1  # share of the prompts, where the file names no split
 SPLIT = "split"  # the column that names one
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.tasks = (length.GIVEN,)
     try:
         prepare(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -86,15 +87,15 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
     check_reward_model(options, tokenizer, options.policy)
     out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
     record = read_record(out)
+    folder, _ = resolve(options.policy, options.revision)
+    check_policy(out / "policy", folder, options.policy, record.get("policy"))
+    out.mkdir(parents=True, exist_ok=True)
     model, source = load_policy(options.policy, options.revision, device=options.device)
     record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
-    folder, _ = resolve(options.policy, options.revision)
-    if folder.resolve() != (out / "policy").resolve() and not (out / "policy").exists():
-        shutil.copytree(folder, out / "policy", symlinks=False)
-        tokenizer.save_pretrained(out / "policy")  # with the EOS that was named, if one was
+    write_record(out, record)  # so that a killed copy says whose it was
+    copy_policy(folder, out / "policy", tokenizer)
     if not (out / "pairs.parquet").exists():
         make = _pairs if options.prompts else _given
         record["pairs"] = make(options, model, tokenizer)
@@ -144,6 +145,39 @@ def check_reward_model(options: argparse.Namespace, tokenizer: Any, policy: str)
             f"the reward model {options.reward_model!r} has another tokenizer than the policy "
             f"{policy!r}: start from one with the policy's, or from 'tiny'"
         )
+
+
+def check_policy(there: Path, folder: Path, name: str, source: dict[str, Any] | None) -> None:
+    """Raises: ValueError if a prepared folder holds another policy than the one that is given.
+
+    Weights and configuration are compared: the tokenizer may have been given an EOS.
+    Args: there: where the policy of the prepared folder is, or will be. folder: of the one that is
+        given, whose `name` is said. source: what the record says of the one that is there.
+    """
+    patterns = ("*.safetensors", "config.json")
+    if there.exists() and folder_digest(there, patterns) != folder_digest(folder, patterns):
+        holds = repr(source["name"]) if source else "another"
+        raise ValueError(
+            f"the policy in {str(there)!r} is {holds}, not {name!r}, and what was made of it is "
+            "kept: prepare a folder of its own"
+        )
+
+
+def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
+    """A copy of a policy, unless it is there; with `tokenizer` in place of its own, if given."""
+
+    def copied(new: Path) -> None:
+        shutil.copytree(folder, new, symlinks=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)  # with the EOS that was named, if one was
+
+    if folder.resolve() != to.resolve() and not to.exists():
+        write_folder_atomically(to, copied)
+
+
+def save_pairs(path: Path, splits: dict[str, pairs.Pairs], *more: Any) -> None:
+    """`lib.lm.pairs.save`, whole or not at all: half a file would count as done."""
+    write_atomically(path, lambda new: pairs.save(new, splits, *more))
 
 
 def is_trained(folder: Path) -> bool:
@@ -199,7 +233,7 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
         split: pairs.sample_pairs(scorer, prompts, options.max_tokens, options.seed + i)
         for i, (split, prompts) in enumerate(_prompts(options, tokenizer).items())
     }
-    pairs.save(options.out / "pairs.parquet", splits)
+    save_pairs(options.out / "pairs.parquet", splits)
     lengths = splits["train"].lengths
     return {
         "count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
@@ -215,7 +249,7 @@ def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     read = load_preferences(options.preferences, **where)
     split = split_of(options.preferences, read, **where)
     splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos, split)
-    pairs.save(options.out / "pairs.parquet", splits)
+    save_pairs(options.out / "pairs.parquet", splits)
     return record
 
 
@@ -355,8 +389,13 @@ def train_reward(
         model, _ = load_reward_model(options.reward_model, device=options.device, new_head=True)
         ids(tokenizer, model)  # which are checked to be rows of its embedding
     how = reward.RewardTraining(options.rate, options.epochs, seed=options.seed)
-    made = reward.train(model, tokenizer, splits, preferred, folder, how, options.device)
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    made: dict[str, Any] = {}
+
+    def trained(new: Path) -> None:
+        made.update(reward.train(model, tokenizer, splits, preferred, new, how, options.device))
+        shutil.rmtree(new / "trainer", ignore_errors=True)
+
+    write_folder_atomically(folder, trained)
     ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
     print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs")
     return {**made, "ties": ties, "target": target}

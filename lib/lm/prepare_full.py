@@ -20,7 +20,7 @@ policies of a folder, and a reward model that is no tiny one, must have the same
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,11 +42,14 @@ from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.prepare import (
     Sampler,
     add_shared,
+    check_policy,
     check_reward_model,
+    copy_policy,
     given_pairs,
     is_trained,
     ordinary,
     read_record,
+    save_pairs,
     settle,
     split_of,
     train_reward,
@@ -62,7 +65,7 @@ from lib.lm.text import (
     load_prompts,
 )
 from lib.randomness import uniforms
-from lib.runs import provenance
+from lib.runs import provenance, write_atomically
 
 BATCH = 64  # prompts answered, and responses judged, at once
 STRONG, SPLIT = 1, 2  # streams of random numbers
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
         prepare(_parser().parse_args(arguments))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -92,12 +95,17 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer, _ = load_tokenizer(weak)
     _check_tokenizers(options)
     check_reward_model(options, tokenizer, weak)
+    folders = {name: resolve(source)[0] for name, source in options.policy}
+    for name, source in options.policy:
+        check_policy(out / f"policy-{name}", folders[name], source, None)
     out.mkdir(parents=True, exist_ok=True)
     record = read_record(out) | {"commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
     model, source = load_policy(weak, device=options.device)
-    record["policy"] = asdict(source)
-    _copy_policies(options)
+    if not _are_made(out):  # else it is the one that answered then
+        record["policy"] = asdict(source)
+    for name, folder in folders.items() if options.copy else ():
+        copy_policy(folder, out / f"policy-{name}")
     if all(made):
         _make(options, model, tokenizer, record)
     else:
@@ -112,6 +120,10 @@ def prepare(options: argparse.Namespace) -> None:
             write_record(out, record)
     write_record(out, record)
     print(f"prepared: {out}")
+
+
+def _are_made(out: Path) -> bool:
+    return all((out / f"{kind}.parquet").exists() for kind in KINDS)
 
 
 def _check_tokenizers(options: argparse.Namespace) -> None:
@@ -134,14 +146,6 @@ def _reading(source: str) -> tuple[dict[str, int], list[list[int]], int]:
     return ordinary(tokenizer), encode_prompts(tokenizer, ["a"], 10_000).ids, tokenizer.eos_token_id
 
 
-def _copy_policies(options: argparse.Namespace) -> None:
-    for name, source in options.policy:
-        folder, _ = resolve(source)
-        to = options.out / f"policy-{name}"
-        if options.copy and folder.resolve() != to.resolve() and not to.exists():
-            shutil.copytree(folder, to, symlinks=False)
-
-
 # --- pairs made here ------------------------------------------------------------------------------
 
 
@@ -162,18 +166,20 @@ def _make(
     options: argparse.Namespace, model: Any, tokenizer: Any, record: dict[str, Any]
 ) -> None:
     """similar.parquet and distinct.parquet by the judge's labels."""
-    if all((options.out / f"{kind}.parquet").exists() for kind in KINDS):
+    if _are_made(options.out):
         return
     started = perf_counter()
+    prompts, how = _prompts(options, tokenizer), _how(options)
+    for s, (_, texts) in prompts.items():
+        _check_strong(_strong_file(options, s), texts, how)
     judge = Kept(load_judge(options.judge, device=options.device), options.scores)
     found = ids(tokenizer, model)
-    splits = {s: _answers(options, s, p, model, tokenizer)
-              for s, p in _prompts(options, tokenizer).items()}  # fmt: skip
+    splits = {s: _answers(options, s, p, how, model, tokenizer) for s, p in prompts.items()}
     scores = {s: {name: _judged(judge, a.instructions, texts) for name, texts in a.texts.items()}
               for s, a in splits.items()}  # fmt: skip
     for kind, (one, two) in ANSWERERS.items():
         labelled = {s: _labelled(a, scores[s], one, two, found.eos) for s, a in splits.items()}
-        files.save(options.out / f"{kind}.parquet", {s: p for s, (p, _) in labelled.items()},
+        save_pairs(options.out / f"{kind}.parquet", {s: p for s, (p, _) in labelled.items()},
                    {s: more for s, (_, more) in labelled.items()})  # fmt: skip
         wins = {s: float((more["answerer"] == one).mean()) for s, (_, more) in labelled.items()}
         record[kind] = {"count": {s: len(p) for s, (p, _) in labelled.items()},
@@ -205,10 +211,10 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[lis
 
 
 def _answers(
-    options: argparse.Namespace, split: str, prompts: tuple[list, list[Prompt]], model: Any,
-    tokenizer: Any,
+    options: argparse.Namespace, split: str, prompts: tuple[list, list[Prompt]], how: str,
+    model: Any, tokenizer: Any,
 ) -> Answers:  # fmt: skip
-    """Two answers of the policy and one of the strong model to every prompt, as text."""
+    """Two answers of the policy and one of the strong model (`_how`) to every prompt, as text."""
     coded, texts = prompts
     found = ids(tokenizer, model)
     number = SPLITS.index(split)
@@ -217,14 +223,52 @@ def _answers(
     coded_answers = {"first": sampled.first, "second": sampled.second}  # as they were sampled
     answers = {name: tokenizer.batch_decode(side, skip_special_tokens=True)
                for name, side in coded_answers.items()}  # fmt: skip
-    kept = options.out / f".strong-{split}.parquet"
-    if not kept.exists():
-        pd.DataFrame({"text": list(_strong(options, texts, number))}).to_parquet(kept)
-    strong = [text or None for text in pd.read_parquet(kept)["text"]]
+    strong = [text or None for text in _kept_strong(options, split, texts, how)]
     coded_answers["strong"] = encode_responses(
         tokenizer, [text or "" for text in strong], options.max_tokens
     ).ids
     return Answers(coded, texts, coded_answers, answers | {"strong": strong})
+
+
+def _how(options: argparse.Namespace) -> str:
+    """What the strong model's answers depend on besides the prompts, as JSON."""
+    return json.dumps({
+        "strong": resolve(options.strong)[1].resolved, "system": SHORT, "seed": options.seed,
+        "strong_temperature": options.strong_temperature, "max_tokens": options.max_tokens,
+    })  # fmt: skip
+
+
+def _strong_file(options: argparse.Namespace, split: str) -> Path:
+    return options.out / f".strong-{split}.parquet"
+
+
+def _check_strong(kept: Path, prompts: list[Prompt], how: str) -> None:
+    """Raises: ValueError if a file has answers to other prompts, or ones that were made otherwise;
+    it names what differs."""
+    if not kept.exists():
+        return
+    table, asked = pd.read_parquet(kept), json.loads(how)
+    then = json.loads(table["how"].iloc[0]) if "how" in table else {}
+    other = [name for name, value in asked.items() if then.get(name) != value]
+    if "prompt" not in table or table["prompt"].tolist() != list(map(as_text, prompts)):
+        other.append("prompts")
+    if other:
+        raise ValueError(
+            f"the answers in {str(kept)!r} were made with other {', '.join(other)}: remove them to "
+            "have new ones, or prepare a folder of its own"
+        )
+
+
+def _kept_strong(
+    options: argparse.Namespace, split: str, prompts: list[Prompt], how: str
+) -> list[str]:
+    """The strong model's answers, kept in the folder: they take the longest."""
+    kept = _strong_file(options, split)
+    if not kept.exists():
+        texts = list(_strong(options, prompts, SPLITS.index(split)))
+        made = {"prompt": list(map(as_text, prompts)), "text": texts, "how": how}
+        write_atomically(kept, pd.DataFrame(made).to_parquet)
+    return pd.read_parquet(kept)["text"].tolist()
 
 
 def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> Iterator[str]:
@@ -292,7 +336,7 @@ def _read(
         read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
         splits, texts, record[kind] = given_pairs(read, options, tokenizer, eos,
                                                   split_of(name, read, **where))  # fmt: skip
-        files.save(path, splits, texts)
+        save_pairs(path, splits, texts)
         write_record(options.out, record)
 
 

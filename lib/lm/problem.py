@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from lib.lm.network import Network, halve
 from lib.lm.pairs import SPLITS, Pairs, as_tensors, load, of_task
 from lib.lm.policy import CausalPolicy, Scorer
 from lib.lm.reward import RewardModel
+from lib.lm.unchanged import kept_while_unchanged
 from lib.methods import Method, get
 from lib.randomness import uniforms
 from lib.rollouts import Rollout, sequence_logp
@@ -40,7 +40,7 @@ class Data:
     target: float  # mean length of the SFT policy's responses, tokens
 
 
-@lru_cache(maxsize=4)
+@kept_while_unchanged("policy", "file", maxsize=4)
 def task_data(policy: Path, file: Path, task: str) -> Data:
     """Prompts and pairs of a task: a policy's folder, and the file of its pairs."""
     found = stored_ids(load_tokenizer(policy)[0], policy)
@@ -50,7 +50,7 @@ def task_data(policy: Path, file: Path, task: str) -> Data:
     return Data(found, prompts, of_task(pairs, task), target)
 
 
-@lru_cache(maxsize=4)
+@kept_while_unchanged("policy", "file", maxsize=4)
 def reference_scores(
     policy: Path, file: Path, task: str, temperature: float, dtype: str, device: str
 ) -> tuple[Tensor, float]:

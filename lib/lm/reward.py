@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lib.lm import parallel
+from lib.lm.best import restore_best
 from lib.lm.network import halve, products
 from lib.lm.pairs import Pairs
 from lib.lm.policy import Rows, has_dtype, token_budget
@@ -109,6 +110,7 @@ def train(
     Args: preferred: (P, 2), 1 for the preferred response, by split.
     Returns: losses and accuracies by epoch, and the epoch that was kept. Saves model and tokenizer
         to `folder`.
+    Raises: RuntimeError if no validation loss is finite.
     """
     from trl import RewardConfig, RewardTrainer  # for training alone: runs need only scores
 
@@ -121,7 +123,7 @@ def train(
         center_rewards_coefficient=how.centre or None, max_length=None,
         bf16=device != "cpu" and has_dtype(torch.device(device), "bfloat16"),
         use_cpu=device == "cpu", gradient_checkpointing=device != "cpu", eval_strategy="epoch",
-        save_strategy="epoch", save_total_limit=1, load_best_model_at_end=True,
+        save_strategy="epoch", save_total_limit=1, load_best_model_at_end=False,
         metric_for_best_model="eval_loss", greater_is_better=False, logging_strategy="epoch",
         save_only_model=True, disable_tqdm=True,
     )  # fmt: skip
@@ -132,6 +134,7 @@ def train(
         eval_dataset=data["validation"],
     )  # fmt: skip
     trainer.train()
+    restore_best(trainer.model, trainer, how.learning_rate)
     trainer.model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     epochs = [

@@ -29,6 +29,7 @@ from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
 from lib.lm.problem import LengthProblem
 from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
+from lib.runs.store import read_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> pd.DataFrame:
-    """The result table of the run; the main process writes it. Every process returns the same."""
+    """The result table of the run; the main process writes it. Every process returns the same.
+
+    Raises: ValueError, before any work, for an option that is none, a folder of `--save` that is
+    not new, or a `--checkpoint` of another run or other code.
+    """
     config = configuration(options)
     if options.save and options.save.exists() and any(options.save.iterdir()):
         raise ValueError(f"--save {options.save}: there is something already, name a new folder")
+    header = _header(config)
+    if options.checkpoint and options.checkpoint.exists():
+        _refuse_other(options.checkpoint, header)
     accelerator = parallel.start(options.processes, cpu=options.device == "cpu")
     main = accelerator.is_main_process
     if main:
@@ -56,7 +64,7 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
         _warn(config)
     try:
         engine = KeepingEngine(str(accelerator.device))
-        (table,) = engine.run([config], _checkpoint(options, config))
+        (table,) = engine.run([config], _checkpoint(options, header))
         if main and options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.output, table.to_parquet)
@@ -161,10 +169,28 @@ class Printed(Silent):
         print(f"{done_updates} of {total_updates} updates: {text}", flush=True)
 
 
-def _checkpoint(options: argparse.Namespace, config: LengthRun) -> Checkpoint:
+def _header(config: LengthRun) -> dict[str, Any]:
+    """What a checkpoint of the run says of the run and of the code."""
     code = combined(code_fingerprint(*LengthEngine.modules))
+    return {"runs": [identity(config)], "code": code}
+
+
+def _checkpoint(options: argparse.Namespace, header: dict[str, Any]) -> Checkpoint:
     kind = Printed if parallel.place()[0] == 0 else Silent
-    return kind(options.checkpoint or Path(), {"runs": [identity(config)], "code": code})
+    return kind(options.checkpoint or Path(), header)
+
+
+def _refuse_other(path: Path, header: dict[str, Any]) -> None:
+    """Raises: ValueError for a file that could not be resumed, and would be written over."""
+    stored = read_checkpoint(path, say=False)
+    known = stored["header"] if stored else {}
+    if known == header:
+        return
+    what = "no checkpoint that can be read"
+    if stored:
+        what = "of other code" if known.get("runs") == header["runs"] else "of another run"
+    raise ValueError(f"--checkpoint {path}: what is there is {what}, and would be written over: "
+                     "name another file, or remove it to start from the beginning")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:

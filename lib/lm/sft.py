@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.allowed import check_fields
+from lib.lm.best import restore_best
 from lib.lm.policy import has_dtype
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -92,9 +93,8 @@ def sft(model, tokenizer, train: Sequence[Example], validation: Sequence[Example
     set_dropout(model, run.dropout)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(model, tokenizer, train, validation, run, folder)
-        trainer._load_best_model = lambda: None  # `_restore_best` does, and completely
         trainer.train()
-        _restore_best(model, trainer, run)
+        restore_best(model, trainer, run.learning_rate)
     set_dropout(model, 0.0)
     model.eval()
     rows = ({"epoch": 0, "update": 0, "validation": before}, *_losses(trainer.state.log_history))
@@ -179,29 +179,20 @@ def _trainer(model, tokenizer, train, validation, run: SFTRun, folder: str):
     from transformers import EarlyStoppingCallback
     from trl import SFTTrainer
 
+    class Stopping(EarlyStoppingCallback):
+        """Its own start warns that the best weights are not loaded: `restore_best` does that."""
+
+        def on_train_begin(self, *_, **__) -> None:
+            pass
+
     return SFTTrainer(
         model=model,
         args=_arguments(run, folder),
         train_dataset=Dataset.from_list([columns(example) for example in train]),
         eval_dataset=Dataset.from_list([columns(example) for example in validation]),
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(run.patience)],
+        callbacks=[Stopping(run.patience)],
     )
-
-
-def _restore_best(model, trainer, run: SFTRun) -> None:
-    """Gives `model` the weights of its lowest validation loss.
-
-    The trainer's own restoring reads the file's names as they are and so misses weights that are
-    stored under another name, like GPT-NeoX's output layer: it would stay at the last epoch's.
-    """
-    best, checkpoint = trainer.state.best_metric, trainer.state.best_model_checkpoint
-    if best is None or not math.isfinite(best) or checkpoint is None:
-        raise RuntimeError(
-            f"no finite validation loss (got {best}) at learning_rate {run.learning_rate}: lower it"
-        )
-    stored = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True)
-    model.load_state_dict(stored.state_dict())
 
 
 def _arguments(run: SFTRun, folder: str):
@@ -220,7 +211,7 @@ def _arguments(run: SFTRun, folder: str):
         save_strategy="epoch",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # a loss that is not a number must show as one
-        load_best_model_at_end=True,
+        load_best_model_at_end=False,  # `restore_best` does, and completely
         metric_for_best_model="eval_loss",
         save_total_limit=1,
         save_only_model=True,

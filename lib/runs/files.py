@@ -1,10 +1,11 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Writing a file or a folder so that it is there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _remove_temporary(path)
 
 
+def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary folder beside `path`, then rename it.
+
+    `write` makes the folder. What is at `path` already, left by a killed writer, is replaced, and
+    so are temporary folders of such; callers see to it that nobody else writes the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_folders(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        _remove_folders(path)
+
+
 def remove(path: Path) -> None:
     """Remove a file and what killed writers of it left; the caller holds a lock on it."""
     path.unlink(missing_ok=True)
@@ -44,6 +63,11 @@ def remove(path: Path) -> None:
 def _remove_temporary(path: Path) -> None:
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def _remove_folders(path: Path) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _full(path: Path) -> StoreFullError:

@@ -93,15 +93,19 @@ class Checkpoint:
         remove(self.path)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Header, resume count and meta of a stored state; None when absent or damaged."""
+def read_checkpoint(path: Path, say: bool = True) -> dict[str, Any] | None:
+    """Header, resume count and meta of a stored state; None when absent or damaged.
+
+    Args: say: that a damaged one is, and what becomes of its runs.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["content"])
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-        print(f"checkpoint {path.name} is damaged: its runs start again from the beginning")
+        if say:
+            print(f"checkpoint {path.name} is damaged: its runs start again from the beginning")
         return None
 
 

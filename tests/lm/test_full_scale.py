@@ -89,6 +89,50 @@ def test_preparing_again_changes_nothing(made):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
+def test_a_second_policy_is_not_said_to_have_answered(made, tmp_path):
+    root, arguments = made
+    shutil.copytree(root / "out", tmp_path / "out")
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= {"--policy": f"second={root / 'judge'}", "--out": str(tmp_path / "out")}
+    assert prepare_full.main([word for pair in options.items() for word in pair]) == 0
+    records = [json.loads((f / "out" / "prepared.json").read_text()) for f in (root, tmp_path)]
+    assert records[0]["policy"] == records[1]["policy"]
+    assert (tmp_path / "out" / "policy-second").is_dir()
+
+
+def test_answers_of_the_strong_model_are_kept_for_the_same_question_alone(made, tmp_path, capsys):
+    """Of a preparation that was killed before the pairs were written."""
+    root, arguments = made
+    shutil.copytree(root / "out", tmp_path / "out")
+    table = pd.DataFrame({"prompt": [f"tell {i}" for i in range(60)],
+                          "split": ["train"] * 40 + ["validation"] * 20})  # fmt: skip
+    table.to_parquet(tmp_path / "prompts.parquet")
+    for kind in full_scale.KINDS:
+        (tmp_path / "out" / f"{kind}.parquet").unlink()
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options["--out"] = str(tmp_path / "out")
+    kept = tmp_path / "out" / ".strong-train.parquet"
+    before = kept.read_bytes()
+    for name, value, said in (
+        ("--prompts", tmp_path / "prompts.parquet", "other prompts:"),
+        ("--pairs", 16, "other prompts:"), ("--seed", 1, "other seed, prompts:"),
+        ("--strong", root / "judge", "other strong:"), ("--max-tokens", 12, "other max_tokens:"),
+        ("--strong-temperature", 0.5, "other strong_temperature:"),
+    ):  # fmt: skip
+        changed = options | {name: str(value)}
+        assert prepare_full.main([word for pair in changed.items() for word in pair]) == 2
+        error = capsys.readouterr().err
+        assert said in error and str(kept) in error and "remove them" in error
+    assert prepare_full.main([word for pair in options.items() for word in pair]) == 0
+    assert kept.read_bytes() == before
+    for kind in full_scale.KINDS:
+        again, then = (pd.read_parquet(f / "out" / f"{kind}.parquet") for f in (tmp_path, root))
+        pd.testing.assert_frame_equal(again, then)
+    pd.read_parquet(kept)[["text"]].to_parquet(kept)  # and what does not say is not trusted
+    (tmp_path / "out" / "similar.parquet").unlink()
+    assert prepare_full.main([word for pair in options.items() for word in pair]) == 2
+
+
 def test_an_engine_can_start_afresh(made, tmp_path, monkeypatch):
     """Its judge reads what was read before, and keeps it elsewhere."""
     monkeypatch.setattr("lib.lm.judged.SCORES", tmp_path / "kept.sqlite")

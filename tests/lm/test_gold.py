@@ -134,6 +134,19 @@ def test_scores_of_another_judge_are_not_taken(tmp_path, judge):
     assert gold.Kept(other, file).score(["a"], ["x"]).tolist() == [1.0]
 
 
+@pytest.mark.parametrize("constant", ["COPIED", "COPY", "MAX_TOKENS", "RULE"])
+def test_scores_by_another_rule_are_not_taken(tmp_path, judge, monkeypatch, constant):
+    counting = Counting(judge.source)
+    kept = gold.Kept(counting, tmp_path / "gold.sqlite")
+    kept.score(["a"], ["x"])
+    monkeypatch.setattr(gold, constant, getattr(gold, constant) + 1)
+    kept.score(["a"], ["x"])
+    assert len(counting.asked) == 2
+    monkeypatch.undo()
+    kept.score(["a"], ["x"])
+    assert len(counting.asked) == 2
+
+
 def test_a_sequence_classifier_judges_by_its_score(tmp_path):
     folder = save_tiny_reward_model(tmp_path / "rm", tokenizer=tiny_tokenizer(template=TEMPLATE))
     judge = gold.load_judge(folder)

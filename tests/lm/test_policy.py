@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from lib.footprint import stored
 from lib.lm import network as network_module
@@ -338,7 +338,7 @@ def calls(network, what):
 
 
 def test_checkpointing_turns_no_dropout_on(folder):
-    """Layers have to be in training mode to be checkpointed; what is inside them does not."""
+    """Nothing of a model is in training mode, its layers neither."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, hidden_dropout=0.5, attention_dropout=0.5)
     network = Network(model, checkpointing=True)
@@ -346,6 +346,23 @@ def test_checkpointing_turns_no_dropout_on(folder):
     one, two = (network.hidden(tokens, tokens >= 0) for _ in range(2))
     assert one.requires_grad and torch.equal(one, two)
     assert not any(m.training for m in model.modules())
+
+
+def test_checkpointing_turns_no_dropout_on_that_a_layer_applies_itself():
+    """OPT's layers read their own mode, and its decoder drops layers in training."""
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=264, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
+                       num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512,
+                       dropout=0.5, attention_dropout=0.5, layerdrop=0.5)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    tokens, found = torch.arange(12).view(2, 6), []
+    for checkpointing in (False, True):
+        network = Network(model, checkpointing=checkpointing)
+        hidden = network.hidden(tokens, tokens >= 0)
+        found.append((hidden, *torch.autograd.grad(hidden.square().sum(), network.parameters())))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+    assert stored(network) < stored(Network(model))
 
 
 def test_checkpointing_keeps_less(folder):

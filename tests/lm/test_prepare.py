@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lib.lm import pairs, prepare
 from lib.lm.config import TINY, length_run
 from lib.lm.engine import LengthEngine
-from lib.lm.models import TokenIds, ids, load_policy, load_tokenizer
+from lib.lm.models import TokenIds, ids, load_policy, load_reward_model, load_tokenizer
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem
@@ -79,6 +81,74 @@ def test_preparing_again_keeps_what_is_there(prepared, capsys):
     assert prepare.main(arguments) == 0
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*.safetensors")} == before
     assert "accuracy" not in capsys.readouterr().out
+
+
+# --- what a kill leaves ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as no kill can be."""
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+def elsewhere(arguments, **changed):
+    """The arguments with some options changed."""
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= {"--" + name: str(value) for name, value in changed.items()}
+    return [word for pair in options.items() for word in pair]
+
+
+def half_of(write):
+    """`write`, killed when it has written a part of the file at `path`, or of the folder."""
+
+    def cut(*arguments, **more):
+        write(*arguments, **more)
+        path = next(a for a in reversed(arguments) if isinstance(a, Path))
+        for file in [path] if path.is_file() else path.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:100])
+        raise Killed
+
+    return cut
+
+
+def test_another_policy_than_the_one_that_is_there_is_refused(prepared, tmp_path, capsys):
+    _, arguments = prepared
+    other = save_tiny_policy(tmp_path / "other", seed=1, initializer_range=0.3)
+    arguments = elsewhere(arguments, out=tmp_path / "new")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(prepare, "_pairs", killed)
+        prepare.main(arguments)
+    before = (tmp_path / "new" / "policy" / "model.safetensors").read_bytes()
+    assert prepare.main(elsewhere(arguments, policy=other)) == 2
+    said = capsys.readouterr().err
+    assert repr(arguments[1]) in said and repr(str(other)) in said
+    assert "prepare a folder of its own" in said
+    record = json.loads((tmp_path / "new" / "prepared.json").read_text())
+    assert record["policy"]["name"] == arguments[1]
+    assert (tmp_path / "new" / "policy" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "new" / "pairs.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "left"),
+    [(shutil, "copytree", "policy"), (pairs, "save", "pairs.parquet"),
+     (prepare.reward, "train", "reward-min")],
+)  # fmt: skip
+def test_what_was_written_in_part_is_written_again(prepared, tmp_path, where, what, left):
+    out, arguments = prepared
+    new = tmp_path / "new"
+    arguments = [*elsewhere(arguments, out=new, epochs=1), "--tasks", "min"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(where, what, half_of(getattr(where, what)))
+        prepare.main(arguments)
+    assert not (new / left).exists()
+    assert prepare.main(arguments) == 0
+    for file in ("policy/model.safetensors", "pairs.parquet"):
+        assert (new / file).read_bytes() == (out / file).read_bytes()
+    assert load_reward_model(new / "reward-min") and not list(new.glob(".*"))
 
 
 def test_a_reward_model_learns_which_of_two_is_shorter(prepared):

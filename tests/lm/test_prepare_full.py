@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 
+from lib.lm import pairs as files
 from lib.lm import prepare_full
 from lib.lm.config import TINY
 from lib.lm.full_scale import DATA
 from lib.lm.models import load_tokenizer
 from lib.lm.pairs import SPLITS
-from tests.lm.test_prepare import other_tokenizer
+from tests.lm.test_prepare import Killed, half_of, other_tokenizer
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
 
@@ -54,6 +56,26 @@ def test_a_folder_takes_no_second_policy_of_another_tokenizer(pairs, capsys):
     said = refused(["--policy", f"c={other}", *arguments[2:]], capsys)
     assert "policy-a" in said and "has another tokenizer" in said
     assert not (root / "out" / "policy-c").exists()
+
+
+def test_a_folder_takes_no_other_policy_of_the_same_name(pairs, capsys):
+    root, arguments = pairs
+    assert prepare_full.main(arguments) == 0
+    other = save_tiny_policy(root / "b", seed=1)
+    said = refused(["--policy", f"a={other}", *arguments[2:]], capsys)
+    assert "policy-a" in said and repr(str(other)) in said
+
+
+def test_what_was_written_in_part_is_written_again(pairs, monkeypatch):
+    root, arguments = pairs
+    steps = ((shutil, "copytree", "policy-a"), (files, "save", "distinct.parquet"))
+    for where, what, left in steps:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(where, what, half_of(getattr(where, what)))
+            prepare_full.main(arguments)
+        assert not (root / "out" / left).exists()
+    assert prepare_full.main(arguments) == 0
+    assert len(pd.read_parquet(root / "out" / "distinct.parquet")) == 60
 
 
 def test_the_policies_that_ship_read_alike():

@@ -79,6 +79,33 @@ def test_nothing_is_written_over_and_nothing_is_trained_first(folder, tmp_path, 
     assert [f.name for f in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("what", ["run", "code", "file"])
+def test_a_checkpoint_of_something_else_is_neither_ignored_nor_written_over(
+    folder, tmp_path, capsys, monkeypatch, what
+):
+    file = tmp_path / "checkpoint.safetensors"
+    options = run._parser().parse_args([*command(folder), "--checkpoint", str(file)])
+    own = run._checkpoint(options, run._header(run.configuration(options)))
+    own.save({"a": TOKENS}, {})
+    assert own.load() is not None
+    seed, said = "0", "of another run"
+    if what == "run":
+        seed = "1"
+    elif what == "code":
+        monkeypatch.setattr(run, "code_fingerprint", lambda *_: {"lib/losses.py": "another"})
+        said = "of other code"
+    else:
+        file.write_bytes(b"a policy, by mistake")
+        said = "no checkpoint that can be read"
+    before = file.read_bytes()
+    monkeypatch.setattr(run.parallel, "start", None)  # nothing has been started
+    arguments = [*command(folder, "--seed", seed), "--checkpoint", str(file)]
+    assert run.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"--checkpoint {file}" in error and said in error and "remove it" in error
+    assert file.read_bytes() == before
+
+
 def test_another_cap_than_that_of_the_pairs_is_said(folder, tmp_path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")
     for cap, warned in ((12, True), (8, False)):

@@ -31,6 +31,28 @@ def provenance():
     return {"code": CODE, "finished": "2026-01-01T00:00:00+00:00"}
 
 
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    path, leftover = tmp_path / "new", tmp_path / ".new.99999.tmp"
+    for folder in (path, leftover):  # what killed writers left
+        folder.mkdir()
+        (folder / "half").touch()
+
+    def failing(new):
+        new.mkdir()
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        files.write_folder_atomically(path, failing)
+    assert [f.name for f in tmp_path.rglob("*")] == ["new", "half"]
+
+    def whole(new):
+        new.mkdir()
+        (new / "a").write_text("all")
+
+    files.write_folder_atomically(path, whole)
+    assert [f.name for f in tmp_path.rglob("*")] == ["new", "a"]
+
+
 def test_a_record_comes_back_as_it_was(store):
     store.write(RUN, table(), provenance())
     stored, record = store.read(RUN)
