@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lib.lm import parallel
-from lib.lm.best import restore_best
+from lib.lm.best import on_one_gpu, restore_best
 from lib.lm.network import halve, products
 from lib.lm.pairs import Pairs
 from lib.lm.policy import Rows, has_dtype, token_budget
@@ -130,7 +130,7 @@ def train(
     padding = copy.deepcopy(tokenizer)
     padding.pad_token = _pad_that_ends_nothing(tokenizer)
     trainer = RewardTrainer(
-        model, args=arguments, processing_class=padding, train_dataset=data["train"],
+        model, args=on_one_gpu(arguments), processing_class=padding, train_dataset=data["train"],
         eval_dataset=data["validation"],
     )  # fmt: skip
     trainer.train()

@@ -36,17 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        table = train(options)
+        train(options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if parallel.place()[0] == 0:
-        print(table.iloc[-1].to_string())
     return 0
 
 
 def train(options: argparse.Namespace) -> pd.DataFrame:
-    """The result table of the run; the main process writes it. Every process returns the same.
+    """The result table of the run; the main process writes it and prints the last row. Every
+    process returns the same.
 
     Raises: ValueError, before any work, for an option that is none, a folder of `--save` that is
     not new, or a `--checkpoint` of another run or other code.
@@ -72,6 +71,8 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
             save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
         if main and options.checkpoint:
             options.checkpoint.unlink(missing_ok=True)
+        if main:
+            print(table.iloc[-1].to_string())
     finally:
         accelerator.end_training()
     return table

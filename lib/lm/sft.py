@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.allowed import check_fields
-from lib.lm.best import restore_best
+from lib.lm.best import on_one_gpu, restore_best
 from lib.lm.policy import has_dtype
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -187,7 +187,7 @@ def _trainer(model, tokenizer, train, validation, run: SFTRun, folder: str):
 
     return SFTTrainer(
         model=model,
-        args=_arguments(run, folder),
+        args=on_one_gpu(_arguments(run, folder)),
         train_dataset=Dataset.from_list([columns(example) for example in train]),
         eval_dataset=Dataset.from_list([columns(example) for example in validation]),
         processing_class=tokenizer,

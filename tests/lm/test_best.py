@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import trl
 from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from lib.lm.models import load_reward_model
@@ -58,3 +59,19 @@ def test_a_reward_model_without_a_finite_loss_is_an_error(tmp_path):
         model.get_input_embeddings().weight[3] = torch.nan
     with pytest.raises(RuntimeError, match="no finite validation loss .*learning_rate 0.003"):
         train(model, tiny_tokenizer(), pairs, preferred, tmp_path, HOW)
+
+
+def test_a_training_takes_one_gpu_of_several_and_gives_the_forward_pass_back(tmp_path, monkeypatch):
+    """On a machine with two, transformers counts both and TRL refuses more than one."""
+
+    class Counted(trl.RewardConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            assert self.n_gpu < 2  # sets what is replaced below
+            self._n_gpu = 2
+
+    monkeypatch.setattr(trl, "RewardConfig", Counted)
+    pairs, preferred = contrary()
+    model = tiny_reward_model(SIZE, 64, PAD)
+    train(model, tiny_tokenizer(), pairs, preferred, tmp_path, HOW)
+    assert not {"forward", "_original_forward"} & set(vars(model))
