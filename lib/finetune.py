@@ -126,12 +126,14 @@ def fine_tune(
     after which the caller may evaluate, save `state`, or stop; a restored `state` continues with
     the same numbers.
 
-    Raises: AssertionError if an identity is violated; Diverged if every run is non-finite;
-        FloatingPointError if one is before anything was updated.
+    Raises: AssertionError if an identity is violated; Diverged if every run is non-finite
+        where a sampling is due; FloatingPointError if one is before anything was updated.
     """
     per_update = schedule.minibatch // schedule.completions
     while state.iteration < schedule.iterations:
         if state.step == 0:
+            if not state.policy.alive.any():  # before drawing: a restored state ends here as well
+                raise Diverged(f"every run is non-finite after {state.updates} updates")
             state.behaviour = state.policy.frozen()
             state.samples += schedule.batch
         data = problem.collect(state, method)
@@ -146,8 +148,6 @@ def fine_tune(
             if state.step == schedule.steps:
                 _close(state, data)
             yield metrics
-        if not state.policy.alive.any():
-            raise Diverged(f"every run is non-finite after {state.updates} updates")
 
 
 def _present(hyper: Hyper, controller: AdaptiveKL | None) -> Hyper:
