@@ -17,6 +17,7 @@ from lib.experiments.chapters import (
 )
 from lib.experiments.settings import (
     Grid,
+    NoResults,
     Profile,
     Setting,
     assumer,
@@ -37,6 +38,7 @@ __all__ = [
     "PROFILES",
     "REWARDS",
     "Grid",
+    "NoResults",
     "Profile",
     "Setting",
     "assumed",

@@ -20,6 +20,10 @@ from lib.runs import Engine, identity
 from lib.runs.configurations import is_default_of_later
 
 
+class NoResults(ValueError):
+    """A setting without results: its runs were left out."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """How much of a grid to compute; a run's identity does not contain it.
@@ -196,7 +200,7 @@ def selected_rate(
     """The rate with the best `statistic` on the sweep seeds, in the mean.
 
     `statistic` names one of `lib.stats`; None is the rule of the profile.
-    Raises: ValueError if the sweep has no runs in `results`.
+    Raises: NoResults if the sweep has no runs in `results`.
     """
     statistic = statistic or profile.select_by
     base = (None if setting.sweep == "all"
@@ -213,7 +217,7 @@ def _selected(
     rows = matching(results, setting, profile)
     rows = rows[rows["seed"].isin(seeds) & rows["learning_rate"].isin(rates)]
     if rows.empty:
-        raise ValueError(f"no sweep results for {setting.name}")
+        raise NoResults(f"no sweep results for {setting.name}")
     means = {rate: stats.per_run(part, statistic).mean()
              for rate, part in rows.groupby("learning_rate")}  # fmt: skip
     return float(max(means, key=means.get))
