@@ -97,7 +97,7 @@ class Method:
     loss: Callable[[Rollout, Tensor, Hyper], tuple[Tensor, Metrics]]
     paper: str
     hyper: Mapping[str, Any] = field(default_factory=dict)
-    first_loss: Callable[[Hyper], Tensor | float] | None = None
+    first_loss: Callable[[Hyper], float] | None = None
     critic: Callable[[Rollout, Tensor, Hyper], Tensor] | None = None
     controller: Callable[[Hyper], AdaptiveKL] | None = None
 
@@ -207,7 +207,7 @@ def _ppo(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
     new, old = sequence_logp(logp, batch.mask), sequence_logp(batch.logp, batch.mask)
     advantage, clip = batch.labels["advantage"], hyper["clip"]
     if hyper["ratio_over"] == "token":
-        item = losses.ppo(logp, batch.logp, advantage[..., None], _per_token(clip)) * batch.mask
+        item = losses.ppo(logp, batch.logp, advantage[..., None], clip) * batch.mask
         item = item.sum(-1)
     else:
         item = losses.ppo(new, old, advantage, clip)
@@ -231,10 +231,6 @@ def _critic(batch: Rollout, values: Tensor, hyper: Hyper) -> Tensor:
 
 def _adaptive_kl(hyper: Hyper) -> AdaptiveKL:
     return AdaptiveKL(hyper["kl_start"], hyper["kl_target"], hyper["kl_horizon"])
-
-
-def _per_token(value: Tensor | float) -> Tensor | float:
-    return value[..., None] if isinstance(value, Tensor) else value
 
 
 def _pairwise(loss: Callable, weight: str) -> Callable:
