@@ -116,9 +116,22 @@ class Method:
         if self.unit == "pair":
             prefer = batch.labels["prefer"]
             return prefer.any(-1) | prefer.any(-2)
-        if self.unit == "selected" and not self.negative_gradient:
+        if self._selected_only:
             return batch.labels["selected"]
         return torch.ones_like(batch.rewards, dtype=torch.bool)
+
+    def carriers(self, hyper: Hyper) -> int | None:
+        """How many completions of a prompt carry loss, where that is known before the rewards are.
+
+        Where it is not, all are trained on: a stack has products of one shape, and a run's numbers
+        must not depend on how many ties the others have.
+        """
+        return hyper.get("top_k") if self._selected_only else None
+
+    @property
+    def _selected_only(self) -> bool:
+        """Whether no completion but the selected ones carries loss."""
+        return self.unit == "selected" and not self.negative_gradient
 
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Its hyperparameters with `overrides` in place of the defaults.
