@@ -56,6 +56,11 @@ class Profile:
         """The learning rates of a setting that has a sweep over all of them."""
         return self.rates
 
+    @property
+    def few_seeds(self) -> tuple[int, ...]:
+        """The seeds of settings of which few are reported."""
+        return self.dial_seeds[:5]
+
     def sweep(self, setting: Setting) -> list[tuple[float, int]]:
         """Learning rate and seed of the runs that choose a setting's rate."""
         return list(product(self.competing(setting), self.sweep_seeds))
@@ -229,8 +234,8 @@ def _sweep_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
 
 def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
     """The seeds whose results are reported."""
-    few = profile.dial_seeds[:5]
-    named = {"report": profile.report_seeds, "dial": profile.dial_seeds, "few": few, "none": ()}
+    named = {"report": profile.report_seeds, "dial": profile.dial_seeds,
+             "few": profile.few_seeds, "none": ()}  # fmt: skip
     return named[setting.seeds]
 
 
