@@ -6,7 +6,6 @@ A chapter is a list of settings (a method on a reward function, with options).
 from lib.experiments.bandit import OFFLINE, ON_POLICY, REWARDS, with_target
 from lib.experiments.chapters import (
     CHAPTERS,
-    assumed,
     check_chapter,
     check_options,
     check_runs,
@@ -41,7 +40,6 @@ __all__ = [
     "NoResults",
     "Profile",
     "Setting",
-    "assumed",
     "assumer",
     "candidates",
     "check_chapter",
