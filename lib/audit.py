@@ -438,17 +438,17 @@ def ceiling() -> str:
     )
 
 
-def tails(squash: Callable[[float], float]) -> tuple[float, float]:
+def tails(unsquash: Callable[[float], float]) -> tuple[float, float]:
     """Exact mass on the first and on the last of 100 bins of (-1, 1), for draws of the Cauchy.
 
-    Args: squash: the inverse of what brings a draw into (-1, 1), applied to a bin's inner edge.
+    Args: unsquash: the inverse of what brings a draw into (-1, 1), applied to a bin's inner edge.
     """
 
     def below(x: float) -> float:
         return 0.5 + atan((x - LOCATION) / SCALE) / pi
 
     edge = 0.98
-    return below(squash(-edge)), 1 - below(squash(edge))
+    return below(unsquash(-edge)), 1 - below(unsquash(edge))
 
 
 def histogram() -> str:

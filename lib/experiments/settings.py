@@ -75,7 +75,8 @@ class Setting:
     """One cell of a grid: a method on a reward function, with options.
 
     Args:
-        reward_function: "R1" or "R2" of the bandit, or a length task: "min", "mode", "skew".
+        reward_function: "R1" or "R2" of the bandit; a length task, "min", "mode" or "skew", or
+            "given" (labelled pairs); at full scale what the pairs are, "similar" or "distinct".
         sweep: which learning rates compete: "all", "neighbours" (the base setting's and the next
             on either side) or "base" (the base setting's, without a sweep of its own).
         seeds: how many are reported: "report" (20 at full), "dial" (10), "few" (5) or "none" (the
