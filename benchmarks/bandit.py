@@ -31,7 +31,6 @@ from lib import methods
 from lib.bandit.config import LEARNING_RATES, VOCABULARY, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 from lib.bandit.network import GPT_NANO
-from lib.bandit.policy import carriers
 from lib.bandit.problem import EVALUATE, TRACKED, BanditProblem
 from lib.finetune import State, fine_tune
 from lib.methods import Hyper, Method
@@ -191,9 +190,7 @@ def evaluation_completions(problem: BanditProblem, state: State) -> Tensor:
     return state.policy.sample(prompts, numbers).completions
 
 
-def engine_gradient(
-    problem: BanditProblem, state: State, data: Rollout
-) -> tuple[Tensor, Tensor]:
+def engine_gradient(problem: BanditProblem, state: State, data: Rollout) -> tuple[Tensor, Tensor]:
     """Loss (R,) and gradient (R, n) of the engine's own update, which is not applied."""
     policy, method = state.policy, problem.method
     seen: list[Tensor] = []
@@ -279,7 +276,7 @@ class Stepper:
 
         def noted(batch: Rollout, method: Method, hyper: Hyper, *args: Any):
             groups, completions = batch.completions.shape[1:3]
-            trained.append(groups * (carriers(method, hyper) or completions))
+            trained.append(groups * (method.carriers(hyper) or completions))
             return update(batch, method, hyper, *args)
 
         policy.update = noted

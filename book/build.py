@@ -162,8 +162,9 @@ def parameters_of(book: Book) -> dict[str, dict[str, str]]:
 def run_chapter(book: Book, chapter: str, parameters: dict[str, str], inputs: dict) -> str:
     """Execute one chapter; return "" or what failed. The record is written only on success."""
     output, record = book.executed(chapter), book.executed(chapter, ".json")
-    record.unlink(missing_ok=True)
     unfinished = book.executed(chapter, ".running.ipynb")
+    for earlier in (record, output, unfinished):  # papermill may fail before it writes anything
+        earlier.unlink(missing_ok=True)
     flags = [part for name, value in parameters.items() for part in ("-p", name, value)]
     source = book.notebook(chapter).relative_to(book.root)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(source), str(unfinished)]
@@ -450,6 +451,8 @@ def check_chapter(book: Book, chapter: str) -> tuple[int, int, list[str]]:
     """(executed cells, figures on the page, problems) of one built chapter."""
     if not book.page(chapter).is_file():
         return 0, 0, ["page is missing"]
+    if not book.executed(chapter).is_file():
+        return 0, 0, ["the page is of an earlier build: the chapter's last run wrote nothing"]
     html = book.page(chapter).read_text()
     source = nbformat.read(book.notebook(chapter), as_version=4)
     executed = nbformat.read(book.executed(chapter), as_version=4)

@@ -1,5 +1,7 @@
 """Algorithms and experiments behind the book. Rooms import only downward, top to bottom:
 
-chapter > claims, figures, experiments > runs > finetune > bandit > methods
-> rollouts, losses, advantages, divergences, stats
+chapter, figures > theory > claims, tables > experiments > bandit, lm > training > finetune
+> methods > rollouts, losses, advantages, controllers, divergences, stats
+
+`runs` stands beside them and imports none: it computes whatever engine it is given.
 """

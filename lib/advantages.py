@@ -53,7 +53,7 @@ def preferences(rewards: Tensor, gap: float = 0.0) -> Tensor:
     return rewards[..., :, None] - rewards[..., None, :] > gap
 
 
-def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: str) -> Tensor:
+def exponential_weights(advantage: Tensor, temperature: float, form: str) -> Tensor:
     """RWR's weights exp(A / temperature) (appendix I.2.5), in a form that does not overflow.
 
     "normalised" divides by the batch mean of the weights: the same direction of the gradient, but
@@ -61,7 +61,7 @@ def exponential_weights(advantage: Tensor, temperature: Tensor | float, form: st
     moment would turn into vanishing steps. "raw" is the printed formula, up to e^80, where float32
     ends; "clipped" caps it at 20.
 
-    Args: advantage (..., P, C); temperature a float or a tensor that broadcasts against it.
+    Args: advantage (..., P, C).
     Returns: (..., P, C), non-negative, dtype of `advantage`.
     Raises: ValueError for another `form`.
     """

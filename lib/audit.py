@@ -26,7 +26,8 @@ from lib import claims, costs, experiments, methods, overview, stats
 from lib.allowed import one_of
 from lib.bandit.network import GPT_NANO
 from lib.bandit.reference import LOCATION, SCALE
-from lib.chapter import Chapter
+from lib.chapter import NOT_RUN, Chapter
+from lib.decisions import MIN_SEEDS
 from lib.experiments import REWARDS, Setting
 from lib.experiments.bandit import CHAPTERS as BANDIT
 from lib.lm.config import TINY
@@ -80,7 +81,7 @@ BETAS = (0.01, 0.05, 0.1, 0.5)  # Table 6
 SUMMED = {"reference": 10, "sampler": 100}  # samples over which the released code sums a KL
 PAPER_SEEDS = 5  # I.3
 PAPER_LENGTH = 203  # tokens: Figure 12, J.1
-MIN_SEEDS = 5  # fewer leave an effect undecided, as they leave a claim
+SPREADS = ("standard error", "standard deviation")  # what the brackets of Table 3 may be
 
 Chapters = Mapping[str, Chapter]
 
@@ -224,7 +225,7 @@ def by_seed(chapters: Chapters, contrast: str, statistic: str) -> pd.Series | No
 
 def reading(low: float, high: float, margin: float, n: int) -> str:
     """An effect's interval in a word: see `Effect`."""
-    if n < MIN_SEEDS:
+    if n < MIN_SEEDS:  # too few for an effect, as for a claim
         return "undecided"
     if -margin <= low and high <= margin:
         return "no effect"
@@ -263,8 +264,7 @@ class Audit:
 
     def of(self, kind: str) -> list[Deviation]:
         """The deviations of a kind. Raises: ValueError that names the kinds."""
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
+        one_of("kind", kind, KINDS)
         return [d for d in deviations() if d.kind == kind]
 
     def table(self) -> pd.DataFrame:
@@ -286,7 +286,7 @@ class Audit:
     def number(self, name: str, contrast: str, statistic: str = FINAL, digits: int = 2) -> None:
         """Makes a contrast's mean and 95% interval available to the prose as `name`."""
         found = by_seed(self.chapters, contrast, statistic)
-        shown = "(not run at this profile)" if found is None or found.empty else (
+        shown = NOT_RUN if found is None or found.empty else (
             interval_text(found, len(claims.terms(contrast)) > 1, digits))  # fmt: skip
         glue(name, shown, display=False)
 
@@ -438,17 +438,17 @@ def ceiling() -> str:
     )
 
 
-def tails(squash: Callable[[float], float]) -> tuple[float, float]:
+def tails(unsquash: Callable[[float], float]) -> tuple[float, float]:
     """Exact mass on the first and on the last of 100 bins of (-1, 1), for draws of the Cauchy.
 
-    Args: squash: the inverse of what brings a draw into (-1, 1), applied to a bin's inner edge.
+    Args: unsquash: the inverse of what brings a draw into (-1, 1), applied to a bin's inner edge.
     """
 
     def below(x: float) -> float:
         return 0.5 + atan((x - LOCATION) / SCALE) / pi
 
     edge = 0.98
-    return below(squash(-edge)), 1 - below(squash(edge))
+    return below(unsquash(-edge)), 1 - below(unsquash(edge))
 
 
 def histogram() -> str:
@@ -534,13 +534,10 @@ def printed(setting: str, method: str) -> Any:
 def gap_interval(first: Any, second: Any, spread: str) -> tuple[float, float, float]:
     """The difference of two printed means and its 95% interval (Welch), by what the brackets mean.
 
-    Args: first, second: rows of Table 3. spread: "standard error" or "standard deviation" of five
-        seeds.
+    Args: first, second: rows of Table 3. spread: of five seeds, from SPREADS.
     Raises: ValueError for another `spread`.
     """
-    if spread not in ("standard error", "standard deviation"):
-        raise ValueError("spread must be 'standard error' or 'standard deviation', "
-                         f"got {spread!r}")  # fmt: skip
+    one_of("spread", spread, SPREADS)
     scale = 1.0 if spread == "standard error" else 1 / sqrt(PAPER_SEEDS)
     errors = np.array([first.spread_as_printed, second.spread_as_printed]) * scale
     freedom = (errors**2).sum() ** 2 * (PAPER_SEEDS - 1) / (errors**4).sum()
@@ -553,7 +550,7 @@ def spread() -> str:
     """Whether Table 3 tells on-policy RWR from offline IPO, by each meaning of its brackets."""
     first, second = (printed("bandit_r1", name) for name in ("rwr", "ipo_offline"))
     words = []
-    for meaning in ("standard error", "standard deviation"):
+    for meaning in SPREADS:
         gap, low, high = gap_interval(first, second, meaning)
         told = "above 0" if low > 0 else "may be 0"
         words.append(f"as a {meaning}, {gap:+.2f} ({low:+.2f} to {high:+.2f}): {told}")

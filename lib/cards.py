@@ -134,9 +134,9 @@ def _logged(method: Method) -> str:
     return ", ".join(f"`{name}`" for name in ("loss", "grad_norm", *own))
 
 
-def few_completions(rewards: Iterable[float] = (0.9, 0.5, 0.4, 0.1)) -> Rollout:
+def few_completions() -> Rollout:
     """One prompt with a few one-token completions, policy = reference = sampler."""
-    rewards = torch.tensor([list(rewards)])
+    rewards = torch.tensor([[0.9, 0.5, 0.4, 0.1]])
     logp = torch.linspace(-2.0, -2.3, rewards.shape[-1]).view(1, -1, 1)
     return Rollout(
         prompts=torch.zeros(1, dtype=torch.long),
@@ -167,12 +167,12 @@ def push(method: Method, batch: Rollout | None = None) -> Tensor:
     return -logp.grad.sum(-1)
 
 
-def pushes(names: Iterable[str] = tuple(METHODS), batch: Rollout | None = None) -> pd.DataFrame:
+def pushes(names: Iterable[str] = tuple(METHODS)) -> pd.DataFrame:
     """The first update's push on each completion, as a share of the method's largest push.
 
     One row per loss (variants push alike at the first update), columns by falling reward.
     """
-    batch = few_completions() if batch is None else batch
+    batch = few_completions()
     columns = [f"reward {r:g}" for r in batch.rewards[0].tolist()]
     rows: dict[str, list[float]] = {}
     for method in map(get, names):

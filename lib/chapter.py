@@ -421,7 +421,7 @@ class Chapter(Page):
         profile, extra = self.profile, len(self.extra_seeds)
         glue("n_report", len(profile.report_seeds) + extra, display=False)
         glue("n_dial", len(profile.dial_seeds) + extra, display=False)
-        glue("n_few", len(profile.dial_seeds[:5]) + extra, display=False)
+        glue("n_few", len(profile.few_seeds) + extra, display=False)
         glue("n_sweep", len(profile.sweep_seeds), display=False)
         glue("n_rates", len(profile.rates), display=False)
 

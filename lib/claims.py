@@ -108,7 +108,9 @@ def claims(path: Path = CLAIMS) -> pd.DataFrame:
 def per_seed(rule: Rule, profile: experiments.Profile, rows: Rows) -> pd.Series | None:
     """The contrast within each seed that every one of its settings has.
 
-    Returns: None where a setting is not in the profile's grid or has no results.
+    Returns: None where a setting is not in the profile's grid, has no results, or none of the
+        column that the statistic reads.
+    Raises: ValueError where its results are not sound, such as two runs of one seed.
     """
     grid = {s.name: s for s in experiments.settings(rule.chapter, profile)}
     total: pd.Series | None = None
@@ -117,7 +119,7 @@ def per_seed(rule: Rule, profile: experiments.Profile, rows: Rows) -> pd.Series 
             return None
         try:
             values = weight * stats.per_run(rows(grid[name]), rule.statistic)
-        except ValueError:  # its methods were left out, or nobody judged its runs
+        except (experiments.NoResults, stats.MissingColumn):  # left out, or judged by nobody
             return None
         total = values if total is None else (total + values).dropna()
     return total

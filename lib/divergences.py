@@ -1,10 +1,8 @@
-"""KL divergences: exact between categoricals, and estimators from samples. All in nats."""
+"""KL divergences: exact between categoricals, and along sampled completions. All in nats."""
 
 from __future__ import annotations
 
 from torch import Tensor
-
-from lib.allowed import one_of
 
 
 def categorical_kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -33,21 +31,3 @@ def sequence_kl(logp: Tensor, logq: Tensor, mask: Tensor) -> Tensor:
     Returns: (...) nats per completion; unbiased for KL(p || q) in the mean over samples.
     """
     return (categorical_kl(logp, logq) * mask).sum(-1)
-
-
-def sampled_kl(logp: Tensor, logq: Tensor, kind: str = "k1") -> Tensor:
-    """Estimates of KL(p || q) from completions drawn from p (Schulman, "Approximating KL", 2020).
-
-    k1 = log p - log q (unbiased, can be negative); k2 = (log p - log q)^2 / 2 (biased);
-    k3 = q/p - 1 + log p - log q (unbiased, never negative).
-
-    Args: logp, logq (...) nats per completion. Returns: (...).
-    Raises: ValueError for another `kind`.
-    """
-    delta = logp - logq
-    kinds = {
-        "k1": lambda: delta,
-        "k2": lambda: delta**2 / 2,
-        "k3": lambda: (-delta).expm1() + delta,
-    }
-    return kinds[one_of("kind", kind, kinds)]()

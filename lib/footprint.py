@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lib import stats
 from lib.lm.config import MINIBATCH, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.network import LOGIT_BUDGET, Network
@@ -174,8 +175,13 @@ MACHINES = (T4, A100, H100)
 
 
 def memory(
-    preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
-    micro_batch: int = TOKEN_BUDGET["cuda"], batch: int = MINIBATCH,
+    preset: Preset,
+    size: int = 2,
+    *,
+    checkpointing: bool = False,
+    lora: bool = False,
+    micro_batch: int = TOKEN_BUDGET["cuda"],
+    batch: int = MINIBATCH,
 ) -> dict[str, float]:
     """GiB by use, and their sum as `total`: whatever the method, see above.
 
@@ -205,7 +211,11 @@ def memory(
 
 
 def seconds(
-    preset: Preset, machine: Machine, *, checkpointing: bool = False, lora: bool = False,
+    preset: Preset,
+    machine: Machine,
+    *,
+    checkpointing: bool = False,
+    lora: bool = False,
     batch: int = MINIBATCH,
 ) -> dict[str, float]:
     """Seconds by phase of one update on `batch` fresh responses of `preset.response` tokens.
@@ -318,8 +328,7 @@ def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: An
                      prompts=8, **options)  # fmt: skip
     (table,) = LengthEngine(device).run([run], Untracked())
     last = table.iloc[-1]
-    phases = ("sampling", "scoring", "training")
-    took = {phase: float(last[f"seconds_{phase}"]) / updates for phase in phases}
+    took = {phase: float(last[f"seconds_{phase}"]) / updates for phase in stats.PHASES}
     return took, float(table["length"].mean())
 
 

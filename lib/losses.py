@@ -4,7 +4,7 @@ Shapes: `...` are leading dimensions (runs), P prompts, C completions of a promp
 are sums over completion tokens, in nats, except where a function says "or per token". Every
 function returns the loss of each item, to be minimised; whoever calls it divides the sum by the
 number of items, once and globally, so that accumulation and ensembles change nothing. Temperatures
-and weights are floats, or tensors that broadcast against (..., P, C). Chapter: methods.
+and weights are floats: runs of one stack share them. Chapter: methods.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ def best_of_n(logp: Tensor, selected: Tensor) -> Tensor:
     return -logp * selected
 
 
-def best_of_n_negative(
-    logp: Tensor, selected: Tensor, beta: Tensor | float, threshold: Tensor | float
-) -> Tensor:
+def best_of_n_negative(logp: Tensor, selected: Tensor, beta: float, threshold: float) -> Tensor:
     """-log pi(y_best|x) + beta sum_{j != best} log pi(y_j|x), pushed down only while likely enough.
 
     Appendix I.2.1. Unbounded below without the threshold: a completion is pushed down only while
@@ -35,7 +33,7 @@ def best_of_n_negative(
     Returns: (..., P, C).
     """
     best = (logp.detach() * selected).sum(-1, keepdim=True)
-    floor = best + torch.as_tensor(threshold).log()
+    floor = best + torch.tensor(threshold).log()
     pushed = ~selected & (logp.detach() > floor)
     return torch.where(selected, -logp, beta * logp * pushed)
 
@@ -56,7 +54,7 @@ def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
     return -advantage * logp
 
 
-def ppo(logp: Tensor, old: Tensor, advantage: Tensor, clip: Tensor | float) -> Tensor:
+def ppo(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """-min(r A, clip(r, 1 - eps, 1 + eps) A), r = exp(logp - old): Schulman et al. 2017, Eq. 7.
 
     Appendix I.2.4 prints a max, which would be the optimistic bound. Items: completions, or tokens
@@ -69,7 +67,7 @@ def ppo(logp: Tensor, old: Tensor, advantage: Tensor, clip: Tensor | float) -> T
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
-def value(values: Tensor, old: Tensor, returns: Tensor, clip: Tensor | float) -> Tensor:
+def value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
     """max((v - R)^2, (v_clipped - R)^2) / 2, v_clipped within `clip` of the old value.
 
     The value head's loss in PPO as TRL's trainer has it, on which the paper built (appendix G).
@@ -90,25 +88,20 @@ def pair_margin(logp: Tensor, ref: Tensor) -> Tensor:
     return ratio[..., :, None] - ratio[..., None, :]
 
 
-def dpo(logp: Tensor, ref: Tensor, prefer: Tensor, beta: Tensor | float) -> Tensor:
+def dpo(logp: Tensor, ref: Tensor, prefer: Tensor, beta: float) -> Tensor:
     """-log sigmoid(beta h) over preferred pairs: Rafailov et al. 2023, Eq. 7. Items: pairs.
 
     Args: logp, ref (..., P, C); prefer (..., P, C, C) bool, [i, j] True if y_i beats y_j; ties
         are False both ways and carry no loss.
     Returns: (..., P, C, C); ln 2 on each pair where pi = pi_ref.
     """
-    return -logsigmoid(_of_pairs(beta, logp) * pair_margin(logp, ref)) * prefer
+    return -logsigmoid(beta * pair_margin(logp, ref)) * prefer
 
 
-def ipo(logp: Tensor, ref: Tensor, prefer: Tensor, tau: Tensor | float) -> Tensor:
+def ipo(logp: Tensor, ref: Tensor, prefer: Tensor, tau: float) -> Tensor:
     """(h - 1 / (2 tau))^2 over preferred pairs: Eq. (20), appendix F.2. Items: pairs.
 
     Args and Returns as `dpo`; 1 / (4 tau^2) on each pair where pi = pi_ref.
     """
-    target = 0.5 / _of_pairs(tau, logp)
+    target = 0.5 / logp.new_full((), tau)  # rounded as the margins are
     return (pair_margin(logp, ref) - target) ** 2 * prefer
-
-
-def _of_pairs(value: Tensor | float, logp: Tensor) -> Tensor:
-    """A hyperparameter as it multiplies pairs, where `logp` is."""
-    return value[..., None] if isinstance(value, Tensor) else logp.new_full((1,), value)

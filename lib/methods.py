@@ -97,7 +97,7 @@ class Method:
     loss: Callable[[Rollout, Tensor, Hyper], tuple[Tensor, Metrics]]
     paper: str
     hyper: Mapping[str, Any] = field(default_factory=dict)
-    first_loss: Callable[[Hyper], Tensor | float] | None = None
+    first_loss: Callable[[Hyper], float] | None = None
     critic: Callable[[Rollout, Tensor, Hyper], Tensor] | None = None
     controller: Callable[[Hyper], AdaptiveKL] | None = None
 
@@ -116,9 +116,22 @@ class Method:
         if self.unit == "pair":
             prefer = batch.labels["prefer"]
             return prefer.any(-1) | prefer.any(-2)
-        if self.unit == "selected" and not self.negative_gradient:
+        if self._selected_only:
             return batch.labels["selected"]
         return torch.ones_like(batch.rewards, dtype=torch.bool)
+
+    def carriers(self, hyper: Hyper) -> int | None:
+        """How many completions of a prompt carry loss, where that is known before the rewards are.
+
+        Where it is not, all are trained on: a stack has products of one shape, and a run's numbers
+        must not depend on how many ties the others have.
+        """
+        return hyper.get("top_k") if self._selected_only else None
+
+    @property
+    def _selected_only(self) -> bool:
+        """Whether no completion but the selected ones carries loss."""
+        return self.unit == "selected" and not self.negative_gradient
 
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Its hyperparameters with `overrides` in place of the defaults.
@@ -207,7 +220,7 @@ def _ppo(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
     new, old = sequence_logp(logp, batch.mask), sequence_logp(batch.logp, batch.mask)
     advantage, clip = batch.labels["advantage"], hyper["clip"]
     if hyper["ratio_over"] == "token":
-        item = losses.ppo(logp, batch.logp, advantage[..., None], _per_token(clip)) * batch.mask
+        item = losses.ppo(logp, batch.logp, advantage[..., None], clip) * batch.mask
         item = item.sum(-1)
     else:
         item = losses.ppo(new, old, advantage, clip)
@@ -231,10 +244,6 @@ def _critic(batch: Rollout, values: Tensor, hyper: Hyper) -> Tensor:
 
 def _adaptive_kl(hyper: Hyper) -> AdaptiveKL:
     return AdaptiveKL(hyper["kl_start"], hyper["kl_target"], hyper["kl_horizon"])
-
-
-def _per_token(value: Tensor | float) -> Tensor | float:
-    return value[..., None] if isinstance(value, Tensor) else value
 
 
 def _pairwise(loss: Callable, weight: str) -> Callable:

@@ -75,9 +75,9 @@ def _convolved(masses: list[np.ndarray]) -> np.ndarray:
     return total / total.sum()
 
 
-def _token_grid(reward_function: str, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _token_grid(reward_function: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """pi_ref (100,), each token's step on the grid (100,), and the law of one token's step."""
-    policy = histogram(kind)
+    policy = histogram()
     rewards = reward_table(reward_function).double().numpy()
     step = np.rint(rewards * RESOLUTION).astype(int)
     return policy, step, np.bincount(step, policy, RESOLUTION + 1)
@@ -92,12 +92,12 @@ def _one_token(reward_function: str) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(rewards, return_inverse=True)
 
 
-def reward_law(reward_function: str, length: int = 9, kind: str = "squashed") -> Law:
+def reward_law(reward_function: str, length: int = 9) -> Law:
     """The law of the mean reward of `length` tokens; exact for one, on a grid for more.
 
     The grid moves a token's reward by at most 1 / (2 RESOLUTION).
     """
-    policy, _, one = _token_grid(reward_function, kind)
+    policy, _, one = _token_grid(reward_function)
     if length == 1:
         scores, place = _one_token(reward_function)
         return Law(scores, np.bincount(place, policy))
@@ -105,19 +105,17 @@ def reward_law(reward_function: str, length: int = 9, kind: str = "squashed") ->
     return Law(np.arange(len(mass)) / RESOLUTION / length, mass)
 
 
-def win_ratio(
-    reward_function: str, length: int = 9, completions: int = 10, kind: str = "squashed"
-) -> np.ndarray:
+def win_ratio(reward_function: str, length: int = 9, completions: int = 10) -> np.ndarray:
     """N P(best of N | the completion holds token a at a given position): (100,).
 
     1 for a token that does not matter, N for one that always wins. Its mean under pi_ref is 1.
     """
-    law = reward_law(reward_function, length, kind)
+    law = reward_law(reward_function, length)
     wins = law.best_of(completions)
     ratio = np.divide(wins, law.mass, out=np.zeros_like(wins), where=law.mass > 1e-15)
     if length == 1:
         return ratio[_one_token(reward_function)[1]]
-    _, step, one = _token_grid(reward_function, kind)
+    _, step, one = _token_grid(reward_function)
     rest = _convolved([one] * (length - 1))
     return np.array([rest @ ratio[s : s + len(rest)] for s in step])
 
@@ -131,7 +129,7 @@ def break_even(beta: float, completions: int = 10) -> float:
     return completions * beta / (1 + beta)
 
 
-def optima(length: int = 9, completions: int = 10, kind: str = "squashed") -> pd.DataFrame:
+def optima(length: int = 9, completions: int = 10) -> pd.DataFrame:
     """Reward and KL to pi_ref of what each offline loss would reach: one row per method and reward.
 
     Columns: method, reward_function, reward, kl (nats per completion).
@@ -140,7 +138,7 @@ def optima(length: int = 9, completions: int = 10, kind: str = "squashed") -> pd
     tau = methods.get("ipo_offline").hyper["tau"]
     rows = []
     for name in ("R1", "R2"):
-        law = reward_law(name, length, kind)
+        law = reward_law(name, length)
         mean = law.mass @ law.scores
         deviation = np.sqrt(law.mass @ (law.scores - mean) ** 2)
         reached = {
@@ -164,7 +162,7 @@ def ipo_floor(completions: int = 10, tau: float = 0.05) -> float:
     return float((pairs * (margin - target) ** 2).sum() / pairs.sum())
 
 
-def ipo_optima(tau: float = 0.05, length: int = 9, kind: str = "squashed") -> pd.DataFrame:
+def ipo_optima(tau: float = 0.05, length: int = 9) -> pd.DataFrame:
     """Where IPO's loss is at rest, by whose completions it ranks: pi_ref's or the policy's own.
 
     Against pairs from a law mu the loss is least at log(pi / pi_ref) = p_mu / tau + constant, p_mu
@@ -174,16 +172,16 @@ def ipo_optima(tau: float = 0.05, length: int = 9, kind: str = "squashed") -> pd
     """
     rows = []
     for name in ("R1", "R2"):
-        law = reward_law(name, length, kind)
+        law = reward_law(name, length)
         rows.append(("pi_ref", name, *law.summary(law.tilted(law.beaten / tau))))
         rows.append(("the policy", name, *law.summary(law.self_ranked(tau))))
     return pd.DataFrame(rows, columns=["pairs from", "reward_function", "reward", "kl"])
 
 
-def peak_distance(reward_function: str, length: int = 9, kind: str = "squashed") -> float:
+def peak_distance(reward_function: str, length: int = 9) -> float:
     """KL to pi_ref, in nats, of writing nothing but the reward's peak token."""
     peak = int(reward_table(reward_function).argmax())
-    return float(-length * np.log(histogram(kind)[peak]))
+    return float(-length * np.log(histogram()[peak]))
 
 
 def best_of(n: int, reward_function: str, length: int = 9) -> float:

@@ -48,9 +48,8 @@ def load(profile: str = "auto", recompute: bool = False) -> dict[str, Chapter]:
 
 def published(chapter: str, profile: str = "auto") -> bool:
     """Whether a chapter has published results, at any profile for "auto"."""
-    if profile == "auto":
-        return runs.largest_published(chapter) is not None
-    return (runs.results_folder() / chapter / f"{profile}.parquet").exists()
+    profiles = [path.stem for path in runs.published_files(chapter)]
+    return bool(profiles) if profile == "auto" else profile in profiles
 
 
 def values(chapters: Chapters, names: Sequence[str], reward: str, statistic: str) -> Values:
@@ -245,12 +244,8 @@ def sources(chapters: Chapters) -> str:
 
 def all_published() -> list[runs.Published]:
     """Every published result, by chapter, from the smallest profile to the largest."""
-    found = []
-    for chapter in experiments.CHAPTERS:
-        for profile in runs.PROFILES:
-            path = runs.results_folder() / chapter / f"{profile}.parquet"
-            found += [runs.Published.load(path)] if path.exists() else []
-    return found
+    return [runs.Published.load(path) for chapter in experiments.CHAPTERS
+            for path in runs.published_files(chapter)]  # fmt: skip
 
 
 def published_table() -> str:

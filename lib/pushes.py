@@ -144,9 +144,9 @@ def last_mean(lines: Lines, column: str, digits: int = 1) -> str:
     return "-" if not lines else f"{_last(next(iter(lines.values())))[column].mean():.{digits}f}"
 
 
-def low_runs(lines: Lines, below: float = 0.1) -> str:
-    """How many runs of the one setting in `lines` end below a reward: "3 of 20"."""
+def low_runs(lines: Lines) -> str:
+    """How many runs of the one setting in `lines` end below reward 0.1: "3 of 20"."""
     if not lines:
         return "-"
     finals = stats.per_run(next(iter(lines.values())), "final reward")
-    return f"{(finals < below).sum()} of {len(finals)}"
+    return f"{(finals < 0.1).sum()} of {len(finals)}"

@@ -136,14 +136,6 @@ def test_clipped_weights_are_raw_below_20():
     assert weights == pytest.approx([18.174145, 20.0])
 
 
-def test_a_temperature_per_run_equals_floats():
-    advantage = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    together = exponential_weights(advantage, torch.tensor([0.1, 2.0]).view(2, 1, 1), "normalised")
-    apart = [exponential_weights(advantage[i : i + 1], t, "normalised")
-             for i, t in enumerate((0.1, 2.0))]  # fmt: skip
-    torch.testing.assert_close(together, torch.cat(apart))
-
-
 @pytest.mark.parametrize(
     "call",
     [lambda: standardise(torch.ones(1, 1, 2), "run"),

@@ -270,7 +270,7 @@ def test_printed_gap_by_hand():
     assert (gap, high - gap) == pytest.approx((0.4, 2.306 * 0.1 * np.sqrt(2)), abs=1e-4)
     _, _, narrow = audit.gap_interval(first, second, "standard deviation")
     assert (narrow - gap) * np.sqrt(5) == pytest.approx(high - gap)
-    with pytest.raises(ValueError, match="spread must be 'standard error' or"):
+    with pytest.raises(ValueError, match="spread must be one of .'standard error'"):
         audit.gap_interval(first, second, "range")
 
 

@@ -156,6 +156,22 @@ def test_a_failing_chapter_is_named_and_the_others_stay(mini):
     assert "index: running (no finished run yet)" in run_build(mini).text
 
 
+def test_a_chapter_whose_run_writes_nothing_leaves_nothing_of_an_earlier_one(mini):
+    """Papermill stops before it writes where it cannot read the notebook."""
+    write_chapter(mini / "book" / "index.ipynb", "# Index", "VALUE = 1", "1 / 0", FIGURE)
+    book = build.Book(mini, mini / "_build")
+    assert "ZeroDivisionError" in build.run_chapter(book, "book/index", {}, {})
+    (mini / "book" / "index.ipynb").write_text("no notebook")
+    found = build.run_chapter(book, "book/index", {}, {})
+    assert found and "ZeroDivisionError" not in found
+    assert not book.executed("book/index").exists()
+    with pytest.raises(build.BookError, match="book/index has not been executed"):
+        build.site_sources(book)
+    write_chapter(mini / "book" / "index.ipynb", "# Index", "VALUE = 1", FIGURE)
+    _, _, problems = build.check_chapter(book, "book/index")
+    assert problems == ["the page is of an earlier build: the chapter's last run wrote nothing"]
+
+
 def test_a_warning_fails_the_build_every_time(mini):
     write_chapter(
         mini / "book" / "index.ipynb", "# Index\n\nSee {ref}`nowhere`.", "VALUE = 1", FIGURE

@@ -10,6 +10,7 @@ import pytest
 
 from lib import claims, experiments, stats
 from lib.claims import _decide
+from lib.runs import columns
 
 FULL = experiments.profile_named("on_policy", "full")
 INF = math.inf
@@ -156,6 +157,20 @@ def test_runs_that_nobody_judged_decide_nothing():
     tables["rwr@R1"]["gold"] = tables["rwr@R1"]["reward"]
     found = claims.judge(replace(rule(), statistic="final gold"), FULL, lambda s: tables[s.name])
     assert found.verdict == "not judged"
+
+
+def test_a_setting_that_was_left_out_is_not_judged():
+    other = experiments.Setting("dpo", "R1").run(FULL, 0.01, 0)
+    results = rows({0: 0.5}).assign(**columns(other) | {"seed": 0})
+    (verdict, *_) = claims.judge_all("complementary", results, FULL,
+                                     experiments.selector(results, FULL))  # fmt: skip
+    assert verdict.verdict == "not judged"
+
+
+def test_results_that_are_not_sound_are_no_verdict():
+    twice = pd.concat([rows({5: 0.5}), rows({5: 0.6}).assign(run="again")])
+    with pytest.raises(ValueError, match="two runs of seed 5"):
+        claims.judge(rule(), FULL, lambda setting: twice)
 
 
 def test_a_summary_counts_the_comparisons_of_a_claim():

@@ -9,6 +9,9 @@ import nbformat
 import pandas as pd
 import pytest
 
+import lib
+from lib.runs import code_fingerprint
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
@@ -105,3 +108,27 @@ def test_the_hours_in_readme_are_those_of_the_published_runs():
     hours = clock[~clock.index.duplicated()].sum() / 2 / 3600
     said = int(re.search(r"about (\d+) hours in all", (ROOT / "README.md").read_text())[1])
     assert said == pytest.approx(hours, abs=1)
+
+
+def modules_of(room):
+    """The modules of a package of `lib`, or the one of that name."""
+    paths = sorted((ROOT / "lib" / room).rglob("*.py")) or [ROOT / "lib" / f"{room}.py"]
+    names = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def imported_by(room):
+    """Rooms whose modules those of a room import, directly or not."""
+    paths = map(Path, code_fingerprint(*modules_of(room)))
+    return {path.parts[1].removesuffix(".py") for path in paths} - {room, "__init__"}
+
+
+def test_rooms_import_only_downward():
+    chain = lib.__doc__.partition("top to bottom:")[2].strip().partition("\n\n")[0]
+    levels = [re.findall(r"\w+", level) for level in chain.split(">")]
+    assert len(levels) > 5
+    for place, level in enumerate(levels):
+        above = {room for rooms in levels[: place + 1] for room in rooms}
+        for room in level:
+            assert not imported_by(room) & above, room
+    assert not imported_by("runs")

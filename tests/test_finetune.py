@@ -233,6 +233,18 @@ def test_every_run_non_finite_is_an_error():
         next(rows)
 
 
+def test_a_state_restored_where_every_run_is_non_finite_ends_before_it_draws():
+    schedule = Schedule(6, 8, 8, 4, inner_steps=2)
+    state, problem, rows = training(schedule)
+    next(rows)
+    state.policy.table[:] = torch.nan
+    next(rows)
+    with pytest.raises(Diverged, match="after 2 updates"):
+        next(fine_tune(state, problem, REINFORCE, schedule, REINFORCE.hyper))
+    assert (len(problem.behaviours), state.samples) == (1, 8)
+    assert state.behaviour.table.isfinite().all()
+
+
 def test_non_finite_before_the_first_update_is_an_error():
     """Also for one run of many, and where every identity is declared broken."""
     policy = TabularPolicy()

@@ -165,33 +165,6 @@ def rollout(rewards, length=4, seed=0):
     )  # fmt: skip
 
 
-def _stacked_arguments():
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda: -3 * torch.rand(3, 2, 4, generator=generator)  # noqa: E731
-    logp, other = draw(), draw()
-    prefer = torch.rand(3, 2, 4, 4, generator=generator) > 0.5
-    selected = torch.zeros(3, 2, 4, dtype=torch.bool)
-    selected[..., 1] = True
-    return logp, other, prefer, selected
-
-
-@pytest.mark.parametrize("name", ["dpo", "ipo", "ppo", "beta", "threshold"])
-def test_a_value_per_run_equals_floats_run_by_run(name):
-    logp, other, prefer, selected = _stacked_arguments()
-    call = {
-        "dpo": lambda r, v: losses.dpo(logp[r], other[r], prefer[r], v),
-        "ipo": lambda r, v: losses.ipo(logp[r], other[r], prefer[r], v),
-        "ppo": lambda r, v: losses.ppo(logp[r], other[r], other[r] + 2, v),
-        "beta": lambda r, v: losses.best_of_n_negative(logp[r], selected[r], v, 0.01),
-        "threshold": lambda r, v: losses.best_of_n_negative(logp[r], selected[r], 1.0, v),
-    }[name]
-    values = [0.1, 0.4, 0.9]
-    together = call(slice(None), torch.tensor(values).view(3, 1, 1))
-    apart = torch.stack([call(r, value) for r, value in enumerate(values)])
-    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0)
-    assert not torch.allclose(together, call(slice(None), 0.1))  # the values do matter
-
-
 # The peer: TRL's DPOTrainer, on token ids and a randomly initialised GPT-NeoX
 
 EXAMPLES = [  # prompt, chosen, rejected: of unequal length, so that padding is at work

@@ -276,6 +276,15 @@ def test_completions_that_carry_no_loss_are_said_to_be_inactive():
     assert not METHODS["dpo"].active(tied)[:, 1].any()
 
 
+def test_the_completions_that_carry_loss_are_counted_where_the_rewards_do_not_decide():
+    counted = {name: m.carriers(m.hyper) for name, m in METHODS.items()}
+    assert {k: v for k, v in counted.items() if v} == {"best_of_n": 1, "best_of_n_offline": 1}
+    for k in (1, 3):
+        method, hyper = METHODS["best_of_n"], METHODS["best_of_n"].resolve({"top_k": k})
+        batch = rollout().labelled(method.prepare(rollout(), hyper))
+        assert (method.active(batch).sum(-1) == method.carriers(hyper)).all()
+
+
 def test_standardise_option_reaches_the_advantage():
     method, batch = METHODS["reinforce"], rollout()
     batchwise = method.prepare(batch, method.hyper)["advantage"]

@@ -78,6 +78,15 @@ def test_speed_is_the_means_of_the_rows(chapters):
     assert near == overview.NOT_YET
 
 
+def test_whether_a_chapter_is_published_is_asked_without_reading_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.runs.published.results_folder", lambda results=None: tmp_path)
+    assert not overview.published("on_policy")
+    (tmp_path / "on_policy").mkdir()
+    (tmp_path / "on_policy" / "cpu.parquet").write_text("no table")
+    assert overview.published("on_policy") and overview.published("on_policy", "cpu")
+    assert not overview.published("on_policy", "full")
+
+
 def test_without_results_every_answer_says_so():
     assert overview.speed({}).count(overview.NOT_YET) == 4
     measured = (claims.claims()["question"].astype(str) != "theory").sum()  # the rest is exact

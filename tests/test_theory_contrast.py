@@ -83,10 +83,10 @@ def test_weights_are_those_of_the_losses(pair, beta):
     logp, ref = pair
     prefer = torch.zeros(2, 2, dtype=torch.bool)
     prefer[0, 1] = True
-    hyper, margin = torch.tensor(beta, dtype=torch.float64), (logp - ref)[0] - (logp - ref)[1]
+    margin = (logp - ref)[0] - (logp - ref)[1]
     for loss, weight in ((losses.dpo, contrast.dpo_weight), (losses.ipo, contrast.ipo_weight)):
         leaf = logp.clone().requires_grad_()
-        loss(leaf.log_softmax(-1)[:2], ref[:2], prefer, hyper).sum().backward()
+        loss(leaf.log_softmax(-1)[:2], ref[:2], prefer, beta).sum().backward()
         c = weight(margin, beta)
         push = contrast.pair_push(logp, 0, 1, c, c)
         torch.testing.assert_close(push, -leaf.grad, rtol=1e-9, atol=1e-9)

@@ -34,7 +34,7 @@ def test_pushes_are_minus_the_gradients(objective, pair):
 def test_a_step_changes_log_p_by_the_push_and_a_shared_constant(objective, pair, rate):
     logp, logq = pair
     push = dynamics.push_of(objective)(logp, logq)
-    rest = dynamics.log_change(logp, push, rate) - rate * push
+    rest = dynamics.descend(logp, push, rate) - logp - rate * push
     torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=1e-9, atol=1e-9)
 
 

@@ -161,14 +161,18 @@ class BanditRun:
         return tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in free)
 
 
-def bandit_run(method: str, reward_function: str, learning_rate: float, seed: int, **options):
+def bandit_run(
+    method: str, reward_function: str, learning_rate: float, seed: int, *, updates: int = 100,
+    **options,
+):  # fmt: skip
     """A `BanditRun` of 100 updates: one sampling for offline methods, 100 for on-policy ones.
 
     With `sets` = k there are 100 / k samplings: the same updates and completions for every k.
-    Raises: ValueError if 100 is not a multiple of k.
+    Raises: ValueError if `updates` is not a multiple of k.
     """
     if methods.get(method).on_policy and "iterations" not in options:
-        options["iterations"] = exact_div(100, options.get("sets", 1), "100 updates in sets")
+        sets = options.get("sets", 1)
+        options["iterations"] = exact_div(updates, sets, f"{updates} updates in sets")
     elif not methods.get(method).on_policy:
-        options = {"iterations": 1, "inner_steps": 100, **options}
+        options = {"iterations": 1, "inner_steps": updates, **options}
     return BanditRun(method, reward_function, learning_rate, seed, **options)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lib.bandit.config import BanditRun
-from lib.bandit.policy import carriers
 from lib.bandit.problem import BanditProblem
 from lib.methods import get
 from lib.training import Training, evaluated_updates, run
@@ -49,7 +48,7 @@ class BanditEngine:
         hundreds = config.prompts * config.completions * config.length / 900
         drawn = schedule.iterations * config.sets * hundreds
         method = get(config.method)
-        loss = carriers(method, config.hyper) or config.completions
+        loss = method.carriers(config.hyper) or config.completions
         draw = 0.009 + 0.005 * ("reference" in method.needs)
         update = 0.0015 + 0.0165 * hundreds * loss / config.completions
         evaluations = len(evaluated_updates(config.updates, config.evaluations))

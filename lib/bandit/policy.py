@@ -213,19 +213,9 @@ class StackedPolicy(Scorer):
         self.alive.copy_(state["alive"])
 
 
-def carriers(method: Method, hyper: Hyper) -> int | None:
-    """How many completions of a prompt carry loss, where that is known before the rewards are.
-
-    Where it is not, all are trained on: a stack has products of one shape, and a run's numbers must
-    not depend on how many ties the others have.
-    """
-    known = method.unit == "selected" and not method.negative_gradient
-    return hyper.get("top_k") if known else None
-
-
 def carrying(batch: Rollout, method: Method, hyper: Hyper) -> Tensor | None:
-    """Flat indices (R, n) of the `carriers` of all prompts, in their order; None for all."""
-    if (count := carriers(method, hyper)) is None:
+    """Flat indices (R, n) of the `Method.carriers` of all prompts, in order; None for all."""
+    if (count := method.carriers(hyper)) is None:
         return None
     first = method.active(batch).flatten(1).byte().argsort(dim=-1, descending=True, stable=True)
     return first[:, : batch.rewards.shape[1] * count]

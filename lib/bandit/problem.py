@@ -12,7 +12,7 @@ from lib.advantages import select_best
 from lib.bandit.config import VOCABULARY, BanditRun
 from lib.bandit.policy import Scorer, StackedPolicy, flat_groups
 from lib.bandit.reference import load, reward_table
-from lib.divergences import categorical_kl, entropy
+from lib.divergences import entropy, sequence_kl
 from lib.finetune import State
 from lib.methods import Method, get
 from lib.randomness import uniforms
@@ -172,6 +172,7 @@ class BanditProblem:
         numbers = uniforms(self.seeds, EVALUATE, state.updates, (VOCABULARY, config.length))
         samples = policy.sample(prompts, numbers.to(self.device), keep=True)
         logp = samples.distributions
+        counted = torch.ones_like(samples.completions, dtype=torch.bool)
         reference = state.reference.distributions(prompts, samples.completions)
         generating = reference  # at the start, and for good where all data are drawn at the start
         if self.method.on_policy and state.behaviour is not None:
@@ -180,8 +181,8 @@ class BanditProblem:
         expected = torch.einsum("rslv,rv->rsl", probabilities, self.rewards)
         return {
             "reward": expected.mean((1, 2)),
-            "kl_ref": categorical_kl(logp, reference).sum(-1).mean(-1),
-            "kl_gen": categorical_kl(logp, generating).sum(-1).mean(-1),
+            "kl_ref": sequence_kl(logp, reference, counted).mean(-1),
+            "kl_gen": sequence_kl(logp, generating, counted).mean(-1),
             "entropy": entropy(logp).sum(-1).mean(-1),
             "support_share": self._support_share(probabilities),
             **self._log_ratios(policy, self.fixed, ""),

@@ -6,7 +6,6 @@ A chapter is a list of settings (a method on a reward function, with options).
 from lib.experiments.bandit import OFFLINE, ON_POLICY, REWARDS, with_target
 from lib.experiments.chapters import (
     CHAPTERS,
-    assumed,
     check_chapter,
     check_options,
     check_runs,
@@ -17,6 +16,7 @@ from lib.experiments.chapters import (
 )
 from lib.experiments.settings import (
     Grid,
+    NoResults,
     Profile,
     Setting,
     assumer,
@@ -37,9 +37,9 @@ __all__ = [
     "PROFILES",
     "REWARDS",
     "Grid",
+    "NoResults",
     "Profile",
     "Setting",
-    "assumed",
     "assumer",
     "candidates",
     "check_chapter",

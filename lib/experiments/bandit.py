@@ -39,13 +39,11 @@ class BanditProfile(Profile):
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> BanditRun:
         options = {**dict(self.options), **dict(setting.options)}
-        updates = self.updates
-        if not methods.get(setting.method).on_policy:
-            options.setdefault("inner_steps", updates)
-        else:
-            options.setdefault("iterations", max(1, updates // options.get("sets", 1)))
+        if methods.get(setting.method).on_policy:
             options.setdefault("held_out", False)  # of interest where the data are fixed
-        return bandit_run(setting.method, setting.reward_function, rate, seed, **options)
+        return bandit_run(
+            setting.method, setting.reward_function, rate, seed, updates=self.updates, **options
+        )
 
 
 FULL = BanditProfile(

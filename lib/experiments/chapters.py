@@ -15,7 +15,6 @@ from lib.experiments.settings import (
     Grid,
     Profile,
     Setting,
-    assumer,
     report_seeds,
     selector,
     sweep_runs,
@@ -128,17 +127,6 @@ def stages(
         lambda results, stage=stage: stage(choose(results, profile))
         for stage in (sweep, dial_sweep, lambda chosen: report(dials, chosen))
     ]
-
-
-def assumed(
-    chapter: str,
-    profile: Profile,
-    only: Sequence[str] | None = None,
-    extra_seeds: Sequence[int] = (),
-) -> list[Any]:
-    """All runs of a chapter as if every sweep selected its middle rate: for planning its cost."""
-    planned = stages(chapter, profile, only, extra_seeds, assumer)
-    return list(dict.fromkeys(run for stage in planned for run in stage(None)))
 
 
 def engine(chapter: str, device: str = "cpu") -> Engine:

@@ -20,6 +20,10 @@ from lib.runs import Engine, identity
 from lib.runs.configurations import is_default_of_later
 
 
+class NoResults(ValueError):
+    """A setting without results: its runs were left out."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """How much of a grid to compute; a run's identity does not contain it.
@@ -52,6 +56,11 @@ class Profile:
         """The learning rates of a setting that has a sweep over all of them."""
         return self.rates
 
+    @property
+    def few_seeds(self) -> tuple[int, ...]:
+        """The seeds of settings of which few are reported."""
+        return self.dial_seeds[:5]
+
     def sweep(self, setting: Setting) -> list[tuple[float, int]]:
         """Learning rate and seed of the runs that choose a setting's rate."""
         return list(product(self.competing(setting), self.sweep_seeds))
@@ -66,7 +75,8 @@ class Setting:
     """One cell of a grid: a method on a reward function, with options.
 
     Args:
-        reward_function: "R1" or "R2" of the bandit, or a length task: "min", "mode", "skew".
+        reward_function: "R1" or "R2" of the bandit; a length task, "min", "mode" or "skew", or
+            "given" (labelled pairs); at full scale what the pairs are, "similar" or "distinct".
         sweep: which learning rates compete: "all", "neighbours" (the base setting's and the next
             on either side) or "base" (the base setting's, without a sweep of its own).
         seeds: how many are reported: "report" (20 at full), "dial" (10), "few" (5) or "none" (the
@@ -196,7 +206,7 @@ def selected_rate(
     """The rate with the best `statistic` on the sweep seeds, in the mean.
 
     `statistic` names one of `lib.stats`; None is the rule of the profile.
-    Raises: ValueError if the sweep has no runs in `results`.
+    Raises: NoResults if the sweep has no runs in `results`.
     """
     statistic = statistic or profile.select_by
     base = (None if setting.sweep == "all"
@@ -213,7 +223,7 @@ def _selected(
     rows = matching(results, setting, profile)
     rows = rows[rows["seed"].isin(seeds) & rows["learning_rate"].isin(rates)]
     if rows.empty:
-        raise ValueError(f"no sweep results for {setting.name}")
+        raise NoResults(f"no sweep results for {setting.name}")
     means = {rate: stats.per_run(part, statistic).mean()
              for rate, part in rows.groupby("learning_rate")}  # fmt: skip
     return float(max(means, key=means.get))
@@ -225,8 +235,8 @@ def _sweep_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
 
 def report_seeds(setting: Setting, profile: Profile) -> tuple[int, ...]:
     """The seeds whose results are reported."""
-    few = profile.dial_seeds[:5]
-    named = {"report": profile.report_seeds, "dial": profile.dial_seeds, "few": few, "none": ()}
+    named = {"report": profile.report_seeds, "dial": profile.dial_seeds,
+             "few": profile.few_seeds, "none": ()}  # fmt: skip
     return named[setting.seeds]
 
 

@@ -21,7 +21,7 @@ _first_seen: dict[Path, str] = {
 }
 
 
-def code_fingerprint(*module_names: str, root: Path | None = None) -> dict[str, str]:
+def code_fingerprint(*module_names: str) -> dict[str, str]:
     """Path (from the root, "lib/losses.py") -> hash, for the modules and all they import in `lib`.
 
     Imports are found statically, wherever in a module they stand. A hash is that of the syntax
@@ -29,18 +29,17 @@ def code_fingerprint(*module_names: str, root: Path | None = None) -> dict[str, 
     and it does not depend on the version of Python. Raises ModuleNotFoundError for a name that is
     no module of `lib`.
     """
-    root = root or ROOT
     paths: dict[str, Path] = {}
     todo = list(module_names)
     while todo:
         name = todo.pop()
         if name in paths:
             continue
-        paths[name] = _path(name, root)
-        todo += _imports(name, paths[name], root)
+        paths[name] = _path(name)
+        todo += _imports(name, paths[name])
         if "." in name:
             todo.append(name.rpartition(".")[0])  # importing a module executes its packages
-    found = {path.relative_to(root).as_posix(): source_hash(path) for path in paths.values()}
+    found = {path.relative_to(ROOT).as_posix(): source_hash(path) for path in paths.values()}
     return dict(sorted(found.items()))
 
 
@@ -54,10 +53,9 @@ def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
 
 
-def changed_since(then: Mapping[str, str], root: Path | None = None) -> list[str]:
+def changed_since(then: Mapping[str, str]) -> list[str]:
     """Paths of a recorded fingerprint whose code is no longer what it was, sorted."""
-    root = root or ROOT
-    now = {path: source_hash(root / path) for path in then if (root / path).exists()}
+    now = {path: source_hash(ROOT / path) for path in then if (ROOT / path).exists()}
     return changed(then, now)
 
 
@@ -152,23 +150,23 @@ def _is_bare_string(node: object) -> bool:
     )
 
 
-def _candidates(name: str, root: Path) -> tuple[Path, Path]:
-    base = root.joinpath(*name.split("."))
+def _candidates(name: str) -> tuple[Path, Path]:
+    base = ROOT.joinpath(*name.split("."))
     return base / "__init__.py", base.with_name(f"{base.name}.py")
 
 
-def _exists(name: str, root: Path) -> bool:
+def _exists(name: str) -> bool:
     in_package = name == PACKAGE or name.startswith(f"{PACKAGE}.")
-    return in_package and any(path.is_file() for path in _candidates(name, root))
+    return in_package and any(path.is_file() for path in _candidates(name))
 
 
-def _path(name: str, root: Path) -> Path:
-    if not _exists(name, root):
-        raise ModuleNotFoundError(f"{name!r} is no module of {PACKAGE} (in {root})", name=name)
-    return next(path for path in _candidates(name, root) if path.is_file())
+def _path(name: str) -> Path:
+    if not _exists(name):
+        raise ModuleNotFoundError(f"{name!r} is no module of {PACKAGE} (in {ROOT})", name=name)
+    return next(path for path in _candidates(name) if path.is_file())
 
 
-def _imports(name: str, path: Path, root: Path) -> list[str]:
+def _imports(name: str, path: Path) -> list[str]:
     """The `lib` modules that one module imports."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: list[str] = []
@@ -179,7 +177,7 @@ def _imports(name: str, path: Path, root: Path) -> list[str]:
             source = _absolute(node, package)
             # `from lib import losses` imports a module, `from lib.losses import dpo` a function
             found += [source, *(f"{source}.{alias.name}" for alias in node.names)]
-    return [module for module in dict.fromkeys(found) if _exists(module, root)]
+    return [module for module in dict.fromkeys(found) if _exists(module)]
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:

@@ -58,27 +58,26 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def commit(root: Path | None = None) -> str:
+def commit() -> str:
     """The commit checked out ("" outside a git repository)."""
-    return _git(root, "rev-parse", "HEAD").strip()
+    return _git("rev-parse", "HEAD").strip()
 
 
-def uncommitted(paths: Iterable[str], root: Path | None = None) -> list[str]:
+def uncommitted(paths: Iterable[str]) -> list[str]:
     """Those files under `paths` (from the root) that differ from the commit or are not in it.
 
     Published results are left out: publishing one chapter must not stop the next.
     """
-    root = root or fingerprint.ROOT
-    inside = sorted({str(path) for path in paths if (root / path).exists()})
-    if not inside or not commit(root):
+    inside = sorted({str(path) for path in paths if (fingerprint.ROOT / path).exists()})
+    if not inside or not commit():
         return []
     options = ("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", "--")
-    entries = _git(root, *options, *inside, ":(exclude)data/results").split("\0")
+    entries = _git(*options, *inside, ":(exclude)data/results").split("\0")
     return sorted(entry[3:] for entry in entries if entry)
 
 
-def _git(root: Path | None, *arguments: str) -> str:
-    command = ["git", "-C", str(root or fingerprint.ROOT), *arguments]
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(fingerprint.ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (subprocess.CalledProcessError, FileNotFoundError):

@@ -252,11 +252,14 @@ def refuse_dirty_records(configs: Sequence[Any], store: Store, engine: Engine) -
 
 def largest_published(chapter: str, results: Path | None = None) -> Published | None:
     """The published results of a chapter at its largest profile, or None."""
-    for profile in reversed(PROFILES):
-        path = results_folder(results) / chapter / f"{profile}.parquet"
-        if path.exists():
-            return Published.load(path)
-    return None
+    files = published_files(chapter, results)
+    return Published.load(files[-1]) if files else None
+
+
+def published_files(chapter: str, results: Path | None = None) -> list[Path]:
+    """The published tables of a chapter, unread, from its smallest profile to its largest."""
+    folder = results_folder(results) / chapter
+    return [path for profile in PROFILES if (path := folder / f"{profile}.parquet").exists()]
 
 
 def results_folder(results: Path | None = None) -> Path:

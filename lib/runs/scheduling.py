@@ -54,17 +54,14 @@ def compute(
     jobs: int | None = None,
     *,
     published: Any = None,
-    progress: bool | None = None,
     verbose: bool = False,
     say: Callable[[str], None] = print,
-    backend: str = "loky",
 ) -> pd.DataFrame:
     """The table of all `configs`, computing those that neither store nor `published` has.
 
     Columns: the configurations' fields (`outer_inner` for nested ones), `run` (identity), then
     the engine's metrics; rows in the order of `configs`. `jobs` processes of one thread each
-    (default: one per core; 1 computes in this process), by joblib's `backend`. `progress` draws a
-    bar (None: when standard error is a terminal). `verbose` lists every run with its status.
+    (default: one per core; 1 computes in this process). `verbose` lists every run with its status.
 
     An interrupt or a kill loses at most the last `store.checkpoint_interval` seconds; calling
     again goes on from there. Raises RunError after all other runs when some failed.
@@ -76,7 +73,7 @@ def compute(
             say(f"recomputed: {run.status.reason}")
     store.sweep()
     if overview.todo:
-        _compute_missing(overview, store, engine, progress, say, backend)
+        _compute_missing(overview, store, engine, say)
     tables = [
         store.read(run.identity)[0] if run.status.table is None else run.status.table
         for run in overview.runs
@@ -100,9 +97,7 @@ def _compute_missing(
     overview: Plan,
     store: Store,
     engine: Engine,
-    progress: bool | None,
     say: Callable[[str], None],
-    backend: str,
 ) -> None:
     code = fingerprint.fingerprint_as_loaded(*engine.modules)
     store.prepare(overview.bytes)
@@ -113,11 +108,11 @@ def _compute_missing(
             total=overview.updates_todo,
             unit="update",
             unit_scale=True,
-            disable=None if progress is None else not progress,
+            disable=None,  # drawn where standard error is a terminal
         )
         try:
             with _watched(bar, job, blocks):
-                failures = _two_passes(job, blocks, overview.jobs, say, backend)
+                failures = _two_passes(job, blocks, overview.jobs, say)
         except KeyboardInterrupt:
             done = sum(store.path(run.identity).exists() for run in overview.runs)
             say(
@@ -154,24 +149,22 @@ def _two_passes(
     blocks: list[list[Any]],
     jobs: int,
     say: Callable[[str], None],
-    backend: str,
 ) -> list[str]:
     """First the blocks that are free, then those that another process held; returns failures."""
-    outcomes = list(_in_parallel(job, blocks, jobs, False, backend))
+    outcomes = list(_in_parallel(job, blocks, jobs, False))
     failures = [text for _, text in outcomes if text not in ("done", "busy")]
     busy = [blocks[index] for index, text in outcomes if text == "busy"]
     if busy:
         say(f"waiting for {len(busy)} blocks that another process is computing")
-        outcomes = _in_parallel(job, busy, jobs, True, backend)
+        outcomes = _in_parallel(job, busy, jobs, True)
         failures += [text for _, text in outcomes if text != "done"]
     return failures
 
 
 def _in_parallel(
-    job: Job, blocks: list[list[Any]], jobs: int, wait: bool, backend: str
+    job: Job, blocks: list[list[Any]], jobs: int, wait: bool
 ) -> Iterator[tuple[int, str]]:
-    threads = {"inner_max_num_threads": 1} if backend == "loky" else {}
-    with joblib.parallel_config(backend, **threads):
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
         yield from parallel(
             joblib.delayed(_work)(job, index, block, wait) for index, block in enumerate(blocks)

@@ -20,11 +20,12 @@ from lib import methods
 from lib.allowed import one_of
 from lib.bandit.config import VOCABULARY, BanditRun, bandit_run
 from lib.bandit.network import GPT_NANO, Parameters, logits
-from lib.bandit.policy import StackedAdam, invert_cdf
-from lib.bandit.problem import TRAIN, contexts, uniforms
+from lib.bandit.policy import StackedAdam
+from lib.bandit.problem import TRAIN, contexts
 from lib.bandit.reference import load, reward_table
 from lib.divergences import categorical_kl
-from lib.rollouts import Rollout
+from lib.randomness import uniforms
+from lib.rollouts import Rollout, invert_cdf
 
 METHODS = ("best_of_n_offline", "reinforce")
 DRAWS = 10  # N, completions of a prompt

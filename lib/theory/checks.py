@@ -82,8 +82,8 @@ def judge(draws: int = 2_000, seed: int = 0, part: str | None = None) -> list[Ve
     """
     if draws < 100:
         raise ValueError(f"draws must be at least 100, got {draws}")
-    if part is not None and part not in PARTS:
-        raise ValueError(f"part must be one of {PARTS}, got {part!r}")
+    if part is not None:
+        one_of("part", part, PARTS)
     verdicts = []
     for check in checks():
         if part in (None, check.part):

@@ -47,11 +47,6 @@ def descend(logp: Tensor, push: Tensor, rate: float) -> Tensor:
     return (logp + rate * push).log_softmax(-1)
 
 
-def log_change(logp: Tensor, push: Tensor, rate: float) -> Tensor:
-    """log p'(x) / p(x) of one step: rate * push plus a constant that all categories share."""
-    return descend(logp, push, rate) - logp
-
-
 def contrast(push: Tensor, first: int = 0, second: int = 1) -> Tensor:
     """Delta / rate of Eq. (5), (eq-delta): the shared constant cancels. (..., V) -> (...)."""
     return push[..., first] - push[..., second]

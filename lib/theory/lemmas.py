@@ -18,8 +18,6 @@ from lib.theory.dynamics import OBJECTIVES, descend, reverse_push
 from lib.theory.found import Found, equal, positive, same_sign, together
 
 BETA, TAU = 0.1, 0.05  # DPO's and IPO's, as in the bandit
-# In float64: a loss rounds a plain float to float32, 1.5e-8 of it.
-EXACT_BETA, EXACT_TAU = (torch.tensor(x, dtype=torch.float64) for x in (BETA, TAU))
 MEMBERS = (4, 60)  # targets of each kind in the family of early stopping: at least, at most
 
 
@@ -320,7 +318,7 @@ def offline_condition(n: int, seed: int) -> Found:
 # E.1.4
 
 
-def _form(n: int, seed: int, loss: Callable, weight: Callable, hyper: Tensor) -> Found:
+def _form(n: int, seed: int, loss: Callable, weight: Callable, hyper: float) -> Found:
     """The loss's gradient with respect to logits against -weight (e_w - e_l)."""
     parts = []
     for logp, ref in draws.pairs(n, seed):
@@ -334,11 +332,11 @@ def _form(n: int, seed: int, loss: Callable, weight: Callable, hyper: Tensor) ->
 
 
 def dpo_form(n: int, seed: int) -> Found:
-    return _form(n, seed, losses.dpo, contrast.dpo_weight, EXACT_BETA)
+    return _form(n, seed, losses.dpo, contrast.dpo_weight, BETA)
 
 
 def ipo_form(n: int, seed: int) -> Found:
-    return _form(n, seed, losses.ipo, contrast.ipo_weight, EXACT_TAU)
+    return _form(n, seed, losses.ipo, contrast.ipo_weight, TAU)
 
 
 def _margins(n: int, seed: int) -> Tensor:

@@ -73,14 +73,6 @@ def smallest_delta1(beta: float) -> float:
     return beta / (2 * math.atanh(beta))
 
 
-def ratio_bound(r: Tensor) -> Tensor:
-    """phi(r) = r log(1/r) / (1 - r): Delta_r > 0 iff log(q/p1) + K > phi(p2/p1), from (eq-case-2).
-
-    The condition that the proof of case 2 leaves to "beta large enough".
-    """
-    return log_identric(torch.ones_like(r), r) + 1
-
-
 def threshold(p1: Tensor, p2: Tensor, extra: float = 0.0) -> Tensor:
     """q*: with q1 = q2 = q above it, log q + K > log I(p1, p2) + extra for every rest of q.
 

@@ -176,8 +176,7 @@ def rest_gradients(n: int = 12, beta: float = 0.1, tau: float = 0.05, seed: int 
     found = {}
     for name, (loss, ratio, wins, hyper) in cases.items():
         leaf = ratio.clone().requires_grad_()
-        exact = torch.tensor(hyper, dtype=torch.float64)
-        value = loss(leaf, torch.zeros_like(leaf), wins * seen, exact)
+        value = loss(leaf, torch.zeros_like(leaf), wins * seen, hyper)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         found[name] = {"gradient": float(gradient.abs().max()),
                        "moved": float(ratio.max() - ratio.min())}  # fmt: skip

@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 import pytest
 
 from lib.bandit.config import LEARNING_RATES, REWARD_FUNCTIONS, BanditRun, bandit_run
+from lib.experiments.bandit import CHAPTERS as BANDIT
+from lib.experiments.settings import Setting
 from lib.methods import METHODS
 
 RUN = bandit_run("best_of_n", "R1", 0.003, 0)
@@ -78,6 +80,10 @@ def test_uneven_sets_are_refused():
     """33 samplings of 3 sets would silently be 99 updates."""
     with pytest.raises(ValueError, match="100 is not a multiple of 3"):
         bandit_run("ipo", "R1", 0.01, 0, sets=3)
+    profile = replace(BANDIT["on_policy"].profiles["cpu"], updates=40)
+    for sets in (3, 50):
+        with pytest.raises(ValueError, match=f"40 updates in sets: 40 is not a multiple of {sets}"):
+            Setting("ipo", "R1", (("sets", sets),)).run(profile, 0.01, 0)
 
 
 def test_dial_t_keeps_samplings():

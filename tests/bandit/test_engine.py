@@ -232,6 +232,37 @@ def test_when_every_run_diverges_the_tables_are_still_whole(quick):
         assert table["diverged"].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("kill_at", [3, 4])
+def test_a_block_that_is_killed_where_all_of_it_diverges_resumes_with_the_same_numbers(
+    kill_at, quick
+):
+    """Two updates an iteration; the last one of the second breaks every run."""
+    runs = [small("rwr", seed=s, inner_steps=2, iterations=4, evaluations=8) for s in (0, 1)]
+
+    def block():
+        made = stack(runs)
+        loss = made.problem.method.loss
+
+        def overflowing(batch, logp, hyper):
+            item, metrics = loss(batch, logp, hyper)
+            return item * torch.inf if made.state.updates == 3 else item, metrics
+
+        made.problem.method = replace(made.problem.method, loss=overflowing)
+        return made
+
+    def without_seconds(tables):
+        return [t.drop(columns=[c for c in t if c.startswith("seconds")]) for t in tables]
+
+    whole = without_seconds(training.run(block(), Checkpoint()))
+    assert whole[0]["diverged"].tolist() == [False] * 4 + [True] * 5
+    checkpoint = Checkpoint(kill_at)
+    with pytest.raises(Checkpoint.Killed):
+        training.run(block(), checkpoint)
+    resumed = without_seconds(training.run(block(), checkpoint))
+    for again, before in zip(resumed, whole, strict=True):
+        assert_same(again, before)
+
+
 def test_too_many_runs_for_a_block_are_refused():
     with pytest.raises(ValueError, match="at most 10 runs, got 11"):
         BanditEngine().run([small(seed=s) for s in range(11)], Checkpoint())
