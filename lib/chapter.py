@@ -514,8 +514,12 @@ def _elsewhere(claim: str, here: Collection[str]) -> str:
 
 
 def _comparison(v: claims.Verdict) -> tuple[Any, ...]:
-    numbers = (f"{v.effect:+.3g}", f"{v.low:+.3g} to {v.high:+.3g}") if v.seeds else ("-", "-")
-    return f"{v.rule.says} ({v.rule.statistic})", *numbers, v.seeds, badge(v.verdict)
+    numbers = ("-", "-")
+    if v.seeds:
+        digits = 3 - sum(abs(v.effect) >= size for size in (1, 10))
+        numbers = (f"{v.effect:+.{digits}f}", f"{v.low:+.{digits}f} to {v.high:+.{digits}f}")
+    verdict = badge(v.verdict) + ("; as claimed it is excluded" if v.excluded else "")
+    return f"{v.rule.says} ({v.rule.statistic})", *numbers, v.seeds, verdict
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -76,6 +76,25 @@ class Verdict:
     high: float = float("nan")
     seeds: int = 0
 
+    @property
+    def excluded(self) -> bool:
+        """Whether an open comparison excludes, with 95% confidence, the difference that is claimed:
+        all of the interval lies short of the margin, but not so far that it counts against it."""
+        if self.verdict != "inconclusive" or self.seeds < self.rule.min_seeds:
+            return False
+        ends = {">": self.high, "<": -self.low}
+        return ends.get(self.rule.direction, np.inf) < self.rule.margin
+
+
+def distinct(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Verdicts to count: a comparison that two claims share, by its numbers, stands in it once."""
+    found: dict[object, Verdict] = {}
+    for v in verdicts:
+        numbers = (v.effect, v.low, v.high)
+        known = np.isfinite(numbers).all()
+        found.setdefault((v.rule.contrast, v.verdict, *numbers) if known else id(v), v)
+    return list(found.values())
+
 
 def terms(contrast: str) -> list[tuple[float, str]]:
     """Weights and setting names of a contrast. Raises: ValueError if it cannot be read."""

@@ -315,7 +315,7 @@ def leaf(
     standings = tuple(s for s in found if s is not None)
     bearing = [v for v in verdicts if v.verdict != "not judged"
                and bears(v.rule, choice, own)]  # fmt: skip
-    counts = Counter(v.verdict for v in bearing)
+    counts = Counter(v.verdict for v in claims.distinct(bearing))
     chapters = tuple(dict.fromkeys(v.rule.chapter for v in bearing))
     chosen = recommended(standings)
     return Leaf(choice, place, standings, counts, chapters, chosen,

@@ -175,13 +175,16 @@ def dashboard(chapters: Chapters) -> str:
 
 def _comparisons(chapters: Chapters, asked: Collection[str]) -> str:
     """ "Of 41 comparisons 22 are reproduced, 6 not, 13 open." for some claims; "" without any."""
-    found = Counter(v.verdict for c in chapters.values() for v in c.verdicts
-                    if v.rule.claim in asked and v.verdict != "not judged")  # fmt: skip
+    own = claims.distinct(v for c in chapters.values() for v in c.verdicts
+                          if v.rule.claim in asked and v.verdict != "not judged")  # fmt: skip
+    found = Counter(v.verdict for v in own)
     total = found.total()
     if not total:
         return ""
     return (f"Of {total} comparisons {found['reproduced']} are reproduced, "
-            f"{found['not reproduced']} are not, {found['inconclusive']} are open.")  # fmt: skip
+            f"{found['not reproduced']} are not, {found['inconclusive']} are open; "
+            f"{sum(v.excluded for v in own)} of the open ones exclude the difference as it is "
+            "claimed.")  # fmt: skip
 
 
 def _summary(chapters: Chapters) -> list[dict[str, Any]]:

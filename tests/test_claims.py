@@ -179,3 +179,23 @@ def test_a_summary_counts_the_comparisons_of_a_claim():
     (row,) = found.to_dict("records")
     assert (row["claim"], row["verdict"]) == ("Q1-bandit-r1", "partly")
     assert (row["reproduced"], row["inconclusive"], row["not reproduced"]) == (1, 1, 0)
+
+
+def test_an_open_comparison_may_exclude_what_is_claimed():
+    """The margin is 0.02: between the ends lie "no difference" and "the other way round"."""
+    def found(low, high, direction=">", seeds=20, verdict="inconclusive"):
+        own = rule(direction, margin=0.02, min_seeds=5)
+        return claims.Verdict(own, verdict, (low + high) / 2, low, high, seeds).excluded
+
+    assert found(-0.05, 0.01) and not found(-0.05, 0.03) and not found(-0.05, 0.02)
+    assert found(-0.01, 0.05, "<") and not found(-0.03, 0.05, "<")
+    assert not found(-0.05, 0.01, "=") and not found(-0.05, 0.01, seeds=4)
+    assert not found(-0.05, -0.03, verdict="not reproduced")
+
+
+def test_a_comparison_of_two_claims_counts_once():
+    one, other = (replace(rule(), id=name, claim=name) for name in "ab")
+    same = [claims.Verdict(r, "reproduced", 0.5, 0.4, 0.6, 20) for r in (one, other)]
+    another = claims.Verdict(other, "reproduced", 0.5, 0.3, 0.7, 20)
+    unknown = [claims.Verdict(r, "not judged") for r in (one, other)]
+    assert claims.distinct([*same, another, *unknown]) == [same[0], another, *unknown]
