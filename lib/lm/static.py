@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, StaticCache
+from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, drawn_from, repeated
@@ -28,11 +28,37 @@ KEPT = 2  # compiled steps of a process at once: of policies with and without a 
 SHAPES = 6  # rows by places, of all together; PyTorch's compiler stops at 8 variants of a function
 
 
-def compilable(config: PreTrainedConfig) -> bool:
-    """Whether the step of one token is the same at every token. A layer with a window counts its
-    tokens in Python, and a compiler would take each count for a step of its own."""
-    layers = StaticCache(config, max_cache_len=1).layers
-    return all(type(layer) is StaticLayer for layer in layers)
+def compilable(model: PreTrainedModel) -> bool:
+    """Whether the step of one token can be compiled, and is the same at every token."""
+    return why_not_fixed(model) is None and why_not_compiled(model) is None
+
+
+def why_not_fixed(model: PreTrainedModel) -> str | None:
+    """What keeps a model from a cache of fixed shape, to follow its name; None if nothing does."""
+    # transformers' word on the class, under a private name: without it nothing is promised. GPT-Neo
+    # cuts its mask by the number of keys, and from a fixed cache would draw other tokens
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return "is not known to attend rightly to a cache of fixed shape"
+    try:
+        StaticCache(model.config, max_cache_len=1)
+    except Exception as error:  # AttributeError, KeyError, ValueError: each architecture its own
+        return f"has no cache of fixed shape in transformers ({type(error).__name__}: {error})"
+    return None
+
+
+def why_not_compiled(model: PreTrainedModel) -> str | None:
+    """The same for the compiled step, of a model that has such a cache."""
+    # a layer with a window counts its tokens in Python: each count would be compiled
+    if any(type(x) is not StaticLayer for x in StaticCache(model.config, max_cache_len=1).layers):
+        return "has layers with a window or a state of their own"
+    # the matrices of experts are one tensor. How many tokens each of them gets is read by the host,
+    # which a graph's capture refuses, and a `Twin` would leave them in float32
+    if any(p.dim() == 3 for p in model.parameters()):
+        return "has a mixture of experts"
+    # "dynamic", or that of each type of layer
+    if any("dynamic" in str(getattr(m, "rope_type", "")) for m in model.modules()):
+        return "has rotary frequencies that depend on the length"
+    return None
 
 
 class FixedCache(StaticCache):

@@ -10,14 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaPreTrainedModel,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
 )
 
 from lib.lm import decode, lora, policy, static
@@ -149,6 +153,78 @@ def test_layers_with_a_window_are_not_compiled(monkeypatch):
     Scorer(Network(llama()), (EOS,), PAD, decoder="compiled")
     with pytest.raises(ValueError, match="MistralForCausalLM has layers .* must be 'growing'"):
         Scorer(network, (EOS,), PAD, decoder="compiled")
+
+
+def small(kind, **options):
+    """A model of one narrow layer of any architecture."""
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{
+        "vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": None,
+        "eos_token_id": EOS, "pad_token_id": PAD, **options,
+    }))  # fmt: skip
+
+
+GPT_NEO = {"num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+EXPERTS, FIXED = "has a mixture of experts", "is not known to attend rightly"
+
+
+@pytest.mark.parametrize(("kind", "options", "why", "fixed"), [
+    ("gpt_neo", GPT_NEO, FIXED, False), ("mpt", {"d_model": 32, "n_layers": 1}, FIXED, False),
+    ("mixtral", {"num_local_experts": 4, "sliding_window": None}, EXPERTS, True),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, EXPERTS, True),
+    ("llama", {"rope_parameters": ROPE}, "has rotary frequencies that depend", True),
+    ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 4}, None, True), ("qwen2", {}, None, True),
+])  # fmt: skip
+def test_models_that_a_fixed_decoder_would_fail_are_refused(monkeypatch, kind, options, why, fixed):
+    """With the reason; and by themselves they are decoded by the growing one."""
+    monkeypatch.setattr(policy, "_has_compiler", lambda: True)
+    model = small(kind, **options)
+    assert compiles(on_gpu(model)) is static.compilable(model) is (why is None)
+    for decoder, works in (("compiled", why is None), ("static", fixed), ("growing", True)):
+        if works:
+            policy._check(model, decoder)
+            continue
+        with pytest.raises(ValueError, match=f"{type(model).__name__} {why}.* not '{decoder}'"):
+            policy._check(model, decoder)
+
+
+def test_a_scorer_asks_whether_its_decoder_works():
+    with pytest.raises(ValueError, match=f"GPTNeoForCausalLM {FIXED}"):
+        Scorer(Network(small("gpt_neo", **GPT_NEO)), (EOS,), PAD, decoder="static")
+
+
+def test_a_dynamic_rope_of_some_layers_is_seen():
+    model = llama()
+    model.model.rotary_emb.rope_type = {"full_attention": "dynamic", "other": "default"}
+    assert not static.compilable(model)
+
+
+def test_a_model_without_a_fixed_cache_is_not_compiled(monkeypatch):
+    def none(config, max_cache_len):
+        raise KeyError("of its own")
+
+    monkeypatch.setattr(static, "StaticCache", none)
+    assert not static.compilable(llama())
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no cache .* 'of its own'"):
+        policy._check(llama(), "static")
+
+
+def test_a_transformers_that_says_nothing_of_a_model_is_not_guessed_at(monkeypatch):
+    """The attribute is a private one."""
+    monkeypatch.delattr(LlamaPreTrainedModel, "_can_compile_fullgraph")
+    monkeypatch.delattr(PreTrainedModel, "_can_compile_fullgraph")
+    assert not static.compilable(llama())
+
+
+def test_adapters_are_no_reason_against_a_compiled_step():
+    """In place, as `lora.attach` puts them, or in a model of peft's own around it."""
+    model = llama()
+    lora.attach(model, 2, 0)
+    assert static.compilable(model)
+    for made, expected in ((llama(), True), (small("gpt_neo", **GPT_NEO), False)):
+        wrapped = get_peft_model(made, LoraConfig(target_modules="all-linear"))
+        assert static.compilable(wrapped) is expected
 
 
 def test_a_gpu_that_emulates_bfloat16_does_not_compile_it(monkeypatch):
