@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, drawn_from, repeated
-from lib.lm.network import Network
+from lib.lm.network import LINEAR, Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
 KEPT = 2  # compiled steps of a process at once: of policies with and without a value head
@@ -280,7 +280,7 @@ class Twin:
         tensors = chain(network.parameters(), network.buffers())
         self.network = copy.deepcopy(network, {} if alone else {id(x): x for x in tensors})
         for path, layer in self.network.named_modules():
-            is_matrix = isinstance(layer, nn.Linear) and layer is not self.network.value
+            is_matrix = isinstance(layer, LINEAR) and layer is not self.network.value
             for name, source in list(layer.named_parameters(recurse=False)):
                 wanted = dtype if is_matrix else source.dtype
                 if alone or source.dtype != wanted:  # of a tied head too: the embedding keeps its
