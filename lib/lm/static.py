@@ -9,7 +9,8 @@ in `LOOK` tokens, to see whether all have finished.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -164,11 +165,25 @@ def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     """What `work` starts on a GPU, to be started again at once. It is not done now. Threads that
     have nothing to do with it may go on."""
     graph = torch.cuda.CUDAGraph()
-    with (torch.cuda.device(device),
+    with (torch.cuda.device(device), _scratch_of_its_own(),
           torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
           ):  # fmt: skip
         work()
     return graph
+
+
+@contextmanager
+def _scratch_of_its_own() -> Iterator[None]:
+    """Products ask once a stream for scratch space, and PyTorch keeps it for good. Kept from a
+    capture, it would hold the graph's memory after the graph is gone; kept from before, it could
+    not be let go while the graph writes there. PyTorch's own graphs let go of it at both ends too
+    (`torch._inductor.cudagraph_trees`), by a private function that a release may lack."""
+    let_go = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    let_go()
+    try:
+        yield
+    finally:
+        let_go()
 
 
 _compiled: dict[tuple, Steps] = {}  # that networks of an architecture share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from types import SimpleNamespace
 
@@ -456,6 +457,38 @@ def test_a_token_can_be_captured_as_a_graph(model, monkeypatch, dtype, value_hea
                 p.add_(0.02 * torch.randn_like(p))
         assert_same(plain.sample(*given), graphed.sample(*given))
     assert only_slate(graphed).graph.replays > 3 * static.LOOK
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_captured_graph_alone_keeps_its_scratch_space(monkeypatch, has):
+    """What products on its stream would keep of it is let go, also where the capture fails."""
+    seen = []
+
+    @contextmanager
+    def noted(*args, **kwargs):
+        seen.append("begin")
+        try:
+            yield
+        finally:
+            seen.append("end")
+
+    def failing():
+        raise RuntimeError("refused")
+
+    for name, stand_in in (("CUDAGraph", object), ("Stream", object), ("graph", noted),
+                           ("device", lambda _: nullcontext())):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    name, let_go = "_cuda_clearCublasWorkspaces", ["let go"] * has
+    if has:
+        monkeypatch.setattr(torch._C, name, lambda: seen.append("let go"), raising=False)
+    else:
+        monkeypatch.delattr(torch._C, name, raising=False)
+    static.captured(lambda: seen.append("work"), torch.device("cuda"))
+    assert seen == [*let_go, "begin", "work", "end", *let_go]
+    seen.clear()
+    with pytest.raises(RuntimeError, match="refused"):
+        static.captured(failing, torch.device("cuda"))
+    assert seen == [*let_go, "begin", "end", *let_go]
 
 
 def cpu(samples):
