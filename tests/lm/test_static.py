@@ -34,7 +34,7 @@ from lib.lm.pairs import load
 from lib.lm.policy import TOLERANCE, Scorer, compiles
 from lib.lm.static import StaticDecoder, Twin
 from lib.rollouts import Rollout
-from tests.tiny_lm import save_tiny_policy
+from tests.tiny_lm import half_of, save_tiny_policy
 
 EOS, PAD = 256, 257
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90], [5, 256, 7]]  # an EOS inside a prompt
@@ -234,6 +234,19 @@ def test_a_gpu_that_emulates_bfloat16_does_not_compile_it(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert compiles(on_gpu(llama(), "bfloat16")) is expected
         assert compiles(on_gpu(llama(), "float16"))
+        assert half_of("cuda") == ("bfloat16" if expected else "float16")
+
+
+def test_networks_of_an_architecture_keep_their_slates_apart_by_shape(model, monkeypatch):
+    """A decoder of a shared step finds those of others there: what is its own, its shape says."""
+    monkeypatch.setattr(static, "_compiled", {})
+    monkeypatch.setattr(static, "_shapes", set())
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    one, other = (StaticDecoder(Network(model), compiled=True) for _ in range(2))
+    one.sample(*inputs(PROMPTS, numbers(4)))
+    other.sample(*inputs(PROMPTS, numbers(8)))
+    assert list(other.steps.slates) == [(4, 20, 1), (8, 20, 1)]
+    assert other.steps.slates[8, 20, 1].index.numel() == 8
 
 
 @pytest.mark.parametrize(("triton", "compiler", "message"), [
@@ -505,7 +518,8 @@ def cpu(samples):
 ])  # fmt: skip
 def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model, device):
     """Not for other prompts, values or weights, nor for another network of the architecture."""
-    for made, options in ((model, {}), (llama(), {"dtype": "bfloat16", "checkpointing": True})):
+    halved = {"dtype": half_of(device), "checkpointing": True}
+    for made, options in ((model, {}), (llama(), halved)):
         network = Network(copy.deepcopy(made).to(device), **options)
         decoder = StaticDecoder(network, compiled=True)
         given, others = (
