@@ -58,7 +58,7 @@ from benchmarks.turns import Lost, in_turn
 from lib.footprint import keys_and_values
 from lib.lm.models import load_policy
 from lib.lm.network import Network
-from lib.lm.policy import Scorer
+from lib.lm.policy import Scorer, has_dtype
 
 ROWS, PROMPT, NEW = 64, 64, 128  # of decoding alone: completions, tokens of a prompt, new ones
 STEPS, SLOW = 5, 3  # timed, of what is compiled and of what is not: a GPU's time hardly varies
@@ -329,9 +329,15 @@ def _step_lines(
 
 
 def on_gpu(name: str, effort: Effort) -> Iterator[Result | Unmeasured]:
-    """As many steps whatever the effort. One line that says so where there is no GPU."""
+    """As many steps whatever the effort. One line that says so where there is no GPU, or one that
+    only emulates bfloat16, in which all settings but one are."""
+    lacking = None
     if not torch.cuda.is_available():
-        yield Unmeasured(f"lm/{name}/cuda", "there is no CUDA GPU here", failed=False)
+        lacking = "there is no CUDA GPU here"
+    elif not has_dtype(torch.device("cuda"), "bfloat16"):
+        lacking = "the GPU here has no bfloat16 of its own"
+    if lacking is not None:
+        yield Unmeasured(f"lm/{name}/cuda", lacking, failed=False)
         return
     try:
         yield from compare(name, PRESETS[name], small=name == "smollm2")

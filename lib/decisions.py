@@ -285,10 +285,12 @@ def _memory(problem: Problem, profile: experiments.Profile) -> float:
     preset = {"bandit": footprint.BANDIT, **footprint.PRESETS}.get(name)
     if preset is None:
         return float("nan")
-    batch = footprint.BANDIT_BATCH if name == "bandit" else footprint.MINIBATCH
+    bandit = name == "bandit"
     found = footprint.memory(
         preset, 4 if options.get("dtype", "float32") == "float32" else 2,
-        micro_batch=footprint.TOKEN_BUDGET[profile.device], batch=batch,
+        micro_batch=footprint.TOKEN_BUDGET[profile.device],
+        batch=footprint.BANDIT_BATCH if bandit else footprint.MINIBATCH,
+        compiled=profile.device == "cuda" and not bandit,
     )  # fmt: skip
     return MIB * found["total"]
 

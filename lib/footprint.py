@@ -10,10 +10,12 @@ checkpointed, 4 l d + 2 (a d + c f); keys and values 4 l k for each token of the
 by a compiled decoder from one sampling to the next. a = 11 and c = 2, or 17 and 4 for an
 architecture like LLaMA's: what PyTorch was counted to keep where a batch has padding. (The count of
 Korthikanti et al. 2023, without dropout and without stored attention scores, is a = 8 and c = 2; it
-has no copies in it, and no norms in float32.) With LoRA of A parameters: weights 2 P + 2 v d,
-adapters (4 + 4 + 4 + 8) A, no reference. All methods take the same: an offline one is evaluated on
-samples and by the reward model as well. Gradients are counted beside all activations, as where a
-minibatch goes through in pieces; in one piece they come as activations go.
+has no copies in it, and no norms in float32.) With products in float32 there is one copy, 4 P, that
+a compiled decoder keeps; a head that is tied to the embedding is held apart from it there, 4 v d.
+With LoRA of A parameters: weights 2 P + 2 v d, adapters (4 + 4 + 4 + 8) A, no reference. All
+methods take the same: an offline one is evaluated on samples and by the reward model as well.
+Gradients are counted beside all activations, as where a minibatch goes through in pieces; in one
+piece they come as activations go.
 Seconds (eq-time): 2 P operations a token to score or to sample, 6 P to train (8 P checkpointed), at
 a share of the peak; a decoding step also reads weights and cache, and starts every layer's kernels.
 """
@@ -52,7 +54,7 @@ class Shape:
     Args: parameters: all of them. width, layers; inner: width of the MLP; keys: width of all key
         heads together; vocabulary; sides: inputs plus outputs of all linear layers but the head.
         gated: whether it is built as LLaMA: an MLP with a gate (three matrices, not two), and
-        norms that divide by the root mean square.
+        norms that divide by the root mean square. tied: whether the head is the embedding.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Shape:
     vocabulary: int
     sides: int
     gated: bool = False
+    tied: bool = False
 
     @classmethod
     def of(cls, name: str, model: Any) -> Shape:
@@ -74,8 +77,10 @@ class Shape:
         head = model.get_output_embeddings()
         linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
         sides = sum(m.in_features + m.out_features for m in linear)
+        tied = head.weight is model.get_input_embeddings().weight
         return cls(name, model.num_parameters(), config.hidden_size, config.num_hidden_layers,
-                   config.intermediate_size, keys, config.vocab_size, sides, gated)  # fmt: skip
+                   config.intermediate_size, keys, config.vocab_size, sides, gated,
+                   tied)  # fmt: skip
 
     def layer_numbers(self, size: int = 2) -> int:
         """Numbers per token that a layer keeps for the backward pass, in the dtype of products.
@@ -108,6 +113,14 @@ class Shape:
         if size == 4:
             return 4 * self.parameters
         return 2 * self.parameters + 2 * self.vocabulary * self.width
+
+    def trained(self, size: int, compiled: bool = True) -> int:
+        """Bytes of weights that train and of the copies that a decoder and the backward pass keep;
+        in float32 a decoder that is compiled alone, with a head of its own."""
+        if size == 2:
+            return (4 + 2) * self.parameters + self.frozen(2)
+        head = self.vocabulary * self.width if self.tied else 0
+        return 4 * self.parameters + 4 * compiled * (self.parameters + head)
 
 
 def keys_and_values(config: Any) -> int:
@@ -150,7 +163,8 @@ class Preset:
 # Sizes by the published configurations; machines by their makers' data sheets.
 PYTHIA_14 = Shape("Pythia-1.4B", 1_414_647_808, 2048, 24, 8192, 2048, 50_304, 786_432)
 PYTHIA_410 = Shape("Pythia-410M", 405_334_016, 1024, 24, 4096, 1024, 50_304, 393_216)
-SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, 305_280, gated=True)
+SMOLLM2 = Shape("SmolLM2-135M", 134_515_008, 576, 30, 1536, 192, 49_152, 305_280, gated=True,
+                tied=True)  # fmt: skip
 TINY = Shape("tiny", 1_317_632, 128, 4, 512, 128, 2048, 8192)
 TINY_REWARD = Shape("tiny reward model", 231_232, 64, 2, 256, 64, 2048, 2048)
 NANO = Shape("GPT-nano", 94_992, 48, 3, 192, 48, 100, 2304)
@@ -175,13 +189,8 @@ MACHINES = (T4, A100, H100)
 
 
 def memory(
-    preset: Preset,
-    size: int = 2,
-    *,
-    checkpointing: bool = False,
-    lora: bool = False,
-    micro_batch: int = TOKEN_BUDGET["cuda"],
-    batch: int = MINIBATCH,
+    preset: Preset, size: int = 2, *, checkpointing: bool = False, lora: bool = False,
+    micro_batch: int = TOKEN_BUDGET["cuda"], batch: int = MINIBATCH, compiled: bool = True,
 ) -> dict[str, float]:
     """GiB by use, and their sum as `total`: whatever the method, see above.
 
@@ -189,15 +198,14 @@ def memory(
     the reference is the same model with the adapters off.
     Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
         once, padding included (`TOKEN_BUDGET` of a GPU in the loop). batch: completions of an
-        update, which are drawn together.
+        update, which are drawn together. compiled: whether the decoder is, as on a GPU.
     """
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
     size = 2 if lora else size
     drawn = batch * (preset.prompt + preset.response)
     tokens = min(micro_batch, drawn)
-    weights = 4 * p if size == 4 else (4 + 2) * p + policy.frozen(2)  # backward pass, decoder
     uses = {
-        "weights": policy.frozen(2) + (4 + 2 + 2) * a if lora else weights,
+        "weights": policy.frozen(2) + (4 + 2 + 2) * a if lora else policy.trained(size, compiled),
         "gradients": 4 * (a if lora else p),
         "moments": 8 * (a if lora else p),
         "reference": 0 if lora else policy.frozen(size),

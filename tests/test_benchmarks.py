@@ -155,6 +155,16 @@ def test_without_a_gpu_its_benchmarks_are_one_line_each_and_no_failure(
     assert capsys.readouterr().out.count("skipped: there is no CUDA GPU here") == 2
 
 
+def test_a_gpu_without_bfloat16_is_one_line_each_and_no_failure(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(cuda, "compare", lambda *_, **__: pytest.fail("it was measured"))
+    for name in cuda.PRESETS:
+        (line,) = cuda.on_gpu(name, None)
+        assert line == Unmeasured(f"lm/{name}/cuda", "the GPU here has no bfloat16 of its own",
+                                  failed=False)  # fmt: skip
+
+
 def test_what_was_measured_is_kept_when_the_rest_is_not(monkeypatch, tmp_path):
     def some(effort):
         yield Unmeasured("one", "no memory")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib import claims, decisions, experiments
+from lib import claims, decisions, experiments, footprint
 from lib.decisions import MIN_SEEDS, NOT_YET, Problem
 from lib.experiments import Setting
 
@@ -252,6 +253,19 @@ def test_collect_takes_base_settings_and_the_stalest():
     assert table.at["fresh", "memory"] == table.at["fixed", "memory"] > 20
     own = decisions.collect({"b": Given({setting("dpo"): [[0.0]]}, prepared="my-policy")}, (ALSO,))
     assert np.isnan(own["memory"]).all()
+
+
+def test_memory_counts_a_compiled_decoder_where_there_is_one():
+    """On a GPU a language model in float32 has one: a copy of its weights. The bandit has none."""
+    here = experiments.Profile((), (), (), (), ())
+    there = replace(here, device="cuda")
+    lm, bandit = replace(ALSO, sizes="tiny"), replace(ALSO, sizes="bandit")
+    tiny = footprint.PRESETS["tiny"]
+    said = footprint.memory(tiny, 4, micro_batch=footprint.TOKEN_BUDGET["cuda"])["total"]
+    assert decisions._memory(lm, there) == decisions.MIB * said
+    said = footprint.memory(tiny, 4, micro_batch=footprint.TOKEN_BUDGET["cpu"], compiled=False)
+    assert decisions._memory(lm, here) == decisions.MIB * said["total"]
+    assert decisions._memory(bandit, here) == decisions._memory(bandit, there)
 
 
 def test_a_problem_may_have_a_base_and_a_reward_of_its_own():

@@ -86,7 +86,25 @@ def test_16_bits_hold_the_weights_three_times(tied):
     preset = Preset(Shape.of("any", model), SMALL, 3, 5)
     said = footprint.memory(preset)["weights"] * GIB
     assert own + decoder + graph == pytest.approx(said, rel=0.05)
-    assert footprint.memory(preset, size=4)["weights"] * GIB == own
+    assert footprint.memory(preset, size=4, compiled=False)["weights"] * GIB == own
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config", [LlamaConfig, GPTNeoXConfig])
+def test_a_compiled_decoder_holds_float32_weights_twice(config, tied):
+    """And of a tied head one more: the twin's is no embedding. Counted, to the byte."""
+    model = AutoModelForCausalLM.from_config(config(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=128,
+        num_attention_heads=4, tie_word_embeddings=tied,
+    ))  # fmt: skip
+    shape, casts = Shape.of("any", model), Twin(Network(model), alone=True).casts
+    assert shape.tied is tied
+    held = [*model.parameters(), *(x for x in casts if isinstance(x, torch.nn.Parameter))]
+    said = footprint.memory(Preset(shape, SMALL, 3, 5), size=4)
+    assert sum(4 * p.numel() for p in held) == said["weights"] * GIB
+    grown = footprint.memory(Preset(shape, SMALL, 3, 5), size=4, compiled=False)
+    changed = {name for name in said if said[name] != grown[name]}
+    assert changed == {"weights", "total"}
 
 
 @pytest.mark.parametrize("method", ["dpo_offline", "dpo"])

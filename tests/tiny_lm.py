@@ -13,12 +13,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lib.lm.policy import has_dtype
+
 EOS, PAD, TURN = "<eos>", "<pad>", "<turn>"
 TEMPLATE = (
     "{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] + '<turn>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
 )
 SIZE = 264  # embedding rows: 256 bytes, the special tokens, and room to spare
+
+
+def half_of(device: str) -> str:
+    """The dtype of 16 bits in which a device multiplies itself: not bfloat16 on a T4."""
+    return "bfloat16" if has_dtype(torch.device(device), "bfloat16") else "float16"
 
 
 def tiny_tokenizer(

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
 
 # Logits held at once (numbers, not bytes): 256 MB in float32.
 LOGIT_BUDGET = 2**26
+# Layers that multiply by a matrix, and that autocast knows; GPT-2 and its kin have the second.
+LINEAR = (nn.Linear, Conv1D)
 
 
 def products(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -166,10 +169,10 @@ class Network(nn.Module):
         return max(1, LOGIT_BUDGET // self.vocabulary)
 
 
-def matrices(model: nn.Module) -> list[nn.Linear]:
+def matrices(model: nn.Module) -> list[nn.Linear | Conv1D]:
     """The linear layers whose weight is theirs alone: not a head that is tied to the embedding."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = (m for m in model.modules() if isinstance(m, nn.Linear))
+    linear = (m for m in model.modules() if isinstance(m, LINEAR))
     return [m for m in linear if id(m.weight) not in embeddings]
 
 

@@ -12,12 +12,13 @@ from sysconfig import get_paths
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
+from transformers import PreTrainedModel
 
 from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
-from lib.lm.static import StaticDecoder, compilable
+from lib.lm.static import StaticDecoder, compilable, why_not_compiled, why_not_fixed
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
 
@@ -51,7 +52,7 @@ def compiles(network: Network) -> bool:
     the same at every token, and what compiles it."""
     if network.device.type != "cuda" or not has_dtype(network.device, network.dtype):
         return False
-    return compilable(network.model.config) and _has_compiler()
+    return compilable(network.model) and _has_compiler()
 
 
 @cache
@@ -67,6 +68,16 @@ def _has_compiler() -> bool:
     return not missing
 
 
+def _check(model: PreTrainedModel, decoder: str | None) -> None:
+    """Raises: ValueError for a decoder that would fail with the model, or draw other tokens."""
+    why = why_not_fixed(model) if decoder in ("static", "compiled") else None
+    if decoder == "compiled":
+        why = why or why_not_compiled(model)
+    if why is not None:
+        raise ValueError(f"{type(model).__name__} {why}: decoder must be 'growing', "
+                         f"not '{decoder}'")  # fmt: skip
+
+
 class Scorer:
     """A frozen language model that samples and scores.
 
@@ -78,7 +89,7 @@ class Scorer:
         decoder: "growing" (`lib.lm.decode`), "static" or "compiled" (`lib.lm.static`); None for
             "compiled" where that works (`compiles`), else "growing".
         longest: tokens of the longest prompt that will be sampled for, 0 if it is not known.
-    Raises: ValueError for "compiled" and a model that cannot be.
+    Raises: ValueError for "static" or "compiled" and a model for which it does not work.
     """
 
     def __init__(
@@ -90,10 +101,7 @@ class Scorer:
         decoder: str | None = None,
         longest: int = 0,
     ):
-        if decoder == "compiled" and not compilable(network.model.config):
-            raise ValueError(f"{type(network.model).__name__} has layers with a window or a state "
-                             "of their own, which cannot be compiled: decoder must be 'growing'"
-                             )  # fmt: skip
+        _check(network.model, decoder)
         self.network, self.pad, self.longest = network, pad, longest
         self.budget = budget or token_budget(network.device)
         self.decoder = decoder or ("compiled" if compiles(network) else "growing")

@@ -9,7 +9,8 @@ in `LOOK` tokens, to see whether all have finished.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,22 +18,48 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, StaticCache
+from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from lib.lm.decode import LOOK, Drawn, Samples, Trace, draw, drawn_from, repeated
-from lib.lm.network import Network
+from lib.lm.network import LINEAR, Network
 
 PLACES = 64  # a cache has a multiple of it: a compiled step serves prompts of similar length
 KEPT = 2  # compiled steps of a process at once: of policies with and without a value head
 SHAPES = 6  # rows by places, of all together; PyTorch's compiler stops at 8 variants of a function
 
 
-def compilable(config: PreTrainedConfig) -> bool:
-    """Whether the step of one token is the same at every token. A layer with a window counts its
-    tokens in Python, and a compiler would take each count for a step of its own."""
-    layers = StaticCache(config, max_cache_len=1).layers
-    return all(type(layer) is StaticLayer for layer in layers)
+def compilable(model: PreTrainedModel) -> bool:
+    """Whether the step of one token can be compiled, and is the same at every token."""
+    return why_not_fixed(model) is None and why_not_compiled(model) is None
+
+
+def why_not_fixed(model: PreTrainedModel) -> str | None:
+    """What keeps a model from a cache of fixed shape, to follow its name; None if nothing does."""
+    # transformers' word on the class, under a private name: without it nothing is promised. GPT-Neo
+    # cuts its mask by the number of keys, and from a fixed cache would draw other tokens
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return "is not known to attend rightly to a cache of fixed shape"
+    try:
+        StaticCache(model.config, max_cache_len=1)
+    except Exception as error:  # AttributeError, KeyError, ValueError: each architecture its own
+        return f"has no cache of fixed shape in transformers ({type(error).__name__}: {error})"
+    return None
+
+
+def why_not_compiled(model: PreTrainedModel) -> str | None:
+    """The same for the compiled step, of a model that has such a cache."""
+    # a layer with a window counts its tokens in Python: each count would be compiled
+    if any(type(x) is not StaticLayer for x in StaticCache(model.config, max_cache_len=1).layers):
+        return "has layers with a window or a state of their own"
+    # the matrices of experts are one tensor. How many tokens each of them gets is read by the host,
+    # which a graph's capture refuses, and a `Twin` would leave them in float32
+    if any(p.dim() == 3 for p in model.parameters()):
+        return "has a mixture of experts"
+    # "dynamic", or that of each type of layer
+    if any("dynamic" in str(getattr(m, "rope_type", "")) for m in model.modules()):
+        return "has rotary frequencies that depend on the length"
+    return None
 
 
 class FixedCache(StaticCache):
@@ -138,11 +165,25 @@ def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     """What `work` starts on a GPU, to be started again at once. It is not done now. Threads that
     have nothing to do with it may go on."""
     graph = torch.cuda.CUDAGraph()
-    with (torch.cuda.device(device),
+    with (torch.cuda.device(device), _scratch_of_its_own(),
           torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
           ):  # fmt: skip
         work()
     return graph
+
+
+@contextmanager
+def _scratch_of_its_own() -> Iterator[None]:
+    """Products ask once a stream for scratch space, and PyTorch keeps it for good. Kept from a
+    capture, it would hold the graph's memory after the graph is gone; kept from before, it could
+    not be let go while the graph writes there. PyTorch's own graphs let go of it at both ends too
+    (`torch._inductor.cudagraph_trees`), by a private function that a release may lack."""
+    let_go = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    let_go()
+    try:
+        yield
+    finally:
+        let_go()
 
 
 _compiled: dict[tuple, Steps] = {}  # that networks of an architecture share
@@ -254,7 +295,7 @@ class Twin:
         tensors = chain(network.parameters(), network.buffers())
         self.network = copy.deepcopy(network, {} if alone else {id(x): x for x in tensors})
         for path, layer in self.network.named_modules():
-            is_matrix = isinstance(layer, nn.Linear) and layer is not self.network.value
+            is_matrix = isinstance(layer, LINEAR) and layer is not self.network.value
             for name, source in list(layer.named_parameters(recurse=False)):
                 wanted = dtype if is_matrix else source.dtype
                 if alone or source.dtype != wanted:  # of a tied head too: the embedding keeps its

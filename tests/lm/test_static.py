@@ -5,31 +5,36 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaPreTrainedModel,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
 )
 
 from lib.lm import decode, lora, policy, static
 from lib.lm.batches import padded
 from lib.lm.config import TINY
 from lib.lm.models import load_policy
-from lib.lm.network import Network, matrices
+from lib.lm.network import Network, halve, matrices
 from lib.lm.pairs import load
 from lib.lm.policy import TOLERANCE, Scorer, compiles
 from lib.lm.static import StaticDecoder, Twin
 from lib.rollouts import Rollout
-from tests.tiny_lm import save_tiny_policy
+from tests.tiny_lm import half_of, save_tiny_policy
 
 EOS, PAD = 256, 257
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90], [5, 256, 7]]  # an EOS inside a prompt
@@ -151,12 +156,97 @@ def test_layers_with_a_window_are_not_compiled(monkeypatch):
         Scorer(network, (EOS,), PAD, decoder="compiled")
 
 
+def small(kind, **options):
+    """A model of one narrow layer of any architecture."""
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{
+        "vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": None,
+        "eos_token_id": EOS, "pad_token_id": PAD, **options,
+    }))  # fmt: skip
+
+
+GPT_NEO = {"num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+EXPERTS, FIXED = "has a mixture of experts", "is not known to attend rightly"
+
+
+@pytest.mark.parametrize(("kind", "options", "why", "fixed"), [
+    ("gpt_neo", GPT_NEO, FIXED, False), ("mpt", {"d_model": 32, "n_layers": 1}, FIXED, False),
+    ("mixtral", {"num_local_experts": 4, "sliding_window": None}, EXPERTS, True),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, EXPERTS, True),
+    ("llama", {"rope_parameters": ROPE}, "has rotary frequencies that depend", True),
+    ("gpt2", {}, None, True), ("qwen2", {}, None, True),
+])  # fmt: skip
+def test_models_that_a_fixed_decoder_would_fail_are_refused(monkeypatch, kind, options, why, fixed):
+    """With the reason; and by themselves they are decoded by the growing one."""
+    monkeypatch.setattr(policy, "_has_compiler", lambda: True)
+    model = small(kind, **options)
+    assert compiles(on_gpu(model)) is static.compilable(model) is (why is None)
+    for decoder, works in (("compiled", why is None), ("static", fixed), ("growing", True)):
+        if works:
+            policy._check(model, decoder)
+            continue
+        with pytest.raises(ValueError, match=f"{type(model).__name__} {why}.* not '{decoder}'"):
+            policy._check(model, decoder)
+
+
+def test_a_scorer_asks_whether_its_decoder_works():
+    with pytest.raises(ValueError, match=f"GPTNeoForCausalLM {FIXED}"):
+        Scorer(Network(small("gpt_neo", **GPT_NEO)), (EOS,), PAD, decoder="static")
+
+
+def test_a_dynamic_rope_of_some_layers_is_seen():
+    model = llama()
+    model.model.rotary_emb.rope_type = {"full_attention": "dynamic", "other": "default"}
+    assert not static.compilable(model)
+
+
+def test_a_model_without_a_fixed_cache_is_not_compiled(monkeypatch):
+    def none(config, max_cache_len):
+        raise KeyError("of its own")
+
+    monkeypatch.setattr(static, "StaticCache", none)
+    assert not static.compilable(llama())
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no cache .* 'of its own'"):
+        policy._check(llama(), "static")
+
+
+def test_a_transformers_that_says_nothing_of_a_model_is_not_guessed_at(monkeypatch):
+    """The attribute is a private one."""
+    monkeypatch.delattr(LlamaPreTrainedModel, "_can_compile_fullgraph")
+    monkeypatch.delattr(PreTrainedModel, "_can_compile_fullgraph")
+    assert not static.compilable(llama())
+
+
+def test_adapters_are_no_reason_against_a_compiled_step():
+    """In place, as `lora.attach` puts them, or in a model of peft's own around it."""
+    model = llama()
+    lora.attach(model, 2, 0)
+    assert static.compilable(model)
+    for made, expected in ((llama(), True), (small("gpt_neo", **GPT_NEO), False)):
+        wrapped = get_peft_model(made, LoraConfig(target_modules="all-linear"))
+        assert static.compilable(wrapped) is expected
+
+
 def test_a_gpu_that_emulates_bfloat16_does_not_compile_it(monkeypatch):
     monkeypatch.setattr(policy, "_has_compiler", lambda: True)
     for capability, expected in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert compiles(on_gpu(llama(), "bfloat16")) is expected
         assert compiles(on_gpu(llama(), "float16"))
+        assert half_of("cuda") == ("bfloat16" if expected else "float16")
+
+
+def test_networks_of_an_architecture_keep_their_slates_apart_by_shape(model, monkeypatch):
+    """A decoder of a shared step finds those of others there: what is its own, its shape says."""
+    monkeypatch.setattr(static, "_compiled", {})
+    monkeypatch.setattr(static, "_shapes", set())
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    one, other = (StaticDecoder(Network(model), compiled=True) for _ in range(2))
+    one.sample(*inputs(PROMPTS, numbers(4)))
+    other.sample(*inputs(PROMPTS, numbers(8)))
+    assert list(other.steps.slates) == [(4, 20, 1), (8, 20, 1)]
+    assert other.steps.slates[8, 20, 1].index.numel() == 8
 
 
 @pytest.mark.parametrize(("triton", "compiler", "message"), [
@@ -181,6 +271,31 @@ def test_it_stops_looking_when_all_rows_have_ended(model, monkeypatch):
     network = Network(model)
     StaticDecoder(network).sample(*inputs(PROMPTS, numbers(4, 200), eos=tuple(range(264))))
     assert len(seen) == decode.LOOK - 1
+
+
+def gpt2():
+    """Matrices that are Conv1D, and a tied head."""
+    torch.manual_seed(0)
+    return small("gpt2", num_hidden_layers=2, initializer_range=0.3)
+
+
+def test_gpt2s_matrices_are_cast_as_others_are():
+    """Bit for bit what autocast gives, and frozen ones are held in 16 bits alone."""
+    network = Network(gpt2(), dtype="bfloat16")
+    twin, given = Twin(network, alone=True).refreshed(network), inputs(PROMPTS, numbers(8))
+    block = twin.model.transformer.h[1]
+    cast = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    assert {p.dtype for layer in cast for p in layer.parameters()} == {torch.bfloat16}
+    assert block.ln_1.weight.dtype == twin.model.transformer.wte.weight.dtype == torch.float32
+    frozen = Network(gpt2().requires_grad_(False), dtype="bfloat16")
+    halve(frozen.model, "bfloat16")
+    assert frozen.model.transformer.h[1].mlp.c_fc.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        states, *others = (n.hidden(*given[:2]) for n in (network, twin, frozen))
+    assert all(torch.equal(states, other) for other in others)
+    assert torch.equal(network.logits(states), twin.logits(states))
+    assert_scored(network, given[:2], StaticDecoder(network).sample(*given))
+    assert len(matrices(network.model)) == 2 * len(cast)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -357,6 +472,38 @@ def test_a_token_can_be_captured_as_a_graph(model, monkeypatch, dtype, value_hea
     assert only_slate(graphed).graph.replays > 3 * static.LOOK
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_captured_graph_alone_keeps_its_scratch_space(monkeypatch, has):
+    """What products on its stream would keep of it is let go, also where the capture fails."""
+    seen = []
+
+    @contextmanager
+    def noted(*args, **kwargs):
+        seen.append("begin")
+        try:
+            yield
+        finally:
+            seen.append("end")
+
+    def failing():
+        raise RuntimeError("refused")
+
+    for name, stand_in in (("CUDAGraph", object), ("Stream", object), ("graph", noted),
+                           ("device", lambda _: nullcontext())):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    name, let_go = "_cuda_clearCublasWorkspaces", ["let go"] * has
+    if has:
+        monkeypatch.setattr(torch._C, name, lambda: seen.append("let go"), raising=False)
+    else:
+        monkeypatch.delattr(torch._C, name, raising=False)
+    static.captured(lambda: seen.append("work"), torch.device("cuda"))
+    assert seen == [*let_go, "begin", "work", "end", *let_go]
+    seen.clear()
+    with pytest.raises(RuntimeError, match="refused"):
+        static.captured(failing, torch.device("cuda"))
+    assert seen == [*let_go, "begin", "end", *let_go]
+
+
 def cpu(samples):
     parts = (samples.completions, samples.mask, samples.logp, samples.values, samples.scale)
     return decode.Samples(*(x if x is None else x.cpu() for x in parts))
@@ -371,7 +518,8 @@ def cpu(samples):
 ])  # fmt: skip
 def test_a_compiled_step_writes_the_same_tokens_and_is_not_compiled_again(model, device):
     """Not for other prompts, values or weights, nor for another network of the architecture."""
-    for made, options in ((model, {}), (llama(), {"dtype": "bfloat16", "checkpointing": True})):
+    halved = {"dtype": half_of(device), "checkpointing": True}
+    for made, options in ((model, {}), (llama(), halved)):
         network = Network(copy.deepcopy(made).to(device), **options)
         decoder = StaticDecoder(network, compiled=True)
         given, others = (
