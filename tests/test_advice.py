@@ -67,7 +67,8 @@ def test_the_default_is_who_failed_least_often_and_says_where():
             "you have pairs.") in first  # fmt: skip
     assert ("level with the best so often: DPO on 2 of 2 and RWR on 2 of 2; on fixed data DPO on 2 "
             "of 2.") in first  # fmt: skip
-    assert "| RWR (on-policy) | a reward for every answer | bandit R1, bandit R2 | \N{EN DASH}" in first
+    rwr = "| RWR (on-policy) | a reward for every answer | bandit R1, bandit R2 | \N{EN DASH}"
+    assert rwr in first
     assert "| DPO (offline) | pairs | bandit R1, bandit R2 | \N{EN DASH} | bandit R2 |" in first
     assert "| untrained | 0.00 | 0.00 |" in first
     assert "| DPO (on-policy) | **0.99** | **0.99** |" in first
