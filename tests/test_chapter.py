@@ -220,6 +220,7 @@ def test_a_plan_of_more_seeds_counts_those_alone(name, method, tmp_path):
     assert f" To compute: {len(more.settings())} runs = " in more.plan()
 
 
+@pytest.mark.slow
 def test_a_plan_finds_what_the_store_has(tmp_path):
     asked = {"profile": "smoke", "methods": ["ipo"], "recompute": True, "store": tmp_path}
     before = Chapter("complementary", **asked)

@@ -88,6 +88,21 @@ def test_what_a_leaf_recommends(table, found, says):
     assert chart.take(leaf) == says
 
 
+@pytest.mark.parametrize(("verdict", "badge", "other"), [
+    ("reproduced", "reproduced", "not"), ("not reproduced", "not", "reproduced"),
+])  # fmt: skip
+def test_an_outcome_has_the_badge_of_its_verdict(verdict, badge, other):
+    text = chart.chart(leaves(CLEAR, (verdict,)))
+    assert f'<span class="verdict-{badge}">' in text
+    assert f'<span class="verdict-{other}">' not in text
+
+
+def test_who_does_not_lead_but_was_first_once_is_named():
+    table = results({"dpo_offline": [0.9] * 20, "rwr_offline": [0.3] * 19 + [1.0]})
+    text = chart.chart(leaves(table, ("reproduced",)))
+    assert "- Behind, first in so many: RWR (offline) 1" in text
+
+
 def test_a_method_that_may_harm_is_named_apart():
     table = results({"dpo_offline": [0.9] * 5 + [0.1], "rwr_offline": [0.85] * 6}, start=0.3)
     leaf = decisions.leaf("fixed", ("far", "apart"), table, verdicts("reproduced"), ALL)

@@ -173,6 +173,12 @@ def test_results_that_are_not_sound_are_no_verdict():
         claims.judge(rule(), FULL, lambda setting: twice)
 
 
+def test_seeds_that_chose_the_rate_judge_nothing():
+    """Those that a reader adds do."""
+    seen = pd.DataFrame({"seed": [0, 4, 5, 24, 30, 5]})
+    assert sorted(claims._all_reported(seen, FULL)) == [5, 24, 30]
+
+
 def test_a_summary_counts_the_comparisons_of_a_claim():
     ours = replace(rule(), claim="Q1-bandit-r1")
     found = claims.summary([claims.Verdict(ours, v) for v in ("reproduced", "inconclusive")])

@@ -140,6 +140,13 @@ def test_a_run_below_the_untrained_model_by_more_than_the_margin_harms():
     assert leaf.found("Pref-FT (offline)") == []
 
 
+def test_the_cost_of_a_method_is_its_median():
+    rows = results({"dpo_offline": [0.9] * 5, "rwr_offline": [0.3] * 5})
+    rows["seconds"] = [1.0, 2.0, 3.0, 4.0, 90.0] * 2
+    (found,) = decisions.leaf("fixed", APART, rows, [], ALL).standings
+    assert {e.seconds for e in found.entries} == {3.0}
+
+
 def test_only_common_seeds_are_compared():
     rows = pd.concat([results({"dpo_offline": [0.9] * 10}),
                       results({"rwr_offline": [0.3] * 6}, first=9)])  # fmt: skip
@@ -268,6 +275,19 @@ def test_memory_counts_a_compiled_decoder_where_there_is_one():
     assert decisions._memory(bandit, here) == decisions._memory(bandit, there)
 
 
+def test_memory_counts_the_bytes_of_the_dtype():
+    def memory(dtype):
+        given = Given({setting("dpo"): [[-9.0, -1.0]]}, dtype=dtype)
+        return decisions.collect({"b": given}, (ALSO,))["memory"].item()
+
+    budget = footprint.TOKEN_BUDGET["cpu"]
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        tiny = footprint.PRESETS["tiny"]
+        said = footprint.memory(tiny, size, micro_batch=budget, compiled=False)["total"]
+        assert memory(dtype) == pytest.approx(1024 * said)
+    assert memory("float32") != memory("bfloat16")
+
+
 def test_a_problem_may_have_a_base_and_a_reward_of_its_own():
     """On judged pairs the reward is the judge's, and only the runs that it looks at count."""
     judged = Problem("similar", "", ("a",), "near", column="gold", base=(("judged", True),))
@@ -297,8 +317,9 @@ def test_collect_counts_a_shared_run_once_and_mixes_no_profiles():
     assert table.set_index("method")["chapter"].to_dict() == {"dpo": "a", "rwr": "b"}
 
 
-def test_a_run_that_broke_is_the_worst_not_the_best():
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_a_run_that_broke_is_the_worst_not_the_best(lost):
     """Zero would be the best reward that there is on Min."""
-    broken = Given({setting("dpo"): [[-50.0, np.nan], [-40.0, -1.0]]})
+    broken = Given({setting("dpo"): [[-50.0, lost], [-40.0, -1.0]]})
     table = decisions.collect({"b": broken}, (ALSO,)).set_index("seed")
     assert table["reward"].to_dict() == {5: -50.0, 6: -1.0}

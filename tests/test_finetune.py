@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import timing
+from lib.controllers import AdaptiveKL
 from lib.finetune import Diverged, Schedule, State, fine_tune
 from lib.methods import METHODS
 from lib.timing import Clock
@@ -121,6 +122,24 @@ def test_items_are_those_of_the_minibatch():
     assert state.policy.items == [[8, 8], [8, 8]]
 
 
+def test_a_kl_coefficient_follows_the_samples_and_counts_from_the_next_sampling_on():
+    """KL to a reference that is 0.5 nats a token less sure: 1 nat a completion of 2 tokens."""
+    used = []
+
+    def prepare(rollout, hyper):
+        used.append(hyper["kl_coefficient"])
+        return REINFORCE.prepare(rollout, hyper)
+
+    policy, problem = TabularPolicy(), TabularProblem(2, drift=-0.5)
+    policy.breaks = frozenset({"reference"})
+    method = replace(REINFORCE, prepare=prepare)
+    state, _, rows = training(Schedule(2, 8, 8, 4), method, policy, problem)
+    state.controller = AdaptiveKL(0.2, target=0.5, horizon=80.0)
+    list(rows)
+    # 2 runs x 2 prompts x 4 completions = 16 of them; twice the target and more counts as 0.2
+    assert used == pytest.approx([0.2, 0.2 * (1 + 0.2 * 16 / 80)])
+
+
 def test_a_stopped_iterator_continues_where_it_was():
     """A new loop over the same state, at any update, goes on with the same numbers."""
     schedule = Schedule(2, 16, 8, 4, inner_steps=2)
@@ -149,6 +168,17 @@ def test_identities_are_checked_at_every_sampling():
     state, _, rows = training(Schedule(3, 8, 8, 4))
     next(rows)
     state.policy.error = 0.01
+    with pytest.raises(AssertionError, match="'recomputed'"):
+        next(rows)
+
+
+def test_what_a_trained_policy_recomputes_is_held_to_ten_times_the_tolerance():
+    """Here that is 1.5e-4: the tolerance is 1e-5, of 1 and the largest logit, which is 0.5."""
+    state, _, rows = training(Schedule(4, 8, 8, 4))
+    next(rows)
+    state.policy.error = 5e-5
+    next(rows)
+    state.policy.error = 5e-4
     with pytest.raises(AssertionError, match="'recomputed'"):
         next(rows)
 

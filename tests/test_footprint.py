@@ -73,6 +73,15 @@ def test_memory_by_hand():
     assert found["total"] * GIB == pytest.approx(total)
 
 
+def test_keys_and_values_have_the_size_and_lora_leaves_a_small_minibatch_whole():
+    preset = Preset(SMALL, SMALL, 3, 5)
+    four, two = (footprint.memory(preset, size)["keys and values"] for size in (4, 2))
+    assert four == 2 * two
+    # the minibatch has fewer tokens than go at once: all of them, with adapters or without
+    plain, lora = (footprint.memory(preset, lora=on)["activations"] for on in (False, True))
+    assert plain == lora
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_16_bits_hold_the_weights_three_times(tied):
     """In float32; for the decoder; and what autocast keeps of one token for the backward pass."""
@@ -185,6 +194,11 @@ def test_a_t4_needs_lora_for_the_papers_policy():
     assert footprint.way(PRESETS["pythia"], Machine("none", 1, 1e12, 1e9)) == "not at all"
 
 
+def test_two_gib_are_left_for_the_driver():
+    card = Machine("card", 16, 1, 1)
+    assert footprint.fits(14.0, card) and not footprint.fits(14.01, card)
+
+
 def test_machines_have_a_dtype_that_runs_know():
     assert {machine.dtype for machine in MACHINES} <= set(DTYPES)
     assert [Machine("any", 1, 1, 1, dtype).size for dtype in DTYPES] == [4, 2, 2]
@@ -200,6 +214,14 @@ def test_seconds_by_hand():
     assert found["sampling"] == pytest.approx(2 * 1000 * 64 * 8 / 1e6)
     again = footprint.seconds(preset, machine, checkpointing=True)
     assert again["training"] == pytest.approx(found["training"] * 4 / 3)
+
+
+def test_training_with_lora_takes_a_third_less():
+    """No gradient of the weights: four of the six products of a token."""
+    machine = Machine("arithmetic", 1, 1e6 / footprint.COMPUTE, 1e18)
+    preset = Preset(SMALL, SMALL, 3, 5)
+    plain, lora = (footprint.seconds(preset, machine, lora=on)["training"] for on in (False, True))
+    assert lora == pytest.approx(plain * 4 / 6)
 
 
 def test_decoding_waits_for_the_slowest_limit():

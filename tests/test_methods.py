@@ -55,6 +55,13 @@ def rollout(runs=2, groups=3, count=4, length=5, seed=0):
     )  # fmt: skip
 
 
+def of_lengths(*lengths):
+    """A rollout in which the completions of every prompt have these lengths."""
+    batch = rollout(count=len(lengths))
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    return replace(batch, mask=mask.expand_as(batch.logp))
+
+
 def labelled(method, batch):
     return batch.labelled(method.prepare(batch, method.hyper))
 
@@ -254,12 +261,36 @@ def test_a_larger_kl_coefficient_costs_tokens_that_left_the_reference():
     torch.testing.assert_close(default, explicit)
 
 
-def test_critic_is_the_clipped_error_of_the_returns():
+def test_returns_without_discount_are_what_is_still_to_come():
+    """At gamma = lambda = 1: the standardised score, less what the KL costs from here on."""
+    method, batch = METHODS["ppo_token"], of_lengths(5, 3, 1, 4)
+    labels = method.prepare(batch, {**method.hyper, "lam": 1.0, "kl_coefficient": 0.3})
+    rewards = batch.rewards
+    score = (rewards - rewards.mean((1, 2), keepdim=True)) / rewards.std((1, 2), keepdim=True)
+    cost = 0.3 * ((batch.logp - batch.ref) * batch.mask).flip(-1).cumsum(-1).flip(-1)
+    torch.testing.assert_close(labels["returns"], (score[..., None] - cost) * batch.mask)
+
+
+def test_tokens_that_are_clipped_on_either_side_are_counted():
     method = METHODS["ppo_token"]
-    batch = labelled(method, rollout())
-    item = method.critic(batch, batch.values, method.hyper)
-    error = (batch.values - batch.labels["returns"]) ** 2 / 2
-    torch.testing.assert_close(item, 0.1 * error * batch.mask)
+    batch = labelled(method, of_lengths(5, 3, 1, 4))
+    for shift in (-1.0, 1.0):
+        logp = batch.logp.clone()
+        logp[..., 0] += shift  # every completion's first token, of 13 in a prompt
+        share = method.loss(batch, logp, method.hyper)[1]["clip_fraction"]
+        assert share.tolist() == pytest.approx([4 / 13] * 2)
+
+
+def test_critic_is_the_clipped_error_of_the_returns():
+    """By a clip of its own, here 0.3: from 1 below the returns, a step of 0.5 counts as one of 0.3,
+    and where they are passed by more, the error as it is."""
+    method = METHODS["ppo_token"]
+    batch = rollout()
+    batch = batch.labelled({"returns": batch.values + 1.0})
+    hyper = {**method.hyper, "value_clip": 0.3}
+    for step, error in ((0.0, 1.0), (0.2, 0.8), (0.5, 0.7), (2.0, 1.0), (-0.5, 1.5)):
+        item = method.critic(batch, batch.values + step, hyper)
+        torch.testing.assert_close(item, 0.1 * error**2 / 2 * batch.mask)
 
 
 def test_completions_that_carry_no_loss_are_said_to_be_inactive():

@@ -38,6 +38,23 @@ def test_a_statistic_of_a_curve_whatever_the_order_of_its_rows(statistic, value)
     assert stats.STATISTICS[statistic](frame) == pytest.approx(value)
 
 
+def test_who_never_moves_10_nats_has_its_best_reward():
+    near = table(kl_ref=[0.0, 4.0, 8.0, 9.0, 9.0, 9.0], reward=[0.0, 0.8, 0.6, 0.9, 0.9, 0.7])
+    assert stats.per_run(near, "reward at 10 nats").tolist() == [0.9]
+
+
+@pytest.mark.parametrize("first", ["100 updates", "768 samples"])
+def test_a_mean_over_the_first_of_them_has_its_limit_in_it(first):
+    long = table(update=[0, 50, 100, 150, 200, 250], samples=[0, 384, 768, 1152, 1536, 1920])
+    found = stats.per_run(long, f"mean reward over the first {first}")
+    assert found.tolist() == pytest.approx([(0.4 + 0.7) / 2])
+
+
+def test_a_margin_is_chosen_minus_rejected():
+    ratios = table().assign(chosen_logratio=-1.0, rejected_logratio=-4.0)
+    assert stats.per_run(ratios, "final margin").tolist() == [3.0]
+
+
 def test_a_target_that_is_not_kept_is_not_reached():
     late = table(reward=[0.0, 0.0, 0.6, 0.6, 0.6, 0.6])
     assert stats.reaching(late, 0.55) == float("inf")
@@ -64,6 +81,8 @@ def test_a_reward_that_is_lost_counts_as_the_lowest_of_all_runs():
     assert stats.per_run(lost, "mean reward over updates").tolist() == pytest.approx(
         [(-2.5 - 2 - 2 - 2.5 - 3) / 5]
     )
+    proxy = lost.assign(proxy=lost["reward"])
+    assert stats.per_run(proxy, "final proxy").tolist() == [-3.0]
 
 
 def test_a_distance_that_is_lost_is_no_number_and_not_zero():

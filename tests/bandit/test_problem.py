@@ -181,6 +181,13 @@ def test_at_update_0_the_policy_is_the_reference():
     assert np.abs(mass - uniform).max() > 0.05
 
 
+def test_the_mass_on_a_token_is_that_of_its_bin():
+    problem = BanditProblem([small()])
+    certain = torch.nn.functional.one_hot(torch.full((1, 4, 9), 42), 100).float()
+    mass = {name: value.item() for name, value in problem._marginal(certain).items()}
+    assert {name: value for name, value in mass.items() if value} == {"mass_40": 1.0}
+
+
 def exact(parameters, table, reference):
     """Reward and KL of the 1-token bandit, enumerated over 100 contexts and 100 tokens."""
     reward = kl = entropy = 0.0
@@ -444,4 +451,22 @@ def test_a_policy_that_is_not_the_one_sampled_from_stops_the_run():
 
     state.policy.frozen = shifted
     with pytest.raises(AssertionError, match="best_of_n: identity 'recomputed'"):
+        next(rows)
+
+
+@pytest.mark.parametrize(("off", "stops"), [(1e-5, False), (1e-3, True)])
+def test_log_probabilities_that_are_off_by_1e_3_stop_the_run(off, stops, monkeypatch):
+    """As a share of the largest logit, and one more; rounding does not."""
+    problem, _, rows = start(small("best_of_n"))
+    collect = problem.collect
+
+    def shifted(state, method):
+        batch = collect(state, method)
+        return replace(batch, logp=batch.logp + off * (1 + batch.scale[:, None, None, None]))
+
+    monkeypatch.setattr(problem, "collect", shifted)
+    if stops:
+        with pytest.raises(AssertionError, match="best_of_n: identity 'recomputed'"):
+            next(rows)
+    else:
         next(rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import sqlite3
+import string
 
 import numpy as np
 import pytest
@@ -62,13 +64,30 @@ def test_a_judge_without_a_template_reads_its_bos(tmp_path):
     assert judge.score(["tea"], ["hot"])[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_copied_token_counts_a_constant(judge):
-    """"tell me" stands in the instruction: its seven bytes count COPY, the others as they are."""
+def test_a_copied_token_counts_minus_7(judge):
+    """"tell me" stands in the instruction: each of its seven bytes does, the others count as they
+    are."""
     prompt, response = "tell me why", "tell me!"
     (given, body), (without, _) = (by_hand(judge, p, response) for p in (prompt, ""))
     value = 2 * given - without
-    value[:7] = gold.COPY
+    value[:7] = -7.0
     assert judge.score([prompt], [response])[0] == pytest.approx(value.mean().item(), abs=1e-5)
+
+
+def test_a_copy_is_one_of_the_last_message(judge):
+    messages = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "so"},
+                {"role": "user", "content": "tell me why"}]  # fmt: skip
+    for response, copied in (("first", 0), ("tell me!", 7)):
+        assert judge.parts([messages], [response])[2].sum() == copied
+
+
+def test_a_response_of_100_tokens_is_read_whole(judge):
+    response = "".join(random.Random(0).choices(string.ascii_letters, k=99))
+    (given, body), (without, _) = (by_hand(judge, p, response) for p in ("tea", ""))
+    _, _, copied, mask = judge.parts(["tea"], [response])
+    assert len(body) == mask.sum() == 100 and not copied.any()
+    expected = (2 * given - without).mean().item()
+    assert judge.score(["tea"], [response])[0] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

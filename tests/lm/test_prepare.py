@@ -350,6 +350,32 @@ def test_a_files_own_split_is_kept_whatever_its_format(suffix, tmp_path):
         assert texts[name]["instruction"].tolist() == wanted and len(splits[name]) == len(wanted)
 
 
+def one_too_long(*sides):
+    """Rows of which the second's prompt is too long to be kept, and those that stay."""
+    rows = [{"prompt": f"say {i}" if i != 1 else "x" * 500, **{s: f"{s} {i}" for s in sides},
+             "split": "train" if i < 12 else "validation"} for i in range(20)]  # fmt: skip
+    return rows, [row for i, row in enumerate(rows) if i != 1]
+
+
+def test_a_prompt_that_is_too_long_moves_no_other(tmp_path):
+    rows, kept = one_too_long("chosen", "rejected")
+    source, tokenizer = written(rows, tmp_path / "rows.jsonl"), tiny_tokenizer()
+    prompts = prepare._prompts(settled("--prompts", source), tokenizer)
+    assert [len(prompts[s]) for s in pairs.SPLITS] == [11, 8]
+    read = load_preferences(source)
+    splits, texts, record = prepare.given_pairs(read, settled("--preferences", source), tokenizer,
+                                                (256,), prepare.split_of(source, read))  # fmt: skip
+    assert record["too long"] == 1
+    for name, own in splits.items():
+        wanted = [row for row in kept if row["split"] == name]
+        assert texts[name]["instruction"].tolist() == [row["prompt"] for row in wanted]
+        for side, key in ((own.first, "chosen"), (own.second, "rejected")):
+            decoded = [tokenizer.decode(coded[:-1]) for coded in side]
+            assert decoded == [row[key] for row in wanted]
+        for coded, row in zip(own.prompts, wanted, strict=True):
+            assert row["prompt"] in tokenizer.decode(coded)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

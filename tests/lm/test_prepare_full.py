@@ -14,7 +14,7 @@ from lib.lm.config import TINY
 from lib.lm.full_scale import DATA
 from lib.lm.models import load_tokenizer
 from lib.lm.pairs import SPLITS
-from tests.lm.test_prepare import Killed, half_of, other_tokenizer
+from tests.lm.test_prepare import Killed, half_of, one_too_long, other_tokenizer, written
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
 
@@ -118,6 +118,17 @@ def test_a_prompt_that_is_there_twice_is_not_held_out_and_trained_on(tmp_path):
     prompts = prepare_full._prompts(options, tiny_tokenizer())
     train, held_out = ({tuple(p) for p in prompts[s][0]} for s in SPLITS)
     assert held_out and not train & held_out
+
+
+def test_a_prompt_that_is_too_long_moves_no_other(tmp_path):
+    rows, kept = one_too_long()
+    options = prepare_full._parser().parse_args(
+        ["--policy", "a=b", "--out", "o", "--prompts", written(rows, tmp_path / "prompts.jsonl"),
+         "--pairs", "11", "--held-out", "8"])  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    for name, (ids, texts) in prepare_full._prompts(options, tokenizer).items():
+        assert sorted(texts) == sorted(row["prompt"] for row in kept if row["split"] == name)
+        assert all(text in tokenizer.decode(i) for i, text in zip(ids, texts, strict=True))
 
 
 def test_the_prompts_of_the_shipped_pairs_are_those_of_their_command():

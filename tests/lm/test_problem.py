@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lib.finetune import Schedule
+from lib.finetune import Schedule, fine_tune
 from lib.lm import problem as problem_module
+from lib.lm.batches import unpadded
 from lib.lm.config import LengthRun, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.models import ids, load_policy, load_tokenizer
@@ -18,6 +21,7 @@ from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem, task_data
 from lib.methods import METHODS
 from lib.runs import identity
+from lib.training import Training
 from tests.bandit.helpers import Checkpoint
 from tests.lm_folder import prepared_folder
 
@@ -186,6 +190,74 @@ def test_the_decoder_knows_the_longest_prompt(folder):
     assert policy.longest == pairs["prompt"].map(len).max()
 
 
+# Evaluation
+
+
+@pytest.fixture
+def moved(folder):
+    """A problem, and a state whose policy has left the reference."""
+    problem = LengthProblem(small(folder, "dpo_offline"))
+    state = problem.initial_state()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in state.policy.parameters:
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return problem, state
+
+
+def by_hand(scorer, prompt, completion):
+    """(L, V) log-probabilities of every token along a completion, by transformers alone."""
+    with torch.no_grad():
+        logits = scorer.network.model(torch.tensor([prompt + completion])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def test_kl_and_entropy_by_hand_on_the_first_validation_prompts(moved, monkeypatch):
+    """Along completions of their own random numbers, which no training batch has."""
+    problem, state = moved
+    batches, drawn, sampled = [], [], problem._sampled
+
+    def spy(policy, prompts, prompt_mask, numbers, count):
+        drawn.append(set(numbers.flatten().tolist()))
+        batches.append(sampled(policy, prompts, prompt_mask, numbers, count))
+        return batches[-1]
+
+    monkeypatch.setattr(problem, "_sampled", spy)
+    found = problem.evaluate(state)
+    (batch,) = batches
+    prompts = unpadded(batch.prompts, batch.prompt_mask)
+    assert prompts == problem.data.prompts["validation"][:6]
+    completions = unpadded(batch.completions[:, 0], batch.mask[:, 0])
+    kl = entropy = 0.0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        p, q = (by_hand(s, prompt, completion) for s in (state.policy, problem.reference))
+        kl += (p.exp() * (p - q)).sum().item() / 6
+        entropy -= (p.exp() * p).sum().item() / 6
+    assert found["kl_ref"].item() == pytest.approx(kl, rel=1e-4) and kl > 0.01
+    assert found["entropy"].item() == pytest.approx(entropy, rel=1e-4)
+    problem._draw(state.policy, 0)
+    evaluated, trained = drawn
+    assert not evaluated & trained
+
+
+def test_held_out_log_ratios_by_hand(moved):
+    problem, state = moved
+    pairs, chosen, rejected = problem.held_out, [], []
+    for i in range(pairs.groups):
+        prompt = pairs.prompts[i][pairs.prompt_mask[i]].tolist()
+        for j in range(2):
+            tokens = pairs.completions[i, j][pairs.mask[i, j]]
+            p, q = (by_hand(s, prompt, tokens.tolist()).gather(1, tokens[:, None]).sum().item()
+                    for s in (state.policy, problem.reference))  # fmt: skip
+            (chosen if pairs.rewards[i, j] else rejected).append(p - q)
+    found = problem._pair_metrics(state.policy)
+    assert found["chosen_logratio"].item() == pytest.approx(np.mean(chosen), abs=1e-3)
+    assert found["rejected_logratio"].item() == pytest.approx(np.mean(rejected), abs=1e-3)
+    right = np.mean(np.greater(chosen, rejected))
+    assert found["held_out_accuracy"].item() == pytest.approx(right)
+    assert abs(np.mean(chosen) - np.mean(rejected)) > 0.01
+
+
 # Training
 
 
@@ -283,6 +355,30 @@ class _KillWhenSaved(Checkpoint):
     def due(self):
         self.seen += 1
         return self.kill_at is not None and self.seen >= self.kill_at
+
+
+def test_the_clock_of_a_resumed_run_goes_on(folder):
+    run, checkpoint = small(folder), _KillWhenSaved(2)
+    with pytest.raises(Checkpoint.Killed):
+        LengthEngine().run([run], checkpoint)
+    tensors, meta = checkpoint.load()
+    again = Training(LengthProblem(run), run.schedule, run.hyper, run.points)
+    again.restore(tensors, meta)
+    assert meta["seconds"]["training"] > 0 and again.clock.seconds == meta["seconds"]
+
+
+def test_a_policy_that_is_not_the_one_sampled_from_stops_the_run(folder, monkeypatch):
+    problem = LengthProblem(small(folder))
+    collect = problem.collect
+
+    def off(state, method):
+        batch = collect(state, method)
+        return replace(batch, logp=batch.logp + 0.01 * batch.mask)
+
+    monkeypatch.setattr(problem, "collect", off)
+    run, state = problem.config, problem.initial_state()
+    with pytest.raises(AssertionError, match="identity 'recomputed' is off by 0.01"):
+        next(fine_tune(state, problem, problem.method, run.schedule, run.hyper))
 
 
 def test_evaluated_updates_are_even():

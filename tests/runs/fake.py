@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import threading
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -110,3 +114,19 @@ def experiments(engine: WalkEngine, stages: Sequence[Callable]) -> types.SimpleN
 def work(configs: Sequence[Walk], root: Path, engine: WalkEngine, interval: float = 20.0) -> None:
     """Compute in this process; the target of the processes that tests start."""
     runs.compute(configs, runs.Store(root, interval), engine, jobs=1, say=lambda text: None)
+
+
+def killed(
+    configs: Sequence[Walk], root: Path, engine: WalkEngine, saves: int, seconds: float
+) -> None:
+    """As `work` with a checkpoint after every step; is killed some seconds after so many of them,
+    unless all is done before."""
+    save, counter = runs.Checkpoint.save, itertools.count(1)
+
+    def counted(checkpoint: runs.Checkpoint, *state) -> None:
+        save(checkpoint, *state)
+        if next(counter) == saves:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    runs.Checkpoint.save = counted  # of this process, which is a test's own
+    work(configs, root, engine, interval=0.0)

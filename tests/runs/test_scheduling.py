@@ -9,19 +9,39 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib import runs
 from lib.runs import records
 from lib.runs.planning import duration, group, size
-from tests.runs.fake import Walk, WalkEngine, grid, work
+from tests.runs.fake import Walk, WalkEngine, grid, killed, work
 
 
 def quiet(text):
     pass
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def exit_code(process, seconds=120):
+    """How a process ended, which it must have done within so many seconds."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        pytest.fail(f"a process has not ended within {seconds} s")
+    return process.exitcode
 
 
 def test_the_table_has_configuration_identity_and_metrics_in_order(store, engine):
@@ -36,7 +56,7 @@ def test_the_table_has_configuration_identity_and_metrics_in_order(store, engine
     assert table["note"].isna().all() and table["note"].dtype == table["run"].dtype
 
 
-def test_provenance_is_complete(store, engine):
+def test_provenance_is_complete(store, engine, two_threads):
     engine = dataclasses.replace(engine, packages=("filelock",))
     runs.compute([Walk(seed=4)], store, engine, jobs=1, say=quiet)
     record = store.read(runs.identity(Walk(seed=4)))[1]
@@ -47,6 +67,36 @@ def test_provenance_is_complete(store, engine):
     assert record["code"] == runs.code_fingerprint("lib.runs.files")
     assert record["seconds"] == {"training": 0.0}
     assert {"commit", "dirty", "finished", "block"} <= set(record)
+
+
+def test_a_run_has_one_thread_and_gives_the_others_back(store, engine, two_threads, monkeypatch):
+    seen, step = [], WalkEngine.run
+
+    def spy(*block):
+        seen.append(torch.get_num_threads())
+        return step(*block)
+
+    monkeypatch.setattr(WalkEngine, "run", spy)
+    runs.compute([Walk()], store, engine, jobs=1, say=quiet)
+    assert seen == [1] and torch.get_num_threads() == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader(Walk):
+    """A walk that says it reads a file."""
+
+    file: str = ""
+
+    def data_files(self):
+        return (Path(self.file),)
+
+
+def test_data_that_are_not_committed_are_named(store, engine, repository):
+    repository.write("data/pairs.parquet", "x")
+    config = Reader(file=str(repository.root / "data/pairs.parquet"))
+    engine = dataclasses.replace(engine, modules=("lib.core",))
+    runs.compute([config], store, engine, jobs=1, say=quiet)
+    assert store.read(runs.identity(config))[1]["dirty"] == ["data/pairs.parquet"]
 
 
 def test_processes_give_the_numbers_of_one(store, engine, tmp_path):
@@ -165,19 +215,16 @@ def test_an_interrupt_keeps_what_is_stored(store, engine, monkeypatch):
 def test_killed_at_random_points_a_run_ends_with_the_numbers_of_an_undisturbed_one(
     store, engine, processes
 ):
+    """After 1 to 12 of 40 steps, and at any point of the next one or two."""
     configs = grid(["plain"], 4, updates=20)
     slow = dataclasses.replace(engine, pause=0.01)
-    generator, kills = random.Random(0), 0
-    while True:
-        worker = processes.Process(target=work, args=(configs, store.root, slow, 0.0))
+    generator, ends = random.Random(0), []
+    while 0 not in ends and len(ends) < 30:
+        when = generator.randint(1, 12), generator.uniform(0.0, 0.02)
+        worker = processes.Process(target=killed, args=(configs, store.root, slow, *when))
         worker.start()
-        worker.join(generator.uniform(0.1, 0.3 + 0.05 * kills))
-        if worker.exitcode is not None:
-            break
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.join()
-        kills += 1
-    assert worker.exitcode == 0 and kills >= 2
+        ends.append(exit_code(worker))
+    assert set(ends) == {0, -signal.SIGKILL} and len(ends) > 2
     disturbed = runs.compute(configs, store, slow, jobs=1, say=quiet)
     resumed = [store.read(runs.identity(c))[1]["block"]["resumed"] for c in configs]
     assert sum(resumed) > 0
@@ -232,18 +279,19 @@ def test_two_processes_on_one_store_compute_each_run_once(store, engine, process
     workers = [processes.Process(target=work, args=(o, store.root, slow)) for o in orders]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join(40)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [exit_code(worker) for worker in workers] == [0, 0]
     counts = collections.Counter(engine.computed())
     assert counts == {runs.identity(config): 1 for config in orders[0]}
 
 
 def test_a_dead_owners_runs_are_taken_over(store, engine, processes):
-    stuck = dataclasses.replace(engine, pause=30.0)
-    owner = processes.Process(target=work, args=(grid(seeds=1), store.root, stuck))
+    stuck = dataclasses.replace(engine, pause=600.0)
+    given = grid(seeds=1), store.root, stuck
+    owner = processes.Process(target=work, args=given, daemon=True)
     owner.start()
+    deadline = time.monotonic() + 120
     while not list(store.root.glob("locks/*")):
+        assert owner.is_alive() and time.monotonic() < deadline, "the owner has taken no lock"
         time.sleep(0.05)
     os.kill(owner.pid, signal.SIGKILL)
     owner.join()

@@ -161,6 +161,25 @@ def test_a_final_reward_outside_the_seeds_fails(published, monkeypatch):
     assert not verify.compare(published, run, fresh[:-1], {"cpu": "another"}).passed
 
 
+@pytest.mark.parametrize(("factor", "passes"), [(1.005, True), (1.05, False)])
+def test_first_updates_are_held_to_a_hundredth(published, factor, passes):
+    first = {run: abs(published.metrics(run).loc[1, "reward"])
+             for run in map(runs.identity, CONFIGS)}  # fmt: skip
+    run = max(first, key=first.get)
+    assert first[run] > 0.3  # half a hundredth of it is beyond the absolute tolerance
+    fresh = published.metrics(run)
+    fresh.loc[1, "reward"] *= factor
+    assert verify.compare(published, run, fresh, {"cpu": "another"}).passed is passes
+
+
+def test_chance_is_that_of_the_lowest_and_the_highest_of_all_seeds(published):
+    """Of the run itself and the six that are published."""
+    run = runs.identity(CONFIGS[0])
+    fresh = published.metrics(run).assign(reward=lambda table: table["reward"] + 1e-6)
+    verdict = verify.compare(published, run, fresh, {"cpu": "another"})
+    assert verdict.chance == pytest.approx(2 / 7)
+
+
 def test_two_published_seeds_are_too_few_to_judge_the_end(store, repository, tmp_path, monkeypatch,
                                                           capsys):  # fmt: skip
     """A pilot has two: on another processor the first updates decide alone."""
