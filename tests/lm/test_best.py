@@ -61,15 +61,16 @@ def test_a_reward_model_without_a_finite_loss_is_an_error(tmp_path):
         train(model, tiny_tokenizer(), pairs, preferred, tmp_path, HOW)
 
 
+class Counted(trl.RewardConfig):
+    """As on a machine with two GPUs: transformers counts both, and TRL refuses more than one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.n_gpu < 2  # sets what is replaced below
+        self._n_gpu = 2
+
+
 def test_a_training_takes_one_gpu_of_several_and_gives_the_forward_pass_back(tmp_path, monkeypatch):
-    """On a machine with two, transformers counts both and TRL refuses more than one."""
-
-    class Counted(trl.RewardConfig):
-        def __post_init__(self):
-            super().__post_init__()
-            assert self.n_gpu < 2  # sets what is replaced below
-            self._n_gpu = 2
-
     monkeypatch.setattr(trl, "RewardConfig", Counted)
     pairs, preferred = contrary()
     model = tiny_reward_model(SIZE, 64, PAD)
