@@ -57,8 +57,8 @@ def _point(panel: Axes, height: float, row: dict) -> None:
 def _key() -> list[Line2D]:
     plain = {"linestyle": "none", "color": "black", "markersize": 6.5}
     return [
-        Line2D([], [], marker="s", label="filled: R1, reward far", **plain),
-        Line2D([], [], marker="s", markerfacecolor="white", label="hollow: R2, reward near", **plain),
+        Line2D([], [], marker="s", label="filled: R1, far", **plain),
+        Line2D([], [], marker="s", markerfacecolor="white", label="hollow: R2, near", **plain),
         Line2D([], [], marker="v", label="pushes bad answers down", **plain),
         Line2D([], [], marker="o", label="only pulls good ones up", **plain),
     ]
