@@ -499,8 +499,9 @@ def _claim_text(row: dict[str, Any], verdicts: Sequence[claims.Verdict]) -> str:
     """A claim with its verdict, and the table of its comparisons."""
     own = [v for v in verdicts if v.rule.claim == row["claim"]]
     comparisons = [_comparison(v) for v in own]
-    columns = ["comparison", "effect", "95% interval", "seeds", "verdict"]
-    table = cards.markdown(pd.DataFrame(comparisons, columns=columns), "lrlrl")
+    # the verdict stands where a narrow page shows it
+    columns = ["comparison", "verdict", "effect", "95% interval", "seeds"]
+    table = cards.markdown(pd.DataFrame(comparisons, columns=columns), "llrlr")
     elsewhere = _elsewhere(row["claim"], {v.rule.chapter for v in own})
     return f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.{elsewhere}\n\n{table}"
 
@@ -519,7 +520,7 @@ def _comparison(v: claims.Verdict) -> tuple[Any, ...]:
         digits = 3 - sum(abs(v.effect) >= size for size in (1, 10))
         numbers = (f"{v.effect:+.{digits}f}", f"{v.low:+.{digits}f} to {v.high:+.{digits}f}")
     verdict = badge(v.verdict) + ("; as claimed it is excluded" if v.excluded else "")
-    return f"{v.rule.says} ({v.rule.statistic})", *numbers, v.seeds, verdict
+    return f"{v.rule.says} ({v.rule.statistic})", verdict, *numbers, v.seeds
 
 
 def _flag(name: str, value: Any) -> bool:
