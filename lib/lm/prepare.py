@@ -19,7 +19,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -48,7 +49,7 @@ from lib.lm.models import (
 )
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
-from lib.lm.reading import read_rows
+from lib.lm.reading import TextError, read_rows
 from lib.lm.text import (
     Preferences,
     Prompts,
@@ -351,11 +352,27 @@ def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     """pairs.parquet from the user's own preferences; returns its record."""
     where = {"config": options.config, "split": options.split,
              "revision": options.prompts_revision}  # fmt: skip
-    read = load_preferences(options.preferences, **where)
+    with naming_columns():
+        read = load_preferences(options.preferences, **where)
     split = split_of(options.preferences, read, **where)
     splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos, split)
     save_pairs(options.out / "pairs.parquet", splits)
     return record
+
+
+@contextmanager
+def naming_columns(option: str | None = None) -> Iterator[None]:
+    """What a reader says of columns that it does not find, in words of a command.
+
+    Args: option: that names the column, if the command has one.
+    Raises: TextError.
+    """
+    try:
+        yield
+    except TextError as error:
+        text, call, _ = str(error).partition(" Name them: ")
+        how = f"Name it: {option} NAME" if option else "Rename the columns of the file"
+        raise TextError(f"{text} {how}" if call else text) from None
 
 
 def given_pairs(
@@ -404,7 +421,8 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
     """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
     where = {"config": options.config, "split": options.split,
              "revision": options.prompts_revision}  # fmt: skip
-    read = load_prompts(options.prompts, column=options.column, **where)
+    with naming_columns("--column"):
+        read = load_prompts(options.prompts, column=options.column, **where)
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = split_of(options.prompts, read, column=options.column, **where)

@@ -50,6 +50,7 @@ from lib.lm.prepare import (
     copy_policy,
     given_pairs,
     is_trained,
+    naming_columns,
     ordinary,
     read_record,
     refuse_other,
@@ -226,7 +227,8 @@ def _make(
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[list, list[Prompt]]]:
     """Ids and texts of the prompts by split, `--pairs` and `--held-out` of them, drawn by seed."""
-    read = load_prompts(options.prompts)
+    with naming_columns():
+        read = load_prompts(options.prompts)
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = split_of(options.prompts, read)
@@ -368,7 +370,8 @@ def _read(
         if not name or path.exists():
             continue
         where = {"split": options.split, "revision": options.revision}
-        read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
+        with naming_columns():
+            read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
         splits, texts, record[kind] = given_pairs(read, options, tokenizer, eos,
                                                   split_of(name, read, **where))  # fmt: skip
         save_pairs(path, splits, texts)

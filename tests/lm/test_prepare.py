@@ -145,6 +145,18 @@ def test_given_preferences_take_no_options_of_prompts(tmp_path, capsys, more):
     assert f"{more[0]} cannot be given with --preferences" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "how"), [("prompts", "Name it: --column NAME"), ("preferences", "Rename the columns")]
+)
+def test_columns_that_are_not_found_are_said_in_words_of_the_command(tmp_path, capsys, kind, how):
+    policy = save_tiny_policy(tmp_path / "sft")
+    source = written([{"a": "b"}], tmp_path / "rows.jsonl")
+    assert prepare.main(["--policy", str(policy), f"--{kind}", source, "--out",
+                         str(tmp_path / "out")]) == 2  # fmt: skip
+    said = capsys.readouterr().err
+    assert how in said and "has the columns ['a']" in said and "Name them" not in said
+
+
 def test_pairs_without_a_split_are_not_kept(prepared, tmp_path, capsys):
     """Of one prompt, which the seed holds out, nothing is left to train on."""
     pd.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "prompts.parquet")
