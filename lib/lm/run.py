@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from lib import methods
-from lib.allowed import between, one_of
+from lib.allowed import between
 from lib.finetune import State
 from lib.lm import parallel
 from lib.lm.config import LABELS, LengthRun, length_run
@@ -179,7 +179,8 @@ def _option(text: str) -> tuple[str, Any]:
         raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
     if name in OWN:
         raise ValueError(f"--option {text}: give --{'rate' if name == 'learning_rate' else name}")
-    one_of("--option", name, sorted(LengthRun.__dataclass_fields__.keys() - {*OWN}))
+    if name not in (known := LengthRun.__dataclass_fields__.keys() - {*OWN}):
+        raise ValueError(f"unknown option {[name]}; choose from {sorted(known)}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

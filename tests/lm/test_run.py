@@ -175,7 +175,7 @@ def test_a_gpu_that_is_not_here_is_refused(folder, capsys, monkeypatch):
         ("seed=3", "--option seed=3: give --seed"),
         ("task=mode", "--option task=mode: give --task"),
         ("learning_rate=1", "give --rate"),
-        ("run=x", "--option must be one of ("),
+        ("run=x", "unknown option ['run']; choose from ['batch', "),
         ("prepared=nonexist", "there is no folder 'nonexist'; give one that lib.lm.prepare made, "
                               "or one of ('tiny', 'smollm2', 'pythia')"),
     ],
