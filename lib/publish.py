@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"name a chapter: {', '.join(experiments.CHAPTERS)}")
     try:
         _publish(experiments, options)
-    except (RuntimeError, runs.StoreFullError) as error:
+    except (RuntimeError, OSError) as error:  # the latter: what is missing, or cannot be written
         print(f"not published: {error}", file=sys.stderr)
         return 1
     return 0
@@ -140,6 +140,8 @@ def chapter_engine(experiments: ModuleType, chapter: str, profile: str) -> runs.
 
 def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     store = runs.Store(options.store)
+    if store.root.exists() and not store.root.is_dir():
+        raise NotADirectoryError(f"--store {options.store} is a file: name a folder")
     stages = experiments.stages(options.chapter, options.profile)
     engine = chapter_engine(experiments, options.chapter, options.profile)
     jobs = options.jobs or experiments.CHAPTERS[options.chapter].jobs
@@ -150,11 +152,21 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
         command += f" --only {name}={value}"
         _replace(path, stages, {name: value}, store, engine, jobs, command)
         return
+    if hasattr(engine, "check"):  # of all stages: not when the first has taken its hours
+        planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
+        configs = dict.fromkeys(config for stage in planned for config in stage(None))
+        _check(list(configs), store, engine)
     table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
     total = published.meta["totals"]
     kilobytes = path.stat().st_size / 1e3
     print(f"published {total['runs']:,} runs, {total['rows']:,} rows, {kilobytes:,.0f} kB: {path}")
+
+
+def _check(configs: Sequence[Any], store: runs.Store, engine: runs.Engine) -> None:
+    """Raises: FileNotFoundError for what a run needs that is to be computed."""
+    todo = runs.plan(configs, store, engine).todo
+    engine.check([run.config for run in todo])
 
 
 def _replace(

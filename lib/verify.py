@@ -10,7 +10,8 @@ three seeds were published, as in pilots, nothing says where another seed may en
 on its first updates alone, and how many did is printed.
 
 When a table's whole sample passes although the code changed since, the table is stamped with the
-present code; otherwise the exit status is 1 and the runs and values that differ are named.
+present code; otherwise the exit status is 1 and the runs and values that differ are named. So it is
+for a table that could not be verified because a file that its runs need is missing.
 """
 
 from __future__ import annotations
@@ -90,13 +91,35 @@ def verify(
 ) -> bool:
     """Recompute and compare a sample of one table, print a line per run, stamp if all pass.
 
-    A table of a device that is missing here is passed over, and said to be.
+    A table of a device that is missing here is passed over, and said to be. So is one whose data or
+    judge are missing, which counts as a failure: they can be had.
     """
+    named = f"{published.chapter}/{published.profile}"
     try:
         engine = chapter_engine(experiments, published.chapter, published.profile)
     except RuntimeError as error:
-        print(f"{published.chapter}/{published.profile}: not verified: {error}")
+        print(f"{named}: not verified: {error}")
         return True
+    try:
+        verdicts = _verdicts(published, experiments, engine, sample, seed, jobs)
+    except FileNotFoundError as error:
+        print(f"{named}: not verified: {error}")
+        return False
+    print(f"{named}: {published.notice() or 'code as published'}")
+    print("\n".join(map(str, verdicts)))
+    if few := sum(verdict.test.startswith(FEW) for verdict in verdicts):
+        print(f"{few} of {len(verdicts)} runs judged by their first updates alone")
+    passed = all(verdict.passed for verdict in verdicts) or _by_chance(verdicts)
+    if passed and published.stale():
+        _stamp(published, verdicts, seed, engine.modules)
+    return passed
+
+
+def _verdicts(
+    published: runs.Published, experiments: ModuleType, engine: runs.Engine, sample: int, seed: int,
+    jobs: int | None,
+) -> list[Verdict]:  # fmt: skip
+    """How a random sample of a table compares. Raises: FileNotFoundError for what runs need."""
     chosen = random.Random(seed).sample(sorted(published.runs), min(sample, len(published.runs)))
     stages = experiments.stages(published.chapter, published.profile)
     configs = configurations(stages, published.table)
@@ -108,14 +131,7 @@ def verify(
     ]
     if known:
         verdicts += _recompute(published, [configs[run] for run in known], engine, jobs)
-    print(f"{published.chapter}/{published.profile}: {published.notice() or 'code as published'}")
-    print("\n".join(map(str, verdicts)))
-    if few := sum(verdict.test.startswith(FEW) for verdict in verdicts):
-        print(f"{few} of {len(verdicts)} runs judged by their first updates alone")
-    passed = all(verdict.passed for verdict in verdicts) or _by_chance(verdicts)
-    if passed and published.stale():
-        _stamp(published, verdicts, seed, engine.modules)
-    return passed
+    return verdicts
 
 
 def _by_chance(verdicts: Sequence[Verdict]) -> bool:
@@ -173,6 +189,8 @@ def _recompute(
     published: runs.Published, configs: Sequence[Any], engine: runs.Engine, jobs: int | None
 ) -> list[Verdict]:
     verdicts = []
+    if hasattr(engine, "check"):
+        engine.check(configs)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         store = runs.Store(folder)
         if hasattr(engine, "afresh"):  # it keeps more than runs

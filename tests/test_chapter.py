@@ -243,7 +243,7 @@ def test_a_plan_finds_what_the_store_has(tmp_path):
     ({"options": "tau"}, "options must be a mapping such as"),
     ({"options": {"tua": 1}}, "option must be one of .*'tau'.*, got 'tua'"),
     ({"options": {"seed": 1}}, "option must be one of .*, got 'seed'"),
-    ({"options": {"prompts": "4"}}, r"options \{'prompts': '4'\}: "),
+    ({"options": {"prompts": "4"}}, "prompts must be a whole number, got '4'"),
     ({"options": {"prompts": 0}}, "prompts must be between 1 and"),
     ({"prepared": "folder"}, "option must be one of .*, got 'prepared'"),
     ({"profile": "smok"}, "profile must be one of .*'auto', 'smoke'"),

@@ -10,9 +10,9 @@ import pytest
 from lib import claims, experiments, tables
 from lib.experiments import length
 from lib.experiments.settings import matching
-from lib.lm.config import PREPARED
+from lib.lm.config import PREPARED, TINY
 from lib.publish import configurations
-from lib.runs import code_fingerprint, columns, identity, largest_published
+from lib.runs import Store, code_fingerprint, columns, compute, identity, largest_published
 
 LENGTH = tuple(length.CHAPTERS)
 GRIDS = [(c, p) for c in experiments.CHAPTERS for p in experiments.PROFILES]
@@ -225,3 +225,58 @@ def test_a_plan_takes_the_selected_rate_where_the_sweep_is_whole():
     for results, rate in ((table, slow), (table[:-2], middle), (None, middle)):
         assumed = experiments.assumer(results, profile)
         assert (assumed(base), assumed(dial)) == (rate, rate)
+
+
+def test_a_missing_judge_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.lm.full_scale.PREPARED", tmp_path)
+    profile = experiments.profile_named("full_scale", "cpu")
+    configs = sorted(assumed("full_scale", profile), key=lambda config: bool(config.judge))
+    assert configs[0].judge is None and configs[-1].judge == "smollm2"
+    store, engine = Store(tmp_path / "store"), experiments.engine("full_scale")
+    with pytest.raises(FileNotFoundError, match="the judge 'smollm2' is not in"):
+        compute(configs, store, engine, say=lambda text: None)
+    assert not store.root.exists() or not list(store.root.glob("records/*/*"))
+    engine.check([config for config in configs if not config.judge])
+
+
+def test_a_folder_without_what_the_chapter_runs_on_is_named(tmp_path):
+    shipped = experiments.CHAPTERS["full_scale"].profiles["full"]
+    own = replace(shipped, options=(*shipped.options, ("prepared", str(tmp_path))))
+    with pytest.raises(ValueError, match=f"'{tmp_path}' has nothing .*lib.lm.prepare_full"):
+        experiments.check_runs("full_scale", own, None, (), {"prepared": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("chapter", "options", "said"),
+    [
+        ("on_policy_length", {"checkpointing": "yes"}, "checkpointing must be true or false"),
+        ("on_policy_length", {"clip_norm": "1e-3"}, "in YAML write 0.001, not 1e-3"),
+        ("on_policy", {"held_out": "no"}, "held_out must be true or false, got 'no'"),
+        ("on_policy", {"evaluations": 2.5}, "evaluations must be a whole number, got 2.5"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(chapter, options, said):
+    with pytest.raises(ValueError, match=said):
+        experiments.check_options(chapter, options)
+
+
+def test_a_prepared_folder_that_is_not_there_names_the_presets():
+    with pytest.raises(FileNotFoundError, match="no folder 'nonexist'.*tiny.*smollm2.*pythia"):
+        experiments.check_options("on_policy_length", {"prepared": "nonexist"})
+    experiments.check_options("on_policy_length", {"prepared": "smollm2"})  # made where it runs
+
+
+@pytest.mark.parametrize("way", ["./data/length", "data/length/", str(TINY)])
+def test_a_prepared_folder_is_one_however_it_is_written(way, monkeypatch):
+    monkeypatch.chdir(TINY.parents[1])
+    for chapter in ("on_policy_length", "full_scale"):
+        full = experiments.CHAPTERS[chapter].profiles["full"]
+        setting = experiments.Setting("rwr", "min" if chapter != "full_scale" else "similar")
+        made = {setting.run(replace(full, options=(*full.options, ("prepared", name))), 1e-3, 5)
+                for name in ("data/length", way)}  # fmt: skip
+        assert len(made) == 1
+    own = replace(experiments.profile_named("on_policy_length", "smoke"),
+                  options=(*experiments.profile_named("on_policy_length", "smoke").options,
+                           ("prepared", way), ("evaluations", 1.0)))  # fmt: skip
+    experiments.check_runs("on_policy_length", own, ["rwr"], (),
+                           {"prepared": way, "evaluations": 1.0})  # fmt: skip

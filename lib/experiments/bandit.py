@@ -17,6 +17,7 @@ from lib import methods, stats
 from lib.bandit.config import LEARNING_RATES, BanditRun, bandit_run
 from lib.bandit.engine import BanditEngine
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
+from lib.runs.configurations import checked
 
 REWARDS = ("R1", "R2")
 OFFLINE = ("best_of_n_offline", "best_of_n_negative", "rwr_offline", "dpo_offline", "ipo_offline")
@@ -38,7 +39,7 @@ class BanditProfile(Profile):
     switches: int | None = None
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> BanditRun:
-        options = {**dict(self.options), **dict(setting.options)}
+        options = checked(BanditRun, {**dict(self.options), **dict(setting.options)})
         if methods.get(setting.method).on_policy:
             options.setdefault("held_out", False)  # of interest where the data are fixed
         return bandit_run(

@@ -19,7 +19,9 @@ from lib.experiments.settings import (
     selector,
     sweep_runs,
 )
+from lib.lm.places import check_prepared, spelled
 from lib.runs import PROFILES, Engine, identity
+from lib.runs.configurations import checked
 
 CHAPTERS: dict[str, Grid] = {**bandit.CHAPTERS, **length.CHAPTERS, **full_scale.CHAPTERS}
 # Fields of a run that its setting, learning rate and seed decide.
@@ -52,11 +54,15 @@ def settings(chapter: str, profile: Profile, only: Sequence[str] | None = None) 
 
 
 def check_options(chapter: str, options: Mapping[str, Any]) -> None:
-    """Raises: ValueError for an option that is no field of the chapter's runs."""
+    """Raises: ValueError for an option that is no field of the chapter's runs, or for a value of
+    another kind; FileNotFoundError for a prepared folder that is not there."""
     full = CHAPTERS[check_chapter(chapter)].profiles["full"]
     run = settings(chapter, full)[0].run(full, full.rates[0], 0)
     for name in options:
         one_of("option", name, sorted({f.name for f in fields(run)} - OF_SETTINGS))
+    checked(type(run), options)
+    if "prepared" in options:
+        check_prepared(options["prepared"])
 
 
 def check_runs(
@@ -72,8 +78,10 @@ def check_runs(
         FileNotFoundError where the data of a run are missing.
     """
     if not settings(chapter, profile):
-        raise ValueError(f"the prepared folder has nothing that {chapter} runs on: make it "
-                         "with lib.lm.prepare")  # fmt: skip
+        maker = "prepare_full" if chapter in full_scale.CHAPTERS else "prepare"
+        folder = dict(profile.options).get("prepared", "tiny")
+        raise ValueError(f"the prepared folder {folder!r} has nothing that {chapter} runs on: make "
+                         f"one with lib.lm.{maker}")  # fmt: skip
     try:
         built = [s.run(profile, profile.rates[0], max(seeds, default=0))
                  for s in settings(chapter, profile, only)]  # fmt: skip
@@ -82,6 +90,7 @@ def check_runs(
     except TypeError as error:
         raise ValueError(f"options {dict(options)}: {error}") from error
     for name, value in options.items():
+        value = spelled(value) if name == "prepared" else value
         if all(getattr(run, name) != value for run in built):
             raise ValueError(f"no run of {chapter} takes {name}={value!r}: its settings set it")
 

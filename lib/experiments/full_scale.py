@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lib.experiments.length import PAPER_RATES, SHARED, SMALL, PilotProfile
+from lib.experiments.length import PAPER_RATES, SHARED, SMALL, PilotProfile, fields_of
 from lib.experiments.settings import Grid, Setting
 from lib.lm.config import MINIBATCH, length_run, prepared_folder
 from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
@@ -41,7 +41,7 @@ class FullScaleProfile(PilotProfile):
     unjudged: int | None = None
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> FullScaleRun:
-        options = {**dict(self.options), **dict(setting.options)}
+        options = fields_of(FullScaleRun, {**dict(self.options), **dict(setting.options)})
         minibatch = options.get("minibatch", MINIBATCH)
         options["batch"] = options.pop("sets", 1) * minibatch
         options.setdefault("policy", self.policies[1])
@@ -147,9 +147,9 @@ def _kept(setting: Setting, **options: Any) -> Setting:
 
 def _engine(device: str = "cpu") -> Engine:
     """Imported when it is wanted: other chapters need no language-model library."""
-    from lib.lm.judged import FullScaleEngine
+    from lib.experiments.judged import CheckedEngine
 
-    return FullScaleEngine(device)
+    return CheckedEngine(device)
 
 
 CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine)}

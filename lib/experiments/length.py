@@ -6,7 +6,7 @@ without a gold reward could see, on two seeds that are not reported. Dials keep 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,20 @@ from lib import methods, stats
 from lib.experiments.settings import Grid, Profile, Setting, final, reported
 from lib.lm.config import MINIBATCH, LengthRun, length_run, prepared_tasks
 from lib.lm.length import GIVEN, TASKS
+from lib.lm.places import spelled
 from lib.runs import Engine
+from lib.runs.configurations import checked
 
 TITLES = {"min": "Min Length", "skew": "Skew Length", "mode": "Mode Length",
           GIVEN: "your preferences"}  # fmt: skip
+
+
+def fields_of(run: type[LengthRun], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a run takes them: a folder in one spelling. Raises: ValueError, see `checked`."""
+    options = checked(run, options)
+    if "prepared" in options:
+        options["prepared"] = spelled(options["prepared"])
+    return options
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class LengthProfile(PilotProfile):
         return replace(self, rates=rates, slowest=0.0)
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> LengthRun:
-        options = {**dict(self.options), **dict(setting.options)}
+        options = fields_of(LengthRun, {**dict(self.options), **dict(setting.options)})
         if (share := options.pop("sets", None)) is not None:
             options["batch"] = share * options.get("minibatch", MINIBATCH)
         options.setdefault("batch", options.get("minibatch", MINIBATCH))

@@ -3,7 +3,8 @@
 `python -m lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out FOLDER` samples two
 responses to every prompt, labels them by each task's rule, and trains a reward model for each task.
 The folder then holds policy/, pairs.parquet, reward-min/, reward-mode/, reward-skew/ and
-prepared.json, which says what it was made of. What is there already is kept.
+prepared.json, which says what it was made of. What is there already is kept: the same command goes
+on where it stopped, and one that asks for something else is refused.
 
 With `--preferences FILE_OR_NAME` in place of `--prompts`, pairs and labels are those of the
 file, and the one task is "given".
@@ -18,7 +19,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -28,14 +30,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.allowed import one_of
+from lib.allowed import between, one_of
 from lib.footprint import keys_and_values
 from lib.lm import length, pairs, reward
 from lib.lm.config import DECODERS, DTYPES
 from lib.lm.decode import Samples
 from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
 from lib.lm.models import (
+    Source,
     TokenIds,
+    file_digest,
     folder_digest,
     ids,
     load_policy,
@@ -45,7 +49,7 @@ from lib.lm.models import (
 )
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
-from lib.lm.reading import read_rows
+from lib.lm.reading import TextError, read_rows
 from lib.lm.text import (
     Preferences,
     Prompts,
@@ -65,24 +69,32 @@ LEFT_OUT = "test"
 MAX_TOKENS = 96
 # Rate and epochs of the reward models: of a tiny one from random weights, of any that was trained.
 TRAINING = {"tiny": (1e-3, 6), "other": (1e-5, 1)}
+# What options may be, and the settings that pairs and reward models depend on.
+RANGES = {
+    "rate": (1e-12, 1.0), "epochs": (1, 1000), "max_tokens": (1, 100_000),
+    "max_prompt": (1, 100_000), "seed": (0, 2**31 - 1), "limit": (1, 10**9), "pairs": (1, 10**9),
+    "held_out": (1, 10**9), "strong_temperature": (1e-3, 100.0),
+}  # fmt: skip
+CUT = ("max_tokens", "max_prompt", "seed")
+PAIRS = ("prompts", "preferences", "column", "config", "split", "prompts_revision", "limit", "eos")
+REWARD = ("reward_model", "rate", "epochs")
 ROOM = 4 * 2**30  # bytes of keys and values at once on a CPU; on a GPU half of what is free
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    if options.preferences:
-        options.tasks = (length.GIVEN,)
     try:
         prepare(options)
-    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
+    except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """All steps, each skipped where its result exists."""
+    """All steps, each skipped where its result exists. Raises: ValueError for what does not fit."""
+    _settle_tasks(options)
     settle(options)
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
     check_reward_model(options, tokenizer, options.policy)
@@ -90,6 +102,7 @@ def prepare(options: argparse.Namespace) -> None:
     record = read_record(out)
     folder, _ = resolve(options.policy, options.revision)
     check_policy(out / "policy", folder, options.policy, record.get("policy"))
+    _check_kept(options, record)
     out.mkdir(parents=True, exist_ok=True)
     model, source = load_policy(options.policy, options.revision, device=options.device)
     record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
@@ -113,13 +126,85 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Fills in the values that follow from others where they were not given."""
+    """Fills in the values that follow from others where they were not given.
+
+    Raises: ValueError for a value that is none, a device that is not here, or an `--out` that is no
+        folder.
+    """
     rate, epochs = TRAINING["tiny" if options.reward_model == "tiny" else "other"]
     options.rate = rate if options.rate is None else options.rate
     options.epochs = epochs if options.epochs is None else options.epochs
     options.dtype = options.dtype or usual_dtype(options.device)
     options.cut = options.max_tokens is not None  # who names a cap may cut every response
     options.max_tokens = options.max_tokens if options.cut else MAX_TOKENS
+    for name, (low, high) in RANGES.items():
+        if (value := getattr(options, name, None)) is not None:
+            between(named(name), value, low, high)
+    check_device(options.device)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: name a folder")
+
+
+def _settle_tasks(options: argparse.Namespace) -> None:
+    """Raises: ValueError for an option that given preferences do not have."""
+    if not options.preferences:
+        options.tasks = options.tasks or length.TASKS
+        return
+    if more := [n for n in ("limit", "column", "tasks") if getattr(options, n) is not None]:
+        raise ValueError(f"{', '.join(map(named, more))} cannot be given with --preferences: all "
+                         f"its pairs are taken, and its one task is {length.GIVEN!r}")  # fmt: skip
+    options.tasks = (length.GIVEN,)
+
+
+def named(option: str) -> str:
+    """An option as it is typed."""
+    return f"--{option.replace('_', '-')}"
+
+
+def check_device(device: str) -> None:
+    """Raises: ValueError for a GPU that is not here: a CPU in its place would take days."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device is available here; there is 'cpu'")
+
+
+def _check_kept(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Raises: ValueError for settings that what is in the folder was not made with."""
+    source, then = record.get("pairs", {}).get("source"), record.get("arguments", {})
+    kind = "prompts" if then.get("preferences") == "None" else "preferences"
+    sources = {kind: source} if source else {}
+    if (options.out / "pairs.parquet").exists():
+        refuse_other(options, record, "pairs", (*PAIRS, *CUT), sources)
+    if any(is_trained(folder) for folder in options.out.glob("reward-*")):
+        refuse_other(options, record, "reward models", (*REWARD, *CUT))
+
+
+def refuse_other(
+    options: argparse.Namespace, record: dict[str, Any], what: str, names: Iterable[str],
+    sources: Mapping[str, dict[str, Any]] = {},
+) -> None:  # fmt: skip
+    """Raises: ValueError that names the settings that `what` of a folder was not made with.
+
+    Args: names: of the settings that count; one that the record does not have is passed over.
+        sources: what was read, by the setting that names it.
+    """
+    then = record.get("arguments", {}) | {name: s["name"] for name, s in sources.items()}
+    other = [
+        f"{named(name)} {then[name]}, not {now}"
+        for name in names if name in then
+        if not _is_same(then[name], now := getattr(options, name), sources.get(name))
+    ]  # fmt: skip
+    if other:
+        raise ValueError(f"{options.out} holds {what} made with {'; '.join(other)}: name a new "
+                         "--out")  # fmt: skip
+
+
+def _is_same(then: str, now: Any, source: dict[str, Any] | None) -> bool:
+    """Whether a setting is the recorded one; files by their content where that is recorded."""
+    if source and now and Path(now).expanduser().is_file():
+        return file_digest(Path(now).expanduser()) == source["resolved"]
+    if isinstance(now, str):  # one path can be written in several ways
+        return Path(then).expanduser().resolve() == Path(now).expanduser().resolve()
+    return then == str(now)
 
 
 def usual_dtype(device: str) -> str:
@@ -175,9 +260,28 @@ def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
         write_folder_atomically(to, copied)
 
 
+def source_of(name: str) -> dict[str, Any]:
+    """{"source": what a file holds}, to tell it again; nothing for a data set."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return {}
+    return {"source": asdict(Source(name, None, file_digest(path)))}
+
+
 def save_pairs(path: Path, splits: dict[str, pairs.Pairs], *more: Any) -> None:
-    """`lib.lm.pairs.save`, whole or not at all: half a file would count as done."""
+    """`lib.lm.pairs.save`, whole or not at all: half a file would count as done.
+
+    Raises: ValueError for a split without a pair, which would be kept and never be of use.
+    """
+    check_splits(splits)
     write_atomically(path, lambda new: pairs.save(new, splits, *more))
+
+
+def check_splits(splits: Mapping[str, Sequence[Any]]) -> None:
+    """Raises: ValueError for a split without a row."""
+    if empty := [name for name, rows in splits.items() if not len(rows)]:
+        raise ValueError(f"nothing is left for {' and '.join(empty)}: give more prompts, or a "
+                         "larger --max-prompt")  # fmt: skip
 
 
 def is_trained(folder: Path) -> bool:
@@ -229,16 +333,18 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     started = perf_counter()
     found = ids(tokenizer, model)
     scorer = Sampler(model, found, options.max_prompt + options.max_tokens, options)
+    prompts = _prompts(options, tokenizer)
+    check_splits(prompts)  # before they are answered
     splits = {
-        split: pairs.sample_pairs(scorer, prompts, options.max_tokens, options.seed + i)
-        for i, (split, prompts) in enumerate(_prompts(options, tokenizer).items())
+        split: pairs.sample_pairs(scorer, some, options.max_tokens, options.seed + i)
+        for i, (split, some) in enumerate(prompts.items())
     }
     save_pairs(options.out / "pairs.parquet", splits)
     lengths = splits["train"].lengths
     return {
         "count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
         "max_tokens": options.max_tokens, "seconds": round(perf_counter() - started, 1),
-        "length": {"mean": lengths.mean(), "sd": lengths.std()},
+        **source_of(options.prompts), "length": {"mean": lengths.mean(), "sd": lengths.std()},
     }  # fmt: skip
 
 
@@ -246,11 +352,27 @@ def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     """pairs.parquet from the user's own preferences; returns its record."""
     where = {"config": options.config, "split": options.split,
              "revision": options.prompts_revision}  # fmt: skip
-    read = load_preferences(options.preferences, **where)
+    with naming_columns():
+        read = load_preferences(options.preferences, **where)
     split = split_of(options.preferences, read, **where)
     splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos, split)
     save_pairs(options.out / "pairs.parquet", splits)
     return record
+
+
+@contextmanager
+def naming_columns(option: str | None = None) -> Iterator[None]:
+    """What a reader says of columns that it does not find, in words of a command.
+
+    Args: option: that names the column, if the command has one.
+    Raises: TextError.
+    """
+    try:
+        yield
+    except TextError as error:
+        text, call, _ = str(error).partition(" Name them: ")
+        how = f"Name it: {option} NAME" if option else "Rename the columns of the file"
+        raise TextError(f"{text} {how}" if call else text) from None
 
 
 def given_pairs(
@@ -299,7 +421,8 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
     """Token ids by split: the file's own column `split`, or a tenth drawn for validation."""
     where = {"config": options.config, "split": options.split,
              "revision": options.prompts_revision}  # fmt: skip
-    read = load_prompts(options.prompts, column=options.column, **where)
+    with naming_columns("--column"):
+        read = load_prompts(options.prompts, column=options.column, **where)
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = split_of(options.prompts, read, column=options.column, **where)
@@ -427,7 +550,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts-revision", help="of a data set on the hub (default: newest)")
     parser.add_argument("--limit", type=int, help="prompts at most, evenly from the file")
     parser.add_argument("--out", type=Path, required=True, help="folder to prepare")
-    parser.add_argument("--tasks", nargs="+", default=length.TASKS, choices=length.TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=length.TASKS,
+                        help=f"default: {' '.join(length.TASKS)}")  # fmt: skip
     add_shared(parser)
     return parser
 

@@ -13,7 +13,8 @@ Pairs that exist, such as the relabelled AlpacaFarm pairs and UltraFeedback's:
 
 The folder then holds policy-NAME/ for each, similar.parquet, distinct.parquet (the first response
 is the preferred one), a reward model for each, and prepared.json, which says what it was made of.
-What is there already is kept, and so are the judge's scores. Pairs are kept as token ids: all
+What is there already is kept, and so are the judge's scores; a command that asks for something else
+is refused. Pairs are kept as token ids: all
 policies of a folder, and a reward model that is no tiny one, must have the same tokenizer.
 """
 
@@ -40,6 +41,8 @@ from lib.lm.length import GIVEN
 from lib.lm.models import ids, load_policy, load_tokenizer, resolve
 from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.prepare import (
+    CUT,
+    REWARD,
     Sampler,
     add_shared,
     check_policy,
@@ -47,10 +50,13 @@ from lib.lm.prepare import (
     copy_policy,
     given_pairs,
     is_trained,
+    naming_columns,
     ordinary,
     read_record,
+    refuse_other,
     save_pairs,
     settle,
+    source_of,
     split_of,
     train_reward,
     write_record,
@@ -70,6 +76,9 @@ from lib.runs import provenance, write_atomically
 BATCH = 64  # prompts answered, and responses judged, at once
 STRONG, SPLIT = 1, 2  # streams of random numbers
 ANSWERERS = {"similar": ("first", "second"), "distinct": ("strong", "first")}
+# Settings that pairs depend on: those made here, and those that were read.
+MADE = ("prompts", "strong", "strong_temperature", "judge", "pairs", "held_out")
+READ = ("split", "revision")
 SHORT = "You are a helpful assistant who gives short answers in plain English."
 
 
@@ -77,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
         prepare(_parser().parse_args(arguments))
-    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
+    except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -98,9 +107,10 @@ def prepare(options: argparse.Namespace) -> None:
     folders = {name: resolve(source)[0] for name, source in options.policy}
     for name, source in options.policy:
         check_policy(out / f"policy-{name}", folders[name], source, None)
+    record = read_record(out)
+    _check_kept(options, record)
     out.mkdir(parents=True, exist_ok=True)
-    record = read_record(out) | {"commit": provenance.commit(), "arguments": {
-        k: str(v) for k, v in vars(options).items()}}  # fmt: skip
+    record |= {"commit": provenance.commit(), "arguments": _arguments(options, record)}
     model, source = load_policy(weak, device=options.device)
     if not _are_made(out):  # else it is the one that answered then
         record["policy"] = asdict(source)
@@ -124,6 +134,32 @@ def prepare(options: argparse.Namespace) -> None:
 
 def _are_made(out: Path) -> bool:
     return all((out / f"{kind}.parquet").exists() for kind in KINDS)
+
+
+def _check_kept(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Raises: ValueError for settings that what is in the folder was not made with."""
+    for kind in KINDS:
+        if not (options.out / f"{kind}.parquet").exists():
+            continue
+        source = record.get(kind, {}).get("source")
+        if bool(options.prompts) == bool(source) and kind in record:
+            raise ValueError(f"{options.out} holds {kind} pairs that were "
+                             f"{'read' if source else 'made here'}: name a new --out")  # fmt: skip
+        if options.prompts and _are_made(options.out):
+            sources = {"prompts": record["source"]} if "source" in record else {}
+            refuse_other(options, record, "pairs", (*MADE, *CUT), sources)
+        if getattr(options, kind):
+            refuse_other(options, record, f"{kind} pairs", (kind, *READ, *CUT),
+                         {kind: source} if source else {})  # fmt: skip
+        if is_trained(options.out / f"reward-{kind}"):
+            refuse_other(options, record, f"the reward model of {kind} pairs", (*REWARD, *CUT))
+
+
+def _arguments(options: argparse.Namespace, record: dict[str, Any]) -> dict[str, str]:
+    """The options as text; of pairs that were read before and are not named now, what was said."""
+    now = {name: str(value) for name, value in vars(options).items()}
+    then = record.get("arguments", {})
+    return now | {kind: then[kind] for kind in KINDS if kind in then and not getattr(options, kind)}
 
 
 def _check_tokenizers(options: argparse.Namespace) -> None:
@@ -184,14 +220,15 @@ def _make(
         wins = {s: float((more["answerer"] == one).mean()) for s, (_, more) in labelled.items()}
         record[kind] = {"count": {s: len(p) for s, (p, _) in labelled.items()},
                         f"share preferred: {one}": wins}  # fmt: skip
-    record |= {"judge": asdict(judge.source), "seed": options.seed,
+    record |= {"judge": asdict(judge.source), "seed": options.seed, **source_of(options.prompts),
                "seconds": round(perf_counter() - started, 1)}  # fmt: skip
     write_record(options.out, record)
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[list, list[Prompt]]]:
     """Ids and texts of the prompts by split, `--pairs` and `--held-out` of them, drawn by seed."""
-    read = load_prompts(options.prompts)
+    with naming_columns():
+        read = load_prompts(options.prompts)
     print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = split_of(options.prompts, read)
@@ -333,7 +370,8 @@ def _read(
         if not name or path.exists():
             continue
         where = {"split": options.split, "revision": options.revision}
-        read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
+        with naming_columns():
+            read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
         splits, texts, record[kind] = given_pairs(read, options, tokenizer, eos,
                                                   split_of(name, read, **where))  # fmt: skip
         save_pairs(path, splits, texts)

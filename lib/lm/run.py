@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from lib import methods
+from lib.allowed import between
 from lib.finetune import State
 from lib.lm import parallel
 from lib.lm.config import LABELS, LengthRun, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
+from lib.lm.places import check_prepared, spelled
+from lib.lm.prepare import check_device
 from lib.lm.problem import LengthProblem
 from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
+from lib.runs.configurations import checked
 from lib.runs.store import read_checkpoint
+
+OWN = ("method", "task", "learning_rate", "seed")  # fields that have an option of their own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,12 +54,13 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     """The result table of the run; the main process writes it and prints the last row. Every
     process returns the same.
 
-    Raises: ValueError, before any work, for an option that is none, a folder of `--save` that is
-    not new, or a `--checkpoint` of another run or other code.
+    Raises: ValueError or OSError, before any work, for an option that is none, a device that is not
+    here, a place that cannot be written, a folder of `--save` that is not new, or a `--checkpoint`
+    of another run or other code.
     """
+    check_device(options.device)
     config = configuration(options)
-    if options.save and options.save.exists() and any(options.save.iterdir()):
-        raise ValueError(f"--save {options.save}: there is something already, name a new folder")
+    _check_places(options)
     header = _header(config)
     if options.checkpoint and options.checkpoint.exists():
         _refuse_other(options.checkpoint, header)
@@ -64,11 +72,10 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     try:
         engine = KeepingEngine(str(accelerator.device))
         (table,) = engine.run([config], _checkpoint(options, header))
-        if main and options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.output, table.to_parquet)
-        if main and options.save:
+        if main and options.save:  # first: it took all the time
             save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
+        if main and options.output:
+            write_atomically(options.output, table.to_parquet)
         if main and options.checkpoint:
             options.checkpoint.unlink(missing_ok=True)
         if main:
@@ -76,6 +83,35 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     finally:
         accelerator.end_training()
     return table
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Makes the folders of what will be written, and tries them: not when all is trained.
+
+    Raises: ValueError for a place that holds something else; OSError where nothing can be written.
+    """
+    if options.save:
+        if options.save.exists() and not options.save.is_dir():
+            raise ValueError(f"--save {options.save} is a file: name a new folder")
+        if options.save.exists() and any(options.save.iterdir()):
+            raise ValueError(f"--save {options.save}: there is something already, name a new "
+                             "folder")  # fmt: skip
+    for name in ("output", "checkpoint"):
+        if (file := getattr(options, name)) and file.is_dir():
+            raise ValueError(f"--{name} {file} is a folder: name a file")
+    for name in ("save", "output", "checkpoint"):
+        if place := getattr(options, name):
+            _try(f"--{name} {place}", place if place.is_dir() else place.parent)
+
+
+def _try(said: str, folder: Path) -> None:
+    """Raises: OSError for a folder that cannot be made, or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{said} cannot be written: {error.strerror or error}") from None
 
 
 class KeptProblem(LengthProblem):
@@ -126,9 +162,14 @@ def _warn(config: LengthRun) -> None:
 
 def configuration(options: argparse.Namespace) -> LengthRun:
     """The run that the command line describes. Raises: ValueError for an option that is none."""
-    fields = {"updates": options.updates, "label": options.label, "prepared": options.prepared}
-    fields |= dict(_option(text) for text in options.option)
-    return length_run(options.method, options.task, options.rate, options.seed, **fields)
+    between("--updates", options.updates, 1, 10**9)
+    fields = {"label": options.label, "prepared": options.prepared}
+    fields |= checked(LengthRun, dict(_option(text) for text in options.option))
+    fields["prepared"] = spelled(check_prepared(fields["prepared"]))
+    if "minibatch" in fields:
+        between("minibatch", fields["minibatch"], 1, 10**9)  # which others are divided by
+    return length_run(options.method, options.task, options.rate, options.seed,
+                      updates=options.updates, **fields)  # fmt: skip
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -136,6 +177,10 @@ def _option(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign:
         raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
+    if name in OWN:
+        raise ValueError(f"--option {text}: give --{'rate' if name == 'learning_rate' else name}")
+    if name not in (known := LengthRun.__dataclass_fields__.keys() - {*OWN}):
+        raise ValueError(f"unknown option {[name]}; choose from {sorted(known)}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from lib.allowed import one_of
+from lib.allowed import between, one_of
 from lib.lm.layouts import COLUMNS, as_prompt, last, table
 from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.pairs import SPLITS
-from lib.lm.prepare import SPLIT, drawn, split_names
+from lib.lm.prepare import RANGES, SPLIT, check_device, drawn, named, split_names
 from lib.lm.reading import TextError, read_rows
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
 from lib.lm.text import as_text, encode_prompts, encode_responses
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         supervise(options)
-    except (ValueError, RuntimeError) as error:  # the latter: of a loss that is not finite
+    except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -49,6 +49,9 @@ def supervise(options: argparse.Namespace) -> Trained:
     """Trains the policy and writes it. Raises: ValueError, before training, for what is wrong."""
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"--out {options.out} is there already: name a new folder")
+    check_device(options.device)
+    for name in ("max_tokens", "max_prompt"):
+        between(named(name), getattr(options, name), *RANGES[name])
     run = replace(RUN, learning_rate=options.rate, epochs=options.epochs, batch=options.batch,
                   seed=options.seed, device=options.device)  # fmt: skip
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)

@@ -10,12 +10,17 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 IDENTITY_LENGTH = 20  # hex characters: 80 bits, so a collision among a million runs has odds 1e-12
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+         type(None): "null"}  # fmt: skip
 
 
 def identity(config: Any) -> str:
@@ -52,6 +57,41 @@ def columns(config: Any) -> dict[str, Any]:
     row: dict[str, Any] = {}
     _flatten(config, "", row)
     return row
+
+
+def checked(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of fields of a dataclass, a whole float of an int field as int.
+
+    Names that are no fields pass, and so do fields of other kinds than those of `WORDS`.
+    Raises: ValueError that names field, value and what is wanted.
+    """
+    hints = _hints(cls)
+    return {name: _of_kind(name, value, _options(hints[name])) if name in hints else value
+            for name, value in values.items()}  # fmt: skip
+
+
+def _of_kind(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    if type(value) in kinds or not {*kinds} <= WORDS.keys():
+        return value
+    if type(value) is int and float in kinds:  # `identity` knows that it is the same
+        return value
+    if type(value) is float and int in kinds and value.is_integer():
+        return int(value)
+    wanted = " or ".join(WORDS[kind] for kind in kinds)
+    raise ValueError(f"{name} must be {wanted}, got {value!r}{as_number(value)}")
+
+
+def as_number(value: Any) -> str:
+    """A hint for text that reads as a number: YAML takes 1e-3 for text."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        return ""
+    plain = np.format_float_positional(number, trim="-")
+    how = f"write {plain}, not {value}" if plain != value else "leave the quotes away"
+    return f" (text: in YAML {how})"
 
 
 def is_default_of_later(field: dataclasses.Field, value: Any) -> bool:
@@ -108,7 +148,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, str) and not isinstance(value, enum.Enum):
-        return value
+        return _text(value, _options(hint), where)
     if isinstance(value, enum.Enum):
         return {"class": type(value).__name__, "name": value.name}
     if isinstance(value, (bool, int, float)):
@@ -123,6 +163,14 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         f"{where} = {value!r} ({type(value).__name__}) has no deterministic serialisation; "
         "allowed: None, bool, int, float, str, enum, tuple, list, str-keyed dict, frozen dataclass"
     )
+
+
+def _text(value: str | None, options: tuple[Any, ...], where: str) -> str | None:
+    """Raises: TypeError for text where the annotation has numbers alone."""
+    if value is not None and {*options} <= {bool, int, float, type(None)}:
+        allowed = " or ".join(WORDS[option] for option in options)
+        raise TypeError(f"{where} = {value!r} is text; allowed: {allowed}{as_number(value)}")
+    return value
 
 
 def _number(value: bool | float, options: tuple[Any, ...], where: str) -> bool | float:

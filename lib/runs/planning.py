@@ -23,7 +23,8 @@ class Engine(Protocol):
     """How one kind of problem computes its runs.
 
     Attributes: `block_size`, the most runs that train together; `modules`, names of the `lib`
-    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally,
+    modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally
+    `check`, which raises FileNotFoundError if something that runs need is not there; and,
     kept as provenance, `device` ("cpu"), `dtype` ("float32") and `packages`, those besides torch,
     numpy and pandas whose versions may move a number ("transformers", ...).
     """

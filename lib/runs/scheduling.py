@@ -73,6 +73,8 @@ def compute(
             say(f"recomputed: {run.status.reason}")
     store.sweep()
     if overview.todo:
+        if hasattr(engine, "check"):  # what its runs need, and may not be here
+            engine.check([run.config for run in overview.todo])
         _compute_missing(overview, store, engine, say)
     tables = [
         store.read(run.identity)[0] if run.status.table is None else run.status.table

@@ -167,11 +167,11 @@ class Store:
     def prepare(self, needed: float) -> None:
         """Create the store; find out now, not after hours, whether it can take `needed` bytes."""
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / ".gitignore").write_text("*\n")
         if shutil.disk_usage(self.root).free < needed:
             raise StoreFullError(
                 f"{self.root} has less free space than the {needed:.0f} bytes needed"
             )
+        (self.root / ".gitignore").write_text("*\n")
 
     @contextlib.contextmanager
     def locked(self, runs: Sequence[str], wait: bool) -> Iterator[bool]:

@@ -89,6 +89,18 @@ def test_preparing_again_changes_nothing(made):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--pairs", 30), ("--strong-temperature", 0.5), ("--judge", "other")]
+)
+def test_other_settings_than_those_of_what_is_there_are_refused(made, capsys, option, value):
+    root, arguments = made
+    before = (root / "out" / "prepared.json").read_bytes()
+    assert prepare_full.main([*arguments, option, str(value)]) == 2
+    said = capsys.readouterr().err
+    assert f"{root / 'out'} holds pairs made with {option}" in said and f"not {value}" in said
+    assert (root / "out" / "prepared.json").read_bytes() == before
+
+
 def test_a_second_policy_is_not_said_to_have_answered(made, tmp_path):
     root, arguments = made
     shutil.copytree(root / "out", tmp_path / "out")

@@ -83,6 +83,97 @@ def test_preparing_again_keeps_what_is_there(prepared, capsys):
     assert "accuracy" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "was"),
+    [("seed", 1, "0"), ("max-tokens", 12, "16"), ("max-prompt", 30, "32"), ("limit", 50, "None"),
+     ("rate", 0.1, "0.01"), ("epochs", 1, "2"), ("preferences", None, "None")],
+)  # fmt: skip
+def test_other_settings_than_those_of_what_is_there_are_refused(
+    prepared, tmp_path, capsys, option, value, was
+):
+    out, arguments = prepared
+    before = (out / "prepared.json").read_bytes()
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(40)]
+    arguments = elsewhere(arguments)
+    if option == "preferences":
+        value = written(rows, tmp_path / "pairs.jsonl")
+        at = arguments.index("--prompts")
+        del arguments[at : at + 2]
+    assert prepare.main([*arguments, f"--{option}", str(value)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out} holds" in said and f"--{option} {was}, not {value}" in said
+    assert "name a new --out" in said and (out / "prepared.json").read_bytes() == before
+
+
+def test_other_prompts_are_refused_and_the_same_ones_go_by_any_path(prepared, tmp_path, capsys):
+    out, arguments = prepared
+    prompts = Path(arguments[3])
+    same = shutil.copy(prompts, tmp_path / "same.parquet")
+    pd.read_parquet(prompts).head(58).to_parquet(tmp_path / "other.parquet")
+    again = shutil.copytree(out, tmp_path / "again")
+    assert prepare.main(elsewhere(arguments, prompts=same, out=again)) == 0
+    assert prepare.main(elsewhere(arguments, prompts=tmp_path / "other.parquet")) == 2
+    assert f"--prompts {prompts}, not {tmp_path / 'other.parquet'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("limit", 0), ("limit", -5), ("max-tokens", 0), ("max-tokens", -3), ("epochs", 0),
+     ("rate", -1), ("rate", "nan"), ("seed", -1), ("seed", 2**40), ("max-prompt", 0)],
+)  # fmt: skip
+def test_bad_numbers_are_named_before_any_work(prepared, tmp_path, capsys, option, value):
+    _, arguments = prepared
+    changed = elsewhere(arguments, **{"out": tmp_path / "new", option: value})
+    assert prepare.main(changed) == 2
+    assert f"error: --{option} must be between" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_gpu_that_is_not_here_is_refused(prepared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = elsewhere(prepared[1], out=tmp_path / "new", device="cuda")
+    assert prepare.main(arguments) == 2 and not (tmp_path / "new").exists()
+    assert "--device cuda: no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [("--limit", "5"), ("--column", "x"), ("--tasks", "min")])
+def test_given_preferences_take_no_options_of_prompts(tmp_path, capsys, more):
+    policy = save_tiny_policy(tmp_path / "sft")
+    arguments = ["--policy", str(policy), "--preferences", "x.jsonl", "--out",
+                 str(tmp_path / "out"), *more]  # fmt: skip
+    assert prepare.main(arguments) == 2 and not (tmp_path / "out").exists()
+    assert f"{more[0]} cannot be given with --preferences" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("prompts", "Name it: --column NAME"), ("preferences", "Rename the columns")]
+)
+def test_columns_that_are_not_found_are_said_in_words_of_the_command(tmp_path, capsys, kind, how):
+    policy = save_tiny_policy(tmp_path / "sft")
+    source = written([{"a": "b"}], tmp_path / "rows.jsonl")
+    assert prepare.main(["--policy", str(policy), f"--{kind}", source, "--out",
+                         str(tmp_path / "out")]) == 2  # fmt: skip
+    said = capsys.readouterr().err
+    assert how in said and "has the columns ['a']" in said and "Name them" not in said
+
+
+def test_pairs_without_a_split_are_not_kept(prepared, tmp_path, capsys):
+    """Of one prompt, which the seed holds out, nothing is left to train on."""
+    pd.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "prompts.parquet")
+    arguments = elsewhere(prepared[1], out=tmp_path / "new", prompts=tmp_path / "prompts.parquet")
+    assert prepare.main(arguments) == 2
+    assert "nothing is left for train: give more prompts" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "pairs.parquet").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_is_no_folder_is_refused(prepared, tmp_path, capsys, place):
+    (tmp_path / "file").touch()
+    assert prepare.main(elsewhere(prepared[1], out=tmp_path / place)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and str(tmp_path / "file") in said and said.count("\n") == 1
+
+
 # --- what a kill leaves ---------------------------------------------------------------------------
 
 

@@ -66,6 +66,45 @@ def test_a_folder_takes_no_other_policy_of_the_same_name(pairs, capsys):
     assert "policy-a" in said and repr(str(other)) in said
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--pairs", 0), ("--held-out", 0), ("--strong-temperature", 0), ("--seed", -1)],
+)
+def test_bad_numbers_are_named_before_any_work(pairs, capsys, option, value):
+    root, arguments = pairs
+    said = refused([*arguments, option, str(value)], capsys)
+    assert f"{option} must be between" in said and not (root / "out").exists()
+
+
+def test_other_pairs_than_those_that_are_there_are_refused(pairs, capsys):
+    root, arguments = pairs
+    assert prepare_full.main(arguments) == 0
+    same = shutil.copy(root / "pairs.jsonl", root / "same.jsonl")
+    other = root / "other.jsonl"
+    other.write_text("\n".join((root / "pairs.jsonl").read_text().splitlines()[:50]))
+    before = (root / "out" / "prepared.json").read_bytes()
+    named = f"--distinct {root / 'pairs.jsonl'}, not {other}: name a new --out"
+    assert named in refused([*arguments, "--distinct", str(other)], capsys)
+    assert "--seed 0, not 1" in refused([*arguments, "--seed", "1"], capsys)
+    assert (root / "out" / "prepared.json").read_bytes() == before
+    assert prepare_full.main([*arguments, "--distinct", str(same)]) == 0
+    more = [*arguments[:2], "--similar", str(other), *arguments[4:]]  # of what is not there yet
+    assert prepare_full.main(more) == 0
+    assert prepare_full.main([*arguments, "--similar", str(other)]) == 0
+
+
+def test_pairs_that_were_read_are_not_made_again_over_them(pairs, capsys):
+    root, arguments = pairs
+    assert prepare_full.main(arguments) == 0
+    before = (root / "out" / "distinct.parquet").read_bytes()
+    table = pd.DataFrame({"prompt": [f"say {i}" for i in range(60)]})
+    table.to_parquet(root / "prompts.parquet")
+    making = [*arguments[:2], "--prompts", str(root / "prompts.parquet"), "--strong", str(root),
+              "--judge", str(root), *arguments[4:]]  # fmt: skip
+    assert "holds distinct pairs that were read: name a new --out" in refused(making, capsys)
+    assert (root / "out" / "distinct.parquet").read_bytes() == before
+
+
 def test_what_was_written_in_part_is_written_again(pairs, monkeypatch):
     root, arguments = pairs
     steps = ((shutil, "copytree", "policy-a"), (files, "save", "distinct.parquet"))

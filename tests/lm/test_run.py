@@ -12,6 +12,8 @@ from lib.lm import lora, run
 from lib.lm.config import length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.models import load_policy, load_tokenizer
+from lib.lm.places import spelled
+from lib.runs import identity
 from tests.lm.test_problem import Silent
 from tests.lm_folder import prepared_folder
 from tests.tiny_lm import save_tiny_policy
@@ -112,3 +114,81 @@ def test_another_cap_than_that_of_the_pairs_is_said(folder, tmp_path, capsys):
         (other / "prepared.json").write_text(json.dumps({"pairs": {"max_tokens": cap}}))
         assert run.main(command(other)) == 0
         assert ("cut at 8 tokens, the pairs of" in capsys.readouterr().err) == warned
+
+
+def refused(arguments, capsys, monkeypatch):
+    """What is said of a command that has started nothing."""
+    monkeypatch.setattr(run.parallel, "start", None)
+    assert run.main(arguments) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "said"),
+    [
+        ("--output", ".", "is a folder: name a file"),
+        ("--checkpoint", ".", "is a folder: name a file"),
+        ("--save", "file", "is a file: name a new folder"),
+        ("--output", "file/below.parquet", "cannot be written"),
+        ("--checkpoint", "file/below", "cannot be written"),
+        ("--save", "file/below", "cannot be written"),
+        ("--save", "/proc/below", "cannot be written"),
+    ],
+)
+def test_places_that_cannot_be_written_are_said_before_training(
+    folder, tmp_path, capsys, monkeypatch, option, place, said
+):
+    (tmp_path / "file").touch()
+    place = tmp_path / place
+    error = refused([*command(folder), option, str(place)], capsys, monkeypatch)
+    assert f"{option} {place}" in error and said in error
+
+
+def test_the_policy_is_kept_where_the_table_cannot_be(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(run, "write_atomically", full)
+    places = ["--save", str(tmp_path / "saved"), "--output", str(tmp_path / "table.parquet")]
+    assert run.main([*command(folder), *places]) == 2
+    load_policy(tmp_path / "saved")
+
+
+def test_a_gpu_that_is_not_here_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = refused([*command(folder), "--device", "cuda"], capsys, monkeypatch)
+    assert "--device cuda: no CUDA device" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("prompts=abc", "prompts must be a whole number, got 'abc'"),
+        ("prompts=2.5", "prompts must be a whole number, got 2.5"),
+        ("prompts=null", "prompts must be a whole number, got None"),
+        ("beta=x", "beta must be a number or null, got 'x'"),
+        ("checkpointing=yes", "checkpointing must be true or false, got 'yes'"),
+        ("held_out=no", "held_out must be a whole number, got 'no'"),
+        ("minibatch=0", "minibatch must be between 1 and"),
+        ("seed=3", "--option seed=3: give --seed"),
+        ("task=mode", "--option task=mode: give --task"),
+        ("learning_rate=1", "give --rate"),
+        ("run=x", "unknown option ['run']; choose from ['batch', "),
+        ("prepared=nonexist", "there is no folder 'nonexist'; give one that lib.lm.prepare made, "
+                              "or one of ('tiny', 'smollm2', 'pythia')"),
+    ],
+)  # fmt: skip
+def test_options_that_are_none_are_said_in_one_line(folder, capsys, monkeypatch, option, said):
+    assert said in refused([*command(folder), "--option", option], capsys, monkeypatch)
+
+
+def test_a_folder_is_one_however_it_is_written(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    ways = (folder.name, f"./{folder.name}/", str(folder), f"{folder}/", f"x/../{folder.name}")
+    configs = [run.configuration(run._parser().parse_args(command(way))) for way in ways]
+    assert {c.prepared for c in configs} == {folder.name} and len({*map(identity, configs)}) == 1
+    monkeypatch.chdir(folder / "policy")
+    assert run.configuration(run._parser().parse_args(command("../"))).prepared == str(folder)
+    assert spelled("tiny") == "tiny"

@@ -87,6 +87,13 @@ def test_what_cannot_be_learned_from_is_refused(policy, tmp_path, capsys, made, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_said_in_one_line(policy, tmp_path, capsys):
+    table().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
+    assert run(policy, tmp_path / "said.jsonl", tmp_path / "said.jsonl" / "below") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "said.jsonl/below" in error and error.count("\n") == 1
+
+
 def test_what_is_there_is_not_written_over(policy, tmp_path, capsys):
     table().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
     assert run(policy, tmp_path / "said.jsonl", policy) == 2

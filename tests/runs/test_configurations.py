@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.runs import columns, identity
+from lib.runs import columns, configurations, identity
 
 
 class Colour(enum.Enum):
@@ -126,6 +126,8 @@ def test_equal_values_written_differently_are_one_run(one, same):
         (Setting(method=object()), "Setting.method = <object"),
         (Setting(optimiser=Optimiser(betas=(0.9, math.nan))), r"Setting.optimiser.betas\[1\]"),
         (Setting(seed=0.5), "Setting.seed = 0.5 is a float; allowed: int"),
+        (Setting(seed="1e3"), "Setting.seed = '1e3' is text; allowed: a whole number .*1000, not"),
+        (Setting(beta="x"), "Setting.beta = 'x' is text"),
         (Setting(seed=True), "Setting.seed = True is a bool; allowed: int"),
         (Setting(extra={1: 2}), "Setting.extra"),
         (Thawed(), "Thawed is not frozen"),
@@ -136,6 +138,45 @@ def test_equal_values_written_differently_are_one_run(one, same):
 def test_values_without_a_deterministic_serialisation_are_refused_by_name(config, named):
     with pytest.raises(TypeError, match=named):
         identity(config)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """One of each kind."""
+
+    rate: float = 0.1
+    count: int | None = None
+    on: bool = False
+    name: str = "a"
+    many: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rate", "1e-3", r"rate must be a number, got '1e-3' \(text: in YAML write 0.001, not 1e"),
+        ("rate", "0.1", "leave the quotes away"),
+        ("rate", "x", "rate must be a number, got 'x'$"),
+        ("rate", None, "rate must be a number, got None"),
+        ("count", 2.5, "count must be a whole number or null, got 2.5"),
+        ("count", "abc", "count must be a whole number or null, got 'abc'"),
+        ("count", True, "got True"),
+        ("on", "yes", "on must be true or false, got 'yes'"),
+        ("on", 1, "on must be true or false, got 1"),
+        ("name", 1, "name must be text, got 1"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_what_is_wanted(name, value, said):
+    with pytest.raises(ValueError, match=said):
+        configurations.checked(Fields, {name: value})
+
+
+def test_values_of_the_fields_kind_are_taken():
+    given = {"rate": 1, "count": 2.0, "on": True, "name": "b", "many": [1], "other": object()}
+    taken = configurations.checked(Fields, given)
+    assert taken == given and type(taken["count"]) is int
+    del taken["other"], taken["many"]
+    assert identity(Fields(**taken)) == identity(Fields(rate=1.0, count=2, on=True, name="b"))
 
 
 def test_the_content_of_the_data_counts_and_its_place_does_not(tmp_path):

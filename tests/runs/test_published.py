@@ -335,6 +335,34 @@ def test_bad_arguments_are_named_before_work(experiments, arguments, named, caps
     assert named in capsys.readouterr().err
 
 
+def test_a_store_that_is_a_file_is_said_in_one_line(experiments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert command.main(["walks", "--profile", "cpu", "--store", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == (
+        f"not published: --store {tmp_path / 'file'} is a file: name a folder\n"
+    )
+
+
+def test_what_a_later_stage_lacks_is_said_before_the_first(
+    experiments, engine, tmp_path, capsys, monkeypatch
+):
+    """Also where learning rates have to be chosen first."""
+
+    def lacking(self, configs):
+        if any(config.seed == 1 for config in configs):
+            raise FileNotFoundError("the judge is not here")
+
+    made = sys.modules["lib.experiments"]
+    stages = [lambda _: [Walk(seed=0, updates=10)], lambda _: [Walk(seed=1, updates=10)]]
+    monkeypatch.setattr(made, "stages", lambda *_, **__: stages)
+    monkeypatch.setattr(made, "assumer", None, raising=False)
+    monkeypatch.setattr(WalkEngine, "check", lacking, raising=False)
+    before = engine.computed()
+    assert command.main(["walks", "--profile", "cpu", "--store", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == "not published: the judge is not here\n"
+    assert engine.computed() == before
+
+
 def test_dataclass_of_published_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         runs.Published(None, None, {}).path = "elsewhere"

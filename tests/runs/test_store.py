@@ -141,6 +141,7 @@ def test_temporary_files_of_a_killed_writer_go_with_the_next_write(store):
 def test_a_store_without_space_says_so_before_work(store):
     with pytest.raises(runs.StoreFullError, match="less free space"):
         store.prepare(needed=1e18)
+    assert not (store.root / ".gitignore").exists()  # nothing is written where there is no room
 
 
 def test_a_checkpoint_comes_back_to_its_own_runs_and_code_only(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 
 import pytest
@@ -53,6 +54,25 @@ def test_a_sample_is_recomputed_and_is_bit_equal(published, monkeypatch, capsys)
     assert len(engine.computed()) == 9
     assert capsys.readouterr().out.count("passed: bit-equal") == 9
     assert runs.Published.load(published.path).meta["verified"] == []
+
+
+def test_a_table_whose_runs_lack_something_fails_and_the_others_are_verified(
+    published, monkeypatch, capsys
+):
+    def lacking(self, configs):
+        raise FileNotFoundError("the judge is not here")
+
+    engine = experiments(published, monkeypatch)
+    other = published.path.parents[1] / "other"
+    shutil.copytree(published.path.parent, other)
+    made, plain = sys.modules["lib.experiments"], WalkEngine(engine.log, modules=("lib.core",))
+    broken = type("Lacking", (WalkEngine,), {"check": lacking})(engine.log, modules=("lib.core",))
+    engines = {"walks": plain, "other": broken}
+    monkeypatch.setattr(made, "engine", lambda chapter, device: engines[chapter])
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "other/cpu: not verified: the judge is not here" in said
+    assert said.count("passed: bit-equal") == 2
 
 
 def test_an_engine_that_keeps_more_than_runs_starts_afresh(published, monkeypatch, tmp_path):

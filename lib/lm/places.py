@@ -1,0 +1,30 @@
+"""Where a prepared folder is, in one spelling: how it is written is part of a run's identity."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lib.lm.config import PRESETS, prepared_folder
+
+NAMES = ("tiny", *PRESETS)
+
+
+def spelled(name: str) -> str:
+    """The name of a preset; the path of a folder from here if it lies below, else from the root.
+
+    "data/length", "./data/length/" and its absolute path are one folder, and its runs the same.
+    """
+    if name in NAMES or not name:
+        return name
+    here, path = os.getcwd(), os.path.abspath(os.path.expanduser(name))
+    below = os.path.commonpath([here, path]) == here
+    return Path(os.path.relpath(path, here) if below else path).as_posix()
+
+
+def check_prepared(name: str) -> str:
+    """Raises: FileNotFoundError, naming the presets, for a folder that is not there."""
+    if name not in NAMES and not prepared_folder(spelled(name)).is_dir():
+        raise FileNotFoundError(f"prepared: there is no folder {name!r}; give one that "
+                                f"lib.lm.prepare made, or one of {NAMES}")  # fmt: skip
+    return name
