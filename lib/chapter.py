@@ -23,6 +23,7 @@ from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
 from lib.experiments import Setting
 from lib.publish import STORE
+from lib.runs.configurations import as_number
 from lib.untracked import Untracked
 
 # said by tqdm, for bars that are not drawn here, when a language-model library is imported
@@ -555,7 +556,8 @@ def _with_rates(profile: experiments.Profile, rates: Sequence[float] | None) -> 
     bad = [r for r in given
            if isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 10]  # fmt: skip
     if bad or not given:
-        raise ValueError(f"learning_rates must be numbers in (0, 10], got {given}")
+        hint = next(filter(None, map(as_number, given)), "")
+        raise ValueError(f"learning_rates must be numbers in (0, 10], got {given}{hint}")
     return profile.with_rates(tuple(sorted({float(r) for r in given}, reverse=True)))
 
 

@@ -238,6 +238,7 @@ def test_a_plan_finds_what_the_store_has(tmp_path):
     ({"seeds": [2**31]}, "seed must be between 0 and 2147483647"),
     ({"learning_rates": 0.01}, "learning_rates must be a list such as"),
     ({"learning_rates": [True]}, r"learning_rates must be numbers in \(0, 10\], got \[True\]"),
+    ({"learning_rates": [0.1, "1e-3"]}, r"got \[0.1, '1e-3'\] .*write 0.001, not 1e-3"),
     ({"methods": 3}, "methods must be a list such as"),
     ({"methods": "dpo"}, "methods must be a list such as .*, got 'dpo'"),
     ({"options": "tau"}, "options must be a mapping such as"),
