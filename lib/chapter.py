@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
 PROSE = "full"  # the profile whose published results the chapters' sentences interpret
 NOT_RUN = "(not run at this profile)"  # in place of a number in the prose
+NOT_DRAWN = "Not drawn: none of its runs is among those asked for."  # in place of a figure
 COMMON = {"profile", "recompute", "plan_only"}  # parameters of every chapter
 INJECTED = "# Parameters\n"  # how the cell begins in which papermill sets what it was given
 LIFTS = re.compile(r"plan_only|\b(Chapter|Page)\(")  # a cell to run also after `plan_only`
@@ -84,7 +85,10 @@ class Page:
                         "the numbers of this figure (CSV)</a>")  # fmt: skip
 
     def show(self, name: str, figure: Any, table: pd.DataFrame) -> None:
-        """Displays a figure, and a link to its numbers below it."""
+        """Displays a figure, and a link to its numbers below it; a sentence if it is None."""
+        if figure is None:
+            display(Markdown(NOT_DRAWN))
+            return
         display(figure)
         display(self.keep(name, table))
 
