@@ -29,9 +29,13 @@ from lib.untracked import Untracked
 # said by tqdm, for bars that are not drawn here, when a language-model library is imported
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/figure-data"))
+# Where the numbers of figures go: a build says, and serves them beside its pages. Runs of one's own
+# have a folder of their own, so that they leave those of the built page alone.
+FIGURE_DATA = Path(os.environ.get("PREFBOOK_FIGURE_DATA", "_build/own/figure-data"))
+BUILT = "PREFBOOK_FIGURE_DATA" in os.environ
 PROSE = "full"  # the profile whose published results the chapters' sentences interpret
 NOT_RUN = "(not run at this profile)"  # in place of a number in the prose
+NOT_DRAWN = "Not drawn: none of its runs is among those asked for."  # in place of a figure
 COMMON = {"profile", "recompute", "plan_only"}  # parameters of every chapter
 INJECTED = "# Parameters\n"  # how the cell begins in which papermill sets what it was given
 LIFTS = re.compile(r"plan_only|\b(Chapter|Page)\(")  # a cell to run also after `plan_only`
@@ -77,15 +81,21 @@ class Page:
         return tables.shown(pd.DataFrame(sorted(SAID.items()), columns=["name", "text"]))
 
     def keep(self, name: str, table: pd.DataFrame) -> Markdown:
-        """Stores the numbers of a figure as CSV beside the page and returns a link to them."""
+        """Stores the numbers of a figure as CSV and returns a link to them: beside the page, or in
+        a run of one's own from the root of the checkout."""
         FIGURE_DATA.mkdir(parents=True, exist_ok=True)
         path = FIGURE_DATA / f"{self.name}-{name}.csv"
         table.to_csv(path, index=False, float_format="%.6g")
-        return Markdown(f'<a class="figure-data" href="figure-data/{path.name}">'
-                        "the numbers of this figure (CSV)</a>")  # fmt: skip
+        link = f"figure-data/{path.name}" if BUILT else path.as_posix()
+        where = "CSV" if BUILT else path.as_posix()
+        return Markdown(f'<a class="figure-data" href="{link}">'
+                        f"the numbers of this figure ({where})</a>")  # fmt: skip
 
     def show(self, name: str, figure: Any, table: pd.DataFrame) -> None:
-        """Displays a figure, and a link to its numbers below it."""
+        """Displays a figure, and a link to its numbers below it; a sentence if it is None."""
+        if figure is None:
+            display(Markdown(NOT_DRAWN))
+            return
         display(figure)
         display(self.keep(name, table))
 

@@ -20,8 +20,10 @@ NEAR = 0.02  # of reward: what this book's verdicts treat as no difference
 def shown(table: pd.DataFrame, digits: int = 2) -> Markdown:
     """A table in Markdown: text to the left, numbers to the right with `digits` decimals.
 
-    NaN is "-"; inf, a cost at which no target was reached, is in words.
+    NaN is "-"; inf, a cost at which no target was reached, is in words. So is a table without rows.
     """
+    if table.empty:
+        return Markdown("*This table has no rows for the runs asked for.*")
     numeric = [pd.api.types.is_numeric_dtype(table[c]) for c in table]
     lines = [_row(table.columns), _row("---:" if n else "---" for n in numeric)]
     lines += [_row(_cell(v, digits) for v in row) for row in table.itertuples(index=False)]
@@ -50,7 +52,9 @@ def _interval(mean: float, low: float, high: float, signed: bool, digits: int) -
 
 
 def number_text(value: float, signed: bool = False, digits: int = 2) -> str:
-    """ "0.15", or "+0.15" if signed; what rounds to zero has no sign."""
+    """ "0.15", or "+0.15" if signed; what rounds to zero has no sign. In words as in `shown`."""
+    if not np.isfinite(value):
+        return _cell(float(value), digits)
     value = round(float(value), digits) + 0.0  # no "-0.00"
     sign = "+" if signed and value else ""
     return f"{value:{sign}.{digits}f}"

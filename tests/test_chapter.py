@@ -1,11 +1,13 @@
 """What a chapter tells its reader about the results it shows, and the rows it hands to figures."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
@@ -371,3 +373,15 @@ def test_numbers_of_the_prose_are_listed_where_nobody_fills_them_in(shell, reade
     assert capsys.readouterr().out == ""
     rows = page.said().data.splitlines()
     assert "| n_rates | 10 |" in rows and "| share | it's 5% |" in rows
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_numbers_of_a_figure_are_linked_where_they_are(built, monkeypatch, tmp_path):
+    """A build's beside its page; those of one's own run in a folder that no build serves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chapter, "BUILT", built)
+    folder = Path("figure-data") if built else Path("_build/own/figure-data")
+    monkeypatch.setattr(chapter, "FIGURE_DATA", folder)
+    link = Page("index").keep("a", pd.DataFrame({"x": [1]})).data
+    (href,) = re.findall(r'href="(.*?)"', link)
+    assert Path(href).is_file() and Path(href).parent == folder

@@ -192,7 +192,7 @@ def test_setup_cell_installs_again_after_pip_failed(colab, tmp_path):
 
 
 def test_setup_cell_without_an_address_says_where_to_open_the_notebook(colab):
-    with pytest.raises(SystemExit, match="open this notebook inside a checkout of the book"):
+    with pytest.raises(SystemExit, match="a checkout of the book, or papermill --cwd ROOT"):
         colab("book/length", url="")
 
 

@@ -101,8 +101,13 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
     pd.DataFrame([row, row]).to_csv(path, index=False)
     with pytest.raises(ValueError, match="repeated check ids"):
         checks.checks(path)
-    with pytest.raises(ValueError, match="draws must be at least 100, got 5"):
-        checks.judge(5)
+    for bad in (5, 150.5, "1e5", True, float("nan")):
+        with pytest.raises(ValueError, match="draws must be a whole number from 100 to 10"):
+            checks.judge(bad)
+    for seed in (-1, 0.5, None):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295"):
+            checks.judge(200, seed)
+    assert checks.sizes(1e5, 1.0) == (100_000, 1)
     with pytest.raises(ValueError, match="'lemma'"):
         checks.judge(200, part="lemma")
 

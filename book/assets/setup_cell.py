@@ -5,7 +5,7 @@ from pathlib import Path
 from subprocess import check_call
 spots = (Path("."), Path(".."), Path("prefbook"))
 if not (root := next((p for p in spots if (p / "lib/chapter.py").is_file()), None)):
-    url = "{repository_url}" or sys.exit("open this notebook inside a checkout of the book")
+    url = "{repository_url}" or sys.exit("start in a checkout of the book, or papermill --cwd ROOT")
     check_call(["git", "clone", "--depth=1", url, root := spots[-1]])
 if root == spots[-1] and not all(map(util.find_spec, ("myst_nb", "trl"))):  # on Colab
     check_call([sys.executable, "-m", "pip", "install", "--quiet", f"./{root}[llm]"])

@@ -2,7 +2,8 @@
 
 `curves` draws reward (or another column) against updates, samples, seconds or KL; `dial` a
 statistic of a run against k, T, the number of prompts or the learning rate; `forest` differences
-with their intervals. Each returns the figure and the table of what it drew, which the page links.
+with their intervals. Each returns the figure and the table of what it drew, which the page links. A
+panel without runs is left out; where all are, there is no figure (`style.nothing`).
 Every interval is the 95% confidence interval of a mean over seeds.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from matplotlib.figure import Figure
 
 from lib import methods, stats
 from lib.figures import style
+from lib.figures.style import Drawn
 
 Lines = Mapping[str, pd.DataFrame]  # label -> rows of one setting, one run per seed
 Points = Mapping[str, Mapping[float, pd.DataFrame]]  # label -> value of the dial -> such rows
@@ -104,13 +107,16 @@ def paired_looks(settings: Mapping[str, str]) -> dict[str, dict]:
 
 def curves(
     panels: Sequence[Panel], looks: Mapping[str, dict], columns: int = 2
-) -> tuple[Figure, pd.DataFrame]:
+) -> Drawn:
     """Mean over seeds at each update, with its interval as a band.
 
     Where x differs between seeds (seconds, KL), it is averaged at the same update as y.
     Raises: ValueError for a label without a look.
     """
     _check_labels((p.lines for p in panels), looks)
+    panels = [panel for panel in panels if panel.lines]
+    if not panels:
+        return style.nothing()
     columns = min(columns, len(panels))
     with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
         flat = axes.flatten()
@@ -128,7 +134,7 @@ def dial(
     x: str = "k",
     columns: int = 2,
     levels: Sequence[Mapping[str, float]] = (),
-) -> tuple[Figure, pd.DataFrame]:
+) -> Drawn:
     """A statistic of a run (`lib.stats.STATISTICS`) against a dial, on a logarithmic axis.
 
     Args:
@@ -139,25 +145,29 @@ def dial(
     Raises: ValueError for a label without a look.
     """
     _check_labels(panels.values(), looks)
-    statistics = [statistic] * len(panels) if isinstance(statistic, str) else list(statistic)
-    columns = min(columns, len(panels))
-    with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
-        flat = axes.flatten()
+    statistics = repeat(statistic) if isinstance(statistic, str) else statistic
+    asked = zip(panels.items(), statistics, chain(levels, repeat({})), strict=False)
+    shown = [(*panel, name, marked) for panel, name, marked in asked if any(panel[1].values())]
+    if not shown:
+        return style.nothing()
+    columns = min(columns, len(shown))
+    with style.panels(columns, -(-len(shown) // columns)) as (figure, axes):
         drawn = []
-        for axis, (title, points), name in zip(flat, panels.items(), statistics, strict=False):
+        for axis, (title, points, name, marked) in zip(axes.flat, shown, strict=False):
             drawn.append(_dial_panel(axis, points, looks, name).assign(panel=title))
             style.label(axis, x, name, title)
-        for axis, marked in zip(flat, levels, strict=False):
             _levels(axis, marked)
-        _finish(figure, axes, len(panels), looks)
+        _finish(figure, axes, len(shown), looks)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
-def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> tuple[Figure, pd.DataFrame]:
+def forest(table: pd.DataFrame, xlabel: str, margin: float = 0.0) -> Drawn:
     """Differences with their intervals, one row each, and a grey band of those within `margin`.
 
     Args: table: label, effect, low, high, n, in the order from top to bottom.
     """
+    if table.empty:
+        return style.nothing()
     with style.panels(1) as (figure, axes):
         figure.set_size_inches(style.WIDTH, 0.42 * len(table) + 0.7)
         axis, y = axes[0, 0], np.arange(len(table))[::-1]
@@ -213,7 +223,7 @@ def _curve_panel(axis: Axes, panel: Panel, looks: Mapping[str, dict]) -> pd.Data
         drawn.append(line.assign(panel=panel.title, line=label, y=panel.y))
     ylabel = panel.ylabel or AXES.get(panel.y, panel.y)
     style.label(axis, AXES.get(panel.x, panel.x), ylabel, panel.title)
-    return _drawn(axis, drawn)
+    return pd.concat(drawn, ignore_index=True)
 
 
 def _line_with_band(axis: Axes, line: pd.DataFrame, x: str, label: str, look: dict) -> None:
@@ -246,7 +256,7 @@ def _dial_panel(
                       yerr=np.where(np.isfinite(spread), spread, 0), **looks[label])  # fmt: skip
         drawn.append(line.assign(line=label, statistic=statistic))
     _ticks(axis, values)
-    return _drawn(axis, drawn)
+    return pd.concat(drawn, ignore_index=True)
 
 
 def _levels(axis: Axes, marked: Mapping[str, float]) -> None:
@@ -271,14 +281,6 @@ def _ticks(axis: Axes, values: Sequence[float]) -> None:
             apart += [value] if not apart or value >= 1.5 * apart[-1] else []
         axis.set_xticks(apart, [f"{v:g}" for v in apart])
         axis.minorticks_off()
-
-
-def _drawn(axis: Axes, parts: list[pd.DataFrame]) -> pd.DataFrame:
-    if not parts:
-        axis.text(0.5, 0.5, "not run\nat this profile", ha="center", va="center",
-                  transform=axis.transAxes)  # fmt: skip
-        return pd.DataFrame()
-    return pd.concat(parts, ignore_index=True)
 
 
 def _finish(figure: Figure, axes: np.ndarray, used: int, looks: Mapping[str, dict]) -> None:

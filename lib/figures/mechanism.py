@@ -1,7 +1,8 @@
 """Figures of how a negative gradient works: log-ratios of pairs, token marginals, break-even.
 
 Drawn from result tables, and from the exact results of `lib.optima`. Each function returns the
-figure and the table of what it drew. Chapter: negative_gradient.
+figure and the table of what it drew; a panel without runs is left out, and where all are, so is the
+figure (`style.nothing`). Chapter: negative_gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lib.bandit.config import REWARD_FUNCTIONS, VOCABULARY
 from lib.bandit.problem import BINS
 from lib.bandit.reference import histogram, reward_table
 from lib.figures import style
+from lib.figures.style import Drawn
 
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
 RATIOS = {
@@ -39,13 +41,15 @@ DASHES = ("-", "--", ":", "-.")
 
 def log_ratios(
     panels: Mapping[str, pd.DataFrame], ratios: Ratios = RATIOS
-) -> tuple[Figure, pd.DataFrame]:
+) -> Drawn:
     """Figures 9 and 18: mean log pi - log pi_ref of y_w and y_l, one panel per setting.
 
     Not trained on: fresh completions of ten prompts that are not trained on either, as long as
     there are such (with 100 prompts trained on, there are none).
     Args: panels: title -> rows of one setting, one run per seed. ratios: what is drawn of them.
     """
+    if not panels:
+        return style.nothing()
     columns = min(2, len(panels))
     drawn = []
     with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
@@ -73,11 +77,14 @@ def _ratio_lines(axis: Axes, rows: pd.DataFrame, ratios: Ratios) -> list[pd.Data
 
 def marginals(
     panels: Mapping[str, Mapping[str, pd.DataFrame]], colours: Mapping[str, str]
-) -> tuple[Figure, pd.DataFrame]:
+) -> Drawn:
     """Where a policy's tokens lie before and after training, in bins of 5 tokens.
 
     Args: panels: "R1" or "R2" -> label -> rows of one setting. colours: label -> colour.
     """
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return style.nothing()
     drawn = []
     with style.panels(1, len(panels)) as (figure, axes):
         figure.set_size_inches(style.WIDTH, style.PANEL[1] * len(panels))

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from lib import methods, stats
 
+Drawn = tuple[Figure | None, pd.DataFrame]  # a figure, None where nothing is there to draw; numbers
 # One colour for a loss, whether it is fed on-policy or offline: the line style tells those apart.
 COLOURS = {
     "best_of_n": "#0072B2", "best_of_n_offline": "#0072B2", "best_of_n_negative": "#56B4E9",
@@ -59,6 +60,11 @@ def look(method: str) -> dict:
 def dial_colours(count: int) -> list:
     """`count` colours of a dial, dark first."""
     return sns.color_palette(SEQUENTIAL, count + 1)[:count]
+
+
+def nothing() -> Drawn:
+    """What a figure returns that has nothing to draw: `lib.chapter.Page.show` says so."""
+    return None, pd.DataFrame()
 
 
 @contextmanager

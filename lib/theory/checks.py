@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -75,13 +76,27 @@ def decide(rule: str, found: Found) -> str:
     return "reproduced" if share >= MOST else "not reproduced" if share <= FEW else "partly"
 
 
+def sizes(draws: float, seed: float) -> tuple[int, int]:
+    """Both as whole numbers; 1e5, a float to papermill, is one.
+
+    Raises: ValueError, naming the bad value and the allowed ones.
+    """
+    return _whole("draws", draws, 100, 10**9), _whole("seed", seed, 0, 2**32 - 1)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or value != int(value):
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    return int(value)
+
+
 def judge(draws: int = 2_000, seed: int = 0, part: str | None = None) -> list[Verdict]:
     """Runs the checks, all or those of a part, each on about `draws` random cases.
 
-    Raises: ValueError if draws is below 100 or the part is unknown.
+    Raises: ValueError as `sizes`, or if the part is unknown.
     """
-    if draws < 100:
-        raise ValueError(f"draws must be at least 100, got {draws}")
+    draws, seed = sizes(draws, seed)
     if part is not None:
         one_of("part", part, PARTS)
     verdicts = []

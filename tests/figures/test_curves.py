@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lib import stats
-from lib.figures import curves
+from lib.figures import curves, mechanism
 
 matplotlib.use("Agg")
 
@@ -70,9 +70,27 @@ def test_an_unknown_label_is_refused():
         curves.curves([curves.Panel("R1", {"c": TWO})], LOOKS)
 
 
-def test_a_panel_without_runs_says_so():
-    figure, drawn = curves.curves([curves.Panel("R1", {})], LOOKS)
-    assert drawn.empty and "not run" in figure.axes[0].texts[0].get_text()
+def test_a_panel_without_runs_is_left_out_with_its_statistic_and_levels():
+    figure, drawn = curves.curves([curves.Panel("R1", {}), curves.Panel("R2", {"a": TWO})], LOOKS)
+    assert [axis.get_title() for axis in figure.axes] == ["R2"] and set(drawn["panel"]) == {"R2"}
+    panels = {"R1": {"a": {}}, "R2": {"a": {1: TWO}}}
+    statistics = ["mean reward over updates", "final reward"]
+    levels = [{"low": 0.1}, {"high": 0.9}]
+    figure, drawn = curves.dial(panels, LOOKS, statistics, levels=levels)
+    (axis,) = figure.axes
+    assert set(drawn["statistic"]) == {"final reward"}
+    assert "high" in axis.get_legend_handles_labels()[1]
+
+
+@pytest.mark.parametrize("drawn", [
+    lambda: curves.curves([], LOOKS), lambda: curves.curves([curves.Panel("R1", {})], LOOKS),
+    lambda: curves.dial({"R1": {"a": {}}}, LOOKS),
+    lambda: curves.forest(pd.DataFrame(columns=["label", "effect", "low", "high", "n"]), "x"),
+    lambda: mechanism.log_ratios({}), lambda: mechanism.marginals({"R1": {}}, {}),
+])  # fmt: skip
+def test_there_is_no_figure_without_runs(drawn):
+    figure, table = drawn()
+    assert figure is None and table.empty
 
 
 def test_legend_names_every_line_once_over_all_panels():
