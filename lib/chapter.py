@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from matplotlib.figure import Figure
 from myst_nb import glue
 
 from lib import cards, claims, experiments, methods, runs, stats, tables
@@ -92,10 +93,14 @@ class Page:
                         f"the numbers of this figure ({where})</a>")  # fmt: skip
 
     def show(self, name: str, figure: Any, table: pd.DataFrame) -> None:
-        """Displays a figure, and a link to its numbers below it; a sentence if it is None."""
+        """Displays a figure, and a link to its numbers below it.
+
+        If it is None, a sentence, and an empty figure: a page may refer to it.
+        """
         if figure is None:
             display(Markdown(NOT_DRAWN))
-            return
+            figure = Figure(figsize=(4, 0.3))
+            figure.add_subplot().set(xticks=[], yticks=[])
         display(figure)
         display(self.keep(name, table))
 
