@@ -97,12 +97,11 @@ class Page:
 
         If it is None, a sentence, and an empty figure: a page may refer to it.
         """
-        if figure is None:
-            display(Markdown(NOT_DRAWN))
+        if empty := figure is None:
             figure = Figure(figsize=(4, 0.3))
             figure.add_subplot().set(xticks=[], yticks=[])
         display(figure)
-        display(self.keep(name, table))
+        display(Markdown(NOT_DRAWN) if empty else self.keep(name, table))
 
 
 class Chapter(Page):
