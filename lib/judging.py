@@ -174,7 +174,7 @@ def numbers(chapter: Chapter) -> None:
     glue("fs_seen", profile.updates * MINIBATCH // 2 // profile.few, display=False)
     fast, slow = (f"dpo_offline@{kind}[judged=True]" for kind in ("distinct", "similar"))
     ratio = chapter.rate(fast) / chapter.rate(slow) if chapter.has(fast, slow) else float("nan")
-    glue("fs_rates", f"{ratio:.1f}".replace("nan", "-"), display=False)
+    glue("fs_rates", tables.number_text(ratio, digits=1), display=False)
     glue("fs_accuracy", f"{proxy_accuracy('similar'):.0%}", display=False)
     has = "dpo_offline" in chapter.names()
     found = cells(chapter, "dpo_offline", "final chosen log-ratio") if has else {}

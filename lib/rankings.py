@@ -165,10 +165,11 @@ def _untuned(runs: Field, reward: str) -> str:
         good.setdefault(int((means >= best - GOOD).sum()), []).append(label(name))
     most, *rest = sorted(good, reverse=True)
     told = [f"{', '.join(good[n])} at {n or 'none'}" for n in rest]
+    others = f" The others: {'; '.join(told)}." if told else ""
     tried = max(map(len, ends.values()))
     return (f"**Can you not tune the learning rate?** Take {', '.join(good[most])}: at {most} of "
             f"{tried} rates tried on bandit {reward} they end within {GOOD} of the best end of any "
-            f"method.{' The others: ' if told else ''}{'; '.join(told)}{'.' if told else ''}")
+            f"method.{others}")
 
 
 def tau(first: pd.Series, second: pd.Series) -> float:

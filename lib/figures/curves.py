@@ -81,16 +81,6 @@ def dial_looks(labels: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def staleness_looks(names: Iterable[str], last: int, minibatch: int = 64) -> dict[str, dict]:
-    """ "Title, B = 64 k" -> the method's look: solid for the smallest B, dotted for the largest."""
-    looks = {}
-    for name in names:
-        for k, line in ((1, "-"), (last, ":")):
-            label = f"{methods.get(name).title}, B = {minibatch * k}"
-            looks[label] = {**style.look(name), "linestyle": line}
-    return looks
-
-
 def paired_looks(settings: Mapping[str, str]) -> dict[str, dict]:
     """Label -> the look of its setting's method: solid for the first of a method, then dotted.
 
@@ -103,6 +93,12 @@ def paired_looks(settings: Mapping[str, str]) -> dict[str, dict]:
         looks[label] = {**style.look(method), "linestyle": ":" if method in seen else "-"}
         seen.add(method)
     return looks
+
+
+def staleness_looks(names: Iterable[str], last: int, minibatch: int = 64) -> dict[str, dict]:
+    """ "Title, B = 64 k" -> the method's look: solid for the smallest B, dotted for the largest."""
+    return paired_looks({f"{methods.get(name).title}, B = {minibatch * k}": name
+                         for name in names for k in (1, last)})  # fmt: skip
 
 
 def curves(
