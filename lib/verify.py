@@ -189,8 +189,6 @@ def _recompute(
     published: runs.Published, configs: Sequence[Any], engine: runs.Engine, jobs: int | None
 ) -> list[Verdict]:
     verdicts = []
-    if hasattr(engine, "check"):
-        engine.check(configs)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         store = runs.Store(folder)
         if hasattr(engine, "afresh"):  # it keeps more than runs

@@ -147,9 +147,9 @@ def _kept(setting: Setting, **options: Any) -> Setting:
 
 def _engine(device: str = "cpu") -> Engine:
     """Imported when it is wanted: other chapters need no language-model library."""
-    from lib.experiments.judged import CheckedEngine
+    from lib.lm.judged import FullScaleEngine
 
-    return CheckedEngine(device)
+    return FullScaleEngine(device)
 
 
 CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine)}

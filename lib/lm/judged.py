@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -87,6 +88,12 @@ class FullScaleEngine(LengthEngine):
         """One whose judges know nothing of what they have said: the last digit of a score depends
         on which responses are read with it, and those are the ones that are not known yet."""
         return FullScaleEngine(self.device, folder / "gold.sqlite")
+
+    def check(self, configs: Iterable[FullScaleRun]) -> None:
+        """Before anything is computed, not when it comes to it: FileNotFoundError for a judge that
+        is not there."""
+        for judged in {(c.judge, c.prepared): c for c in configs if c.judge}.values():
+            judge_source(judged)
 
     def seconds(self, config: FullScaleRun) -> float:
         """Seconds of one run of a shipped policy on one core."""
