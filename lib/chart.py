@@ -23,6 +23,7 @@ from lib.decisions import (
     Entry,
     Leaf,
     Standing,
+    by_side,
     label,
 )
 
@@ -34,7 +35,6 @@ QUESTIONS = (
 CLASSES = dict(zip(OUTCOMES, ("reproduced", "partly", "not reproduced", "inconclusive",
                               "not judged"), strict=True))  # fmt: skip
 SPACE = "\N{NO-BREAK SPACE}"
-SIDES = ("on-policy", "offline")
 
 
 def chart(leaves: Sequence[Leaf]) -> str:
@@ -99,13 +99,11 @@ def _by_side(labels: Sequence[str], leaf: Leaf) -> str:
     """
     voting = sum(s.votes for s in leaf.standings)
 
-    def named(name: str, side: str) -> str:
+    def partly(name: str) -> str:
         ran = len(leaf.found(name))
-        return name.removesuffix(f" ({side})") + (f" ({ran} of {voting})" if ran < voting else "")
+        return f" ({ran} of {voting})" if ran < voting else ""
 
-    found = {side: [named(name, side) for name in labels if f"({side})" in name]
-             for side in SIDES}  # fmt: skip
-    return "; ".join(f"{side} {', '.join(names)}" for side, names in found.items() if names)
+    return by_side(labels, partly)
 
 
 def _standing(found: Standing) -> str:

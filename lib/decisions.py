@@ -41,7 +41,7 @@ Chapter: index.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ RANKING = ("reward", "gold", "length", "speed")  # words of statistics that orde
 STALE = ("sets", "inner_steps")  # options that make on-policy data older: the dials B and T
 TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed: same problem
 NOT_YET = "not computed yet"
+SIDES = ("on-policy", "offline")
 OUTCOMES = ("as the paper says", "mixed", "against the paper", "inconclusive", NOT_YET)
 MIB = 1024  # in a GiB
 COLUMNS = ("problem", "choice", "chapter", "method", "serves", "seed", "start", "reward",
@@ -354,7 +355,15 @@ def standing(results: pd.DataFrame, problem: Problem, choice: str) -> Standing |
 def label(method: str) -> str:
     """What a method is called across problems: "DPO (offline)", and "PPO" for both its kinds."""
     entry = methods.get(method)
-    return f"{entry.title.partition(' (')[0]} ({'on-policy' if entry.on_policy else 'offline'})"
+    return f"{entry.title.partition(' (')[0]} ({SIDES[not entry.on_policy]})"
+
+
+def by_side(labels: Iterable[str], note: Callable[[str], str] = lambda label: "") -> str:
+    """ "on-policy DPO, IPO; offline DPO" from labels such as "DPO (offline)", a note after each."""
+    labels = list(labels)
+    found = {side: [name.removesuffix(f" ({side})") + note(name) for name in labels
+                    if name.endswith(f"({side})")] for side in SIDES}  # fmt: skip
+    return "; ".join(f"{side} {', '.join(names)}" for side, names in found.items() if names)
 
 
 def recommended(standings: Sequence[Standing]) -> tuple[str, ...]:

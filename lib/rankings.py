@@ -16,9 +16,9 @@ import pandas as pd
 
 from lib import experiments, methods, stats
 from lib.audit import Chapters, home
-from lib.decisions import NOT_YET, label
+from lib.decisions import NOT_YET, by_side, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
-from lib.tables import CEILING, COLLAPSED, NEAR
+from lib.tables import CEILING, COLLAPSED, NEAR, interval_text
 
 FAMILIES = {"all": (*ON_POLICY, *OFFLINE), "on-policy": ON_POLICY, "offline": OFFLINE}
 STATISTICS = {"end": "final reward", "speed": "mean reward over updates",
@@ -144,16 +144,18 @@ def practical(runs: Field, reward: str) -> str:
 
 
 def _short_way(runs: Field, reward: str) -> str:
-    """Who earns most where the policy stays close to the reference."""
-    found = values(runs)["10 nats"].sort_values(ascending=False)
-    (top, first), rest = next(found.items()), found.iloc[1:]
+    """Who earns most where the policy stays close to the reference, if it can be told."""
+    by_seed = {label(name): _at_distance(own) for name, own in runs.items()}
+    order = sorted(by_seed, key=lambda name: -by_seed[name].mean())
+    top, rest = by_seed[order[0]], [by_seed[name] for name in order[1:]]
     head = "**Must the model stay close to where it started?**"
-    if rest.empty or first - rest.iloc[0] <= NEAR:
-        return (f"{head} Within 10 nats no method is ahead on bandit {reward}: "
-                f"{found.iloc[-1]:.2f} to {first:.2f} ([audit](audit.ipynb)).")  # fmt: skip
-    others = f"{rest.iloc[-1]:.2f} to {rest.iloc[0]:.2f}"
-    return (f"{head} Take {label(top)}: within 10 nats it earns {first:.2f} on bandit {reward}, "
-            f"the others {others} ([audit](audit.ipynb)).")  # fmt: skip
+    found = f"{interval_text(top)} on bandit {reward}"
+    if not rest or any(_sign(top - other) < 1 for other in rest):
+        return (f"{head} Within 10 nats no method is ahead of all others; the best mean is "
+                f"{found} ([audit](audit.ipynb)).")  # fmt: skip
+    others = f"{rest[-1].mean():.2f} to {rest[0].mean():.2f}"
+    return (f"{head} Take {by_side(order[:1])}: within 10 nats it earns {found}, the others "
+            f"{others}, all told apart from it ([audit](audit.ipynb)).")  # fmt: skip
 
 
 def _untuned(runs: Field, reward: str) -> str:
@@ -164,12 +166,12 @@ def _untuned(runs: Field, reward: str) -> str:
     for name, means in ends.items():
         good.setdefault(int((means >= best - GOOD).sum()), []).append(label(name))
     most, *rest = sorted(good, reverse=True)
-    told = [f"{', '.join(good[n])} at {n or 'none'}" for n in rest]
-    others = f" The others: {'; '.join(told)}." if told else ""
+    told = "; ".join(f"{by_side(good[n])} at {n or 'none'}" for n in rest)
     tried = max(map(len, ends.values()))
-    return (f"**Can you not tune the learning rate?** Take {', '.join(good[most])}: at {most} of "
+    seeds = max(own.swept["seed"].nunique() for own in runs.values())
+    return (f"**Can you not tune the learning rate?** Take {by_side(good[most])}: at {most} of "
             f"{tried} rates tried on bandit {reward} they end within {GOOD} of the best end of any "
-            f"method.{others}")
+            f"method, in the mean of {seeds} seeds.{f' The others: {told}.' if told else ''}")
 
 
 def tau(first: pd.Series, second: pd.Series) -> float:

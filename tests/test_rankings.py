@@ -160,11 +160,14 @@ def test_places_under_another_beta():
 
 def test_what_a_ranking_of_ends_leaves_open(field):
     distance, rates = rankings.practical(field, "R1").split("\n")
-    assert "Take DPO (on-policy): within 10 nats it earns 1.00 on bandit R1" in distance
-    assert "others 0.20 to 0.90" in distance
-    assert "Take DPO (on-policy), RWR (on-policy): at 1 of 2 rates tried on bandit R1" in rates
-    assert "within 0.1 of the best end of any method. The others: IPO (offline) at none." in rates
+    assert "no method is ahead of all others; the best mean is 1.00 (1.00 to 1.00)" in distance
+    assert "Take on-policy DPO, RWR: at 1 of 2 rates tried on bandit R1" in rates
+    assert "of any method, in the mean of 3 seeds. The others: offline IPO at none." in rates
     assert rankings.practical({}, "R1") == "not computed yet"
+    apart = {"dpo": runs([1.0] * 3), "rwr": runs([0.5] * 3), "ipo_offline": runs([0.2] * 3)}
+    distance, _ = rankings.practical(apart, "R1").split("\n")
+    assert "Take on-policy DPO: within 10 nats it earns 1.00 (1.00 to 1.00) on bandit" in distance
+    assert "the others 0.20 to 0.50, all told apart from it" in distance
 
 
 def test_10_nats_are_read_at_rates_whose_first_step_stays_within_them(field):
