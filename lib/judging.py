@@ -178,6 +178,8 @@ def numbers(chapter: Chapter) -> None:
     glue("fs_accuracy", f"{proxy_accuracy('similar'):.0%}", display=False)
     has = "dpo_offline" in chapter.names()
     found = cells(chapter, "dpo_offline", "final chosen log-ratio") if has else {}
+    falls = sum(values.mean() < 0 for values in found.values())
+    glue("fs_falls", f"{falls} of {len(found)}", display=False)
     shown = {factor: "(not run)" for factor in FACTORS}
     if len(found) == 8:
         table = effects(found).set_index("label")
