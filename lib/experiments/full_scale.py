@@ -11,7 +11,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lib.experiments.length import PAPER_RATES, SHARED, SMALL, PilotProfile, fields_of
+from lib.experiments.length import (
+    PAPER_RATES,
+    SHARED,
+    SMALL,
+    PilotProfile,
+    fields_of,
+    fragile,
+)
 from lib.experiments.settings import Grid, Setting
 from lib.lm.config import MINIBATCH, length_run, prepared_folder
 from lib.lm.full_scale import JUDGE, KINDS, FullScaleRun
@@ -152,4 +159,4 @@ def _engine(device: str = "cpu") -> Engine:
     return FullScaleEngine(device)
 
 
-CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine)}
+CHAPTERS: dict[str, Grid] = {"full_scale": Grid(PROFILES, settings, _engine, fragile=fragile)}

@@ -205,6 +205,17 @@ def with_target(results: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     return results
 
 
+# Metrics of a method on fixed data that no sampled token enters. Not the shares of pairs ranked
+# right: at the start both responses are as likely as under the reference, and rounding ranks them.
+ON_DATA = frozenset({"update", "samples", "diverged", "chosen_logratio", "rejected_logratio",
+                     "loss", "grad_norm", "pair_margin", "pairs", "effective_samples"})  # fmt: skip
+
+
+def fragile(run: LengthRun, metric: str) -> bool:
+    """See `Grid`: an evaluation draws thousands of tokens, and on-policy training as many more."""
+    return methods.get(run.method).on_policy or metric not in ON_DATA
+
+
 def _engine(device: str = "cpu") -> Engine:
     """Imported when it is wanted: the bandit's chapters need no language-model library."""
     from lib.lm.engine import LengthEngine
@@ -212,7 +223,7 @@ def _engine(device: str = "cpu") -> Engine:
     return LengthEngine(device)
 
 
-_grid = partial(Grid, PROFILES, engine=_engine)
+_grid = partial(Grid, PROFILES, engine=_engine, fragile=fragile)
 
 CHAPTERS: dict[str, Grid] = {
     "on_policy_length": _grid(_on_policy),

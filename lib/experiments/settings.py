@@ -114,6 +114,8 @@ class Grid:
         engine: device -> what computes the runs.
         jobs: processes that may share the machine, None for one per core.
         derive: (results, profile) -> results with the columns that its statistics need.
+        fragile: (run, metric) -> whether it hangs on so many sampled tokens, even early, that the
+            rounding of another machine has flipped one of them.
     """
 
     profiles: Mapping[str, Profile]
@@ -121,6 +123,7 @@ class Grid:
     engine: Callable[[str], Engine]
     jobs: int | None = None
     derive: Callable[[pd.DataFrame, Profile], pd.DataFrame] = lambda results, profile: results
+    fragile: Callable[[Any, str], bool] = lambda run, metric: False
 
 
 def final(results: pd.DataFrame) -> pd.DataFrame:

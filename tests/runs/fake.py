@@ -94,7 +94,9 @@ def grid(
     return [Walk(method, seed=seed, updates=updates) for method in methods for seed in range(seeds)]
 
 
-def experiments(engine: WalkEngine, stages: Sequence[Callable]) -> types.SimpleNamespace:
+def experiments(
+    engine: WalkEngine, stages: Sequence[Callable], fragile: bool = False
+) -> types.SimpleNamespace:
     """What `lib.experiments` is to the commands: two chapters with these stages and this engine."""
 
     def check_chapter(name: str) -> str:
@@ -102,8 +104,9 @@ def experiments(engine: WalkEngine, stages: Sequence[Callable]) -> types.SimpleN
             raise ValueError(f"chapter must be walks or other, got {name!r}")
         return name
 
+    chapter = types.SimpleNamespace(jobs=1, fragile=lambda run, metric: fragile)
     return types.SimpleNamespace(
-        CHAPTERS=dict.fromkeys(("walks", "other"), types.SimpleNamespace(jobs=1)),
+        CHAPTERS=dict.fromkeys(("walks", "other"), chapter),
         check_chapter=check_chapter,
         profile_named=lambda chapter, name: types.SimpleNamespace(device="cpu"),
         stages=lambda chapter, profile: list(stages),

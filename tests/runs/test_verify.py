@@ -192,6 +192,36 @@ def test_first_updates_are_held_to_a_hundredth(published, factor, passes):
     assert verify.compare(published, run, fresh, {"cpu": "another"}).passed is passes
 
 
+@pytest.mark.parametrize(
+    ("row", "by", "passes"),
+    [(0, 0.45, True), (0, 0.55, False), (1, 9.0, True)],  # standard deviations of the first rows
+)
+def test_a_fragile_metric_is_compared_before_the_first_update_alone(published, row, by, passes):
+    """By the spread of where runs start: a flipped token changes one completion of many."""
+    first = published.table["update"] == 0
+    published.table.loc[first, "height"] = range(first.sum())
+    spread = published.table.loc[first, "height"].std()
+    run = runs.identity(CONFIGS[-1])
+    fresh = published.metrics(run)
+    fresh.loc[row, "height"] += by * spread
+    verdict = verify.compare(published, run, fresh, {"cpu": "another"}, lambda name: True)
+    assert verdict.passed is passes
+    assert passes or "height in row 0" in verdict.test
+    assert not verify.compare(published, run, fresh, {"cpu": "another"}).passed
+
+
+def test_a_chapter_says_which_metrics_are_fragile(published, monkeypatch, capsys):
+    """Walks that start 0.1 aside pass where their metrics are fragile and start scattered."""
+    engine = experiments(published, monkeypatch, shift=0.1)
+    made = fake.experiments(engine, [lambda results: CONFIGS], fragile=True)
+    monkeypatch.setitem(sys.modules, "lib.experiments", made)
+    other_machine(monkeypatch)
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 1
+    assert "beyond tolerance: reward in row 0" in capsys.readouterr().out  # all start at 0
+    monkeypatch.setattr(verify, "ABSOLUTE", 0.2)
+    assert verify.main(["--sample", "2", "--seed", "1", "--jobs", "1"]) == 0
+
+
 def test_chance_is_that_of_the_lowest_and_the_highest_of_all_seeds(published):
     """Of the run itself and the six that are published."""
     run = runs.identity(CONFIGS[0])
