@@ -1,8 +1,9 @@
 """Recompute a random sample of the published runs and compare: `python -m lib.verify`.
 
 On a machine like the one that published (processor, versions, threads) every metric must be
-bit-equal. On another one, the first two evaluated updates must agree within tolerance, and the
-final reward must lie in the range of the published seeds of the same setting: rounding flips a
+bit-equal, unless the code was changed since and verified on another one: its rounding may have
+changed as well. On another machine the first two evaluated updates must agree within tolerance, and
+the final reward must lie in the range of the published seeds of the same setting: rounding flips a
 sampled token sooner or later, and from there on a run is another seed of its setting. Another seed
 is the lowest or the highest of n + 1 with chance 2 / (n + 1): a few runs of a large sample may lie
 outside, and the table fails only where there are more than chance would give. Where fewer than
@@ -11,8 +12,8 @@ on its first updates alone, and how many did is printed.
 
 A language model draws thousands of tokens before it is first evaluated, so that one of them has
 flipped by then. Metrics that hang on them (`Grid.fragile`) are compared before the first update
-alone, where a flip changes one completion of many: they may differ by half of the standard deviation
-between the published runs there, which is what eight new ones among 64 would change.
+alone, where a flip changes one completion of many: they may differ by half of the published runs'
+standard deviation there, which is what eight new ones among 64 would change.
 
 When a table's whole sample passes although the code changed since, the table is stamped with the
 present code; otherwise the exit status is 1 and the runs and values that differ are named. So it is
@@ -171,7 +172,7 @@ def compare(
     difference = _difference(old, fresh)
     if not difference:
         return Verdict(run, True, "bit-equal")
-    if _same_kind(published.runs[run], environment):
+    if _same_kind(published.runs[run], environment) and _same_rounding(published):
         return Verdict(run, False, f"not bit-equal on the same kind of machine: {difference}")
     difference = _early(published, old, fresh, fragile)
     if difference:
@@ -202,6 +203,11 @@ def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return recorded == {name: here.get(name) for name in recorded} and all(
         old.get(name) == value for name, value in new.items() if name != "versions"
     )
+
+
+def _same_rounding(published: runs.Published) -> bool:
+    """Whether every change of the code since was found to leave all numbers bit-equal."""
+    return all(set(check["tests"]) == {"bit-equal"} for check in published.meta["verified"])
 
 
 def _is_foreign(name: str, old: pd.DataFrame, fresh: pd.DataFrame) -> bool:

@@ -115,6 +115,18 @@ def test_a_version_counts_where_the_published_record_has_it(published, recorded,
     assert verify.compare(published, run, fresh, here).test.startswith(test)
 
 
+@pytest.mark.parametrize(
+    ("tests", "passes"),
+    [({"bit-equal": 2}, False), ({"bit-equal": 1, "first updates within tolerance": 1}, True)],
+)
+def test_rounding_may_move_once_a_change_was_verified_elsewhere(published, tests, passes):
+    published.meta["verified"].append({"tests": tests})
+    run = runs.identity(CONFIGS[0])
+    fresh = published.metrics(run).assign(reward=lambda table: table["reward"] + 1e-6)
+    verdict = verify.compare(published, run, fresh, runs.environment("cpu", "float32"))
+    assert verdict.passed is passes
+
+
 def test_a_stamp_forgets_what_the_runs_no_longer_execute(published, repository, monkeypatch):
     experiments(published, monkeypatch)
     assert "lib/helper.py" in published.meta["code"]
