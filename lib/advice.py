@@ -80,8 +80,9 @@ class Record:
     @property
     def needs(self) -> str:
         """A reward for every answer, or else pairs, which are enough."""
-        needs = [methods.get(e.method).needs for _, e in self.found]
-        return "a reward for every answer" if all("rewards" in n for n in needs) else "pairs"
+        if all("rewards" in methods.get(e.method).needs for _, e in self.found):
+            return "a reward for every answer"
+        return "pairs" if self.side == "offline" else "pairs of fresh answers (a judge)"
 
     @property
     def behind(self) -> list[str]:

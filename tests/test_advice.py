@@ -70,6 +70,7 @@ def test_the_default_is_who_failed_least_often_and_says_where():
     assert "On bandit R2 no method ends above" not in first  # the on-policy ones do
     both = "bandit R1, bandit R2 | \N{EN DASH}"
     assert f"| RWR (on-policy) | a reward for every answer | {both}" in first
+    assert f"| DPO (on-policy) | pairs of fresh answers (a judge) | {both}" in first
     assert "| DPO (offline) | pairs | bandit R1 | \N{EN DASH} | bandit R2 |" in first
     assert "| untrained | 0.00 | 0.00 |" in first
     assert "| DPO (on-policy) | **0.99** | **0.99** |" in first
