@@ -2,7 +2,7 @@
 
 First a default: the methods that failed on the fewest problems, with fresh samples and on fixed
 data. A method fails on a problem where it does not lead or where a run of it harms (`lib.decisions`
-has both words). A problem that nobody solved is led by nobody. Left out are methods that half of
+has both words). A problem that nobody solved counts for none. Left out are methods that half of
 the problems or fewer ran, or that led on half of those or fewer. A method that harmed is named with
 a warning. This summary was written after the results were in: it tests nothing.
 
@@ -132,7 +132,7 @@ def default(results: pd.DataFrame) -> str:
     if behind := [text for r in named for text in r.behind]:
         told.append(f"Behind: {_and(behind)}.")
     if unsolved := [s.problem.title for s in every if not s.solved]:
-        told.append(f"On {_and(unsolved)} no method ends above the untrained model, so none leads.")
+        told.append(f"On {_and(unsolved)} no method ends above the untrained model: it counts for none.")
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
               "margin. \N{EN DASH}: not run.")  # fmt: skip
@@ -151,7 +151,7 @@ def _counts(sampled: Sequence[Record], given: Sequence[Record]) -> str:
         f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
         for side, some in (("", sampled), ("on fixed data ", given)) if some
     )  # fmt: skip
-    return ("They are *level with the best* (which is not ahead of them by a margin that matters) "
+    return ("These methods are *level with the best* (which is not ahead of them by a margin that matters) "
             f"so often: {counts}.")  # fmt: skip
 
 

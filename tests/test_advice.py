@@ -84,7 +84,7 @@ def test_where_a_default_is_behind_and_what_nobody_solved_is_told():
             offline.rows[f"{name}@{reward}"] = rows(ends(value))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
     assert "so often: on fixed data DPO on 2 of 2." in first  # RWR led on half, which is not most
-    assert "On Min Length no method ends above the untrained model, so none leads." in first
+    assert "On Min Length no method ends above the untrained model: it counts for none." in first
     assert "Of the on-policy methods 0, of the offline ones 1 were run" in first
     offline.rows["rwr_offline@min"] = rows(ends(0.5))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
