@@ -132,7 +132,8 @@ def default(results: pd.DataFrame) -> str:
     if behind := [text for r in named for text in r.behind]:
         told.append(f"Behind: {_and(behind)}.")
     if unsolved := [s.problem.title for s in every if not s.solved]:
-        told.append(f"On {_and(unsolved)} no method ends above the untrained model: it counts for none.")
+        told.append(f"On {_and(unsolved)} no method ends above the untrained model: "
+                    f"{'they count' if len(unsolved) > 1 else 'it counts'} for none.")  # fmt: skip
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
               "margin. \N{EN DASH}: not run.")  # fmt: skip
@@ -151,8 +152,8 @@ def _counts(sampled: Sequence[Record], given: Sequence[Record]) -> str:
         f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
         for side, some in (("", sampled), ("on fixed data ", given)) if some
     )  # fmt: skip
-    return ("These methods are *level with the best* (which is not ahead of them by a margin that matters) "
-            f"so often: {counts}.")  # fmt: skip
+    return ("These methods are *level with the best* (which is not ahead of them by a margin that "
+            f"matters) so often: {counts}.")  # fmt: skip
 
 
 def seeds(results: pd.DataFrame) -> str:
