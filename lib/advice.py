@@ -2,8 +2,9 @@
 
 First a default: the methods that failed on the fewest problems, with fresh samples and on fixed
 data. A method fails on a problem where it does not lead or where a run of it harms (`lib.decisions`
-has both words). Left out are methods that half of the problems or fewer ran, or that led on half of
-those or fewer. This summary was written after the results were in: it tests nothing.
+has both words). A problem that nobody solved counts for none. Left out are methods that half of
+the problems or fewer ran, or that led on half of those or fewer. A method that harmed is named with
+a warning. This summary was written after the results were in: it tests nothing.
 
 Then three answers, each with a strong wording and a neutral one, a sentence that sorts the
 problems, and the numbers folded away below it. The strong wording takes intervals over seeds that
@@ -28,7 +29,7 @@ from lib.experiments import Setting
 from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
-ALIKE = 5  # margins of a problem: how far methods' means may part for the loss to matter little
+ALIKE = 2  # margins of a problem: how far methods' means may part for the loss to matter little
 PICKS = 3  # methods that the default names for either kind of data, at most
 PLACES = {("far", "apart"): "far", ("far", "close"): "far, pairs near it", ("near", None): "near"}
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
@@ -46,37 +47,63 @@ def short_answers(chapters: Chapters) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a method, by its short name.
-
-    Args: ran, led, harmed: the problems that ran it, on which it led, on which a run ended below
-        the untrained model (`lib.decisions`). first: its mean share of first places. rewards:
-            whether it needs one for every answer; otherwise pairs are enough.
-    """
+    """What became of a method, by its short name, on the problems that ran it."""
 
     name: str
-    ran: tuple[Problem, ...]
-    led: tuple[Problem, ...]
-    harmed: tuple[Problem, ...]
-    first: float
-    rewards: bool
+    found: tuple[tuple[Standing, Entry], ...]
+
+    @property
+    def ran(self) -> tuple[Problem, ...]:
+        """The problems that ran it, those left out that nobody solved."""
+        return tuple(s.problem for s, _ in self.found if s.solved)
+
+    @property
+    def led(self) -> tuple[Problem, ...]:
+        return tuple(s.problem for s, e in self.found if s.solved and e.leads)
+
+    @property
+    def harmed(self) -> tuple[Problem, ...]:
+        """Those on which a run ended below the untrained model, solved or not."""
+        return tuple(s.problem for s, e in self.found if e.harms)
 
     @property
     def order(self) -> tuple[int, int, float]:
         """By the problems on which it failed either way, then by those on which it led."""
         behind = set(self.ran) - set(self.led)
-        return len(behind | set(self.harmed)), -len(self.led), -self.first
+        first = sum(e.first / s.n for s, e in self.found) / len(self.found)
+        return len(behind | set(self.harmed)), -len(self.led), -first
+
+    @property
+    def side(self) -> str:
+        return decisions.SIDES[not methods.get(self.found[0][1].method).on_policy]
 
     @property
     def needs(self) -> str:
-        return "a reward for every answer" if self.rewards else "pairs"
+        """A reward for every answer, or else pairs, which are enough."""
+        if all("rewards" in methods.get(e.method).needs for _, e in self.found):
+            return "a reward for every answer"
+        return "pairs" if self.side == "offline" else "pairs of fresh answers (a judge)"
 
-    def row(self, side: str) -> dict[str, str]:
-        """Where it led and where it failed, as a row of a table. Args: side: "offline" or not."""
-        missed = [p for p in self.ran if p not in self.led]
+    @property
+    def behind(self) -> list[str]:
+        """ "offline RWR on bandit R1 (0.23, the best 0.87)", a text per problem it did not lead."""
+        return [f"{self.side} {self.name} on {s.problem.title} "
+                f"({e.mean:.2f}, the best {max(o.mean for o in s.entries):.2f}{s.problem.unit})"
+                for s, e in self.found if s.solved and not e.leads]  # fmt: skip
+
+    @property
+    def warning(self) -> str:
+        """In a sentence, where a run ended below the untrained model."""
+        return (f"{self.side.capitalize()} {self.name}, which needs {self.needs}, comes with a "
+                f"warning: a run of it ended below the untrained model on "
+                f"{_and([p.title for p in self.harmed])}.")  # fmt: skip
+
+    def row(self) -> dict[str, str]:
+        """Where it led and where it failed, as a row of a table."""
         return {
-            "method": f"{self.name} ({side})", "needs": self.needs,
+            "method": f"{self.name} ({self.side})", "needs": self.needs,
             "level with the best on": _titles(self.led),
-            "behind on": _titles(missed),
+            "behind on": _titles(p for p in self.ran if p not in self.led),
             "a run ended below the untrained model on": _titles(self.harmed),
         }  # fmt: skip
 
@@ -88,31 +115,59 @@ def _titles(problems: Iterable[Problem]) -> str:
 def default(results: pd.DataFrame) -> str:
     """What to take unseen: the methods that failed least often, with fresh samples and without."""
     fresh, fixed = (_standings(results, choice) for choice in ("fresh", "fixed"))
-    sampled, given = _records(fresh, True)[:PICKS], _records(fixed, False)[:PICKS]
-    advised = []
-    if sampled:
-        advised.append(f"sample while you train and take {_and([r.name for r in sampled], 'or')}")
-    if given:
-        named = [f"{r.name} if you have {r.needs}" for r in given]
-        advised.append(f"on fixed data take {_and(named, 'or')}")
-    if not advised:
+    left = _records(fresh, True), _records(fixed, False)
+    sampled, given = (records[:PICKS] for records in left)
+    named = [*sampled, *given]
+    if not named:
         return f"**One default?** {overview.NOT_YET.capitalize()}."
-    counts = "; ".join(
-        f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
-        for side, some in (("", sampled), ("on fixed data ", given))
-        if some
-    )
+    advised = []
+    if safe := [r.name for r in sampled if not r.harmed]:
+        advised.append(f"sample while you train and take {_and(safe, 'or')}")
+    if safe := [f"{r.name} if you have {r.needs}" for r in given if not r.harmed]:
+        advised.append(f"on fixed data take {_and(safe, 'or')}")
+    head = f"**If you want one default:** {'; '.join(advised) or 'none is without a warning'}."
     seen = {s.problem for s in fresh}
-    table = matrix([*fresh, *(s for s in fixed if s.problem not in seen)])
+    every = [*fresh, *(s for s in fixed if s.problem not in seen)]
+    told = [head, *(r.warning for r in named if r.harmed), _counts(sampled, given)]
+    if behind := [text for r in named for text in r.behind]:
+        told.append(f"Behind: {_and(behind)}.")
+    if unsolved := [s.problem.title for s in every if not s.solved]:
+        told.append(f"On {_and(unsolved)} no method ends above the untrained model: "
+                    f"{'they count' if len(unsolved) > 1 else 'it counts'} for none.")  # fmt: skip
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
               "margin. \N{EN DASH}: not run.")  # fmt: skip
-    rows = [*(r.row("on-policy") for r in sampled), *(r.row("offline") for r in given)]
-    failed = cards.markdown(pd.DataFrame(rows))
-    return _answer(f"**If you want one default:** {'; '.join(advised)}. Of the problems that ran "
-                   f"them they are level with the best so often: {counts}.",
-                   f"{failed}\n\n{cards.markdown(table)}\n\n{legend}",
+    rule = (f"Of the on-policy methods {len(left[0])}, of the offline ones {len(left[1])} were run "
+            "on more than half of the problems and led on more than half of those. The default "
+            f"names at most {PICKS} of either, those that failed least often.")  # fmt: skip
+    failed = cards.markdown(pd.DataFrame([r.row() for r in named]))
+    numbers = "\n\n".join([failed, rule, cards.markdown(matrix(every)), legend])
+    return _answer(" ".join(told), numbers,
                    "Where they failed, and every method on every problem")  # fmt: skip
+
+
+def _counts(sampled: Sequence[Record], given: Sequence[Record]) -> str:
+    """On how many problems each is level with the best, and what that means."""
+    counts = "; ".join(
+        f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
+        for side, some in (("", sampled), ("on fixed data ", given)) if some
+    )  # fmt: skip
+    return ("These methods are *level with the best* (which is not ahead of them by a margin that "
+            f"matters) so often: {counts}.")  # fmt: skip
+
+
+def seeds(results: pd.DataFrame) -> str:
+    """ "20 on bandit R1 and bandit R2, 5 on the others": how many seeds the problems have."""
+    found = {s.problem: s for choice in ("fixed", "fresh") for s in _standings(results, choice)}
+    titles: dict[int, list[str]] = {}
+    for p in PROBLEMS:
+        if p in found:
+            titles.setdefault(found[p].n, []).append(p.title)
+    *some, most = sorted(titles, key=lambda n: len(titles[n])) or [None]
+    if most is None:
+        return overview.NOT_YET
+    return ", ".join([*(f"{n} on {_and(titles[n])}" for n in some),
+                      f"{most} on the others" if some else f"{most}"])  # fmt: skip
 
 
 def _standings(results: pd.DataFrame, choice: str) -> list[Standing]:
@@ -128,14 +183,7 @@ def _records(standings: Sequence[Standing], on_policy: bool) -> list[Record]:
         for e in s.entries:
             if methods.get(e.method).on_policy is on_policy:
                 ran.setdefault(overview.short(e.method), []).append((s, e))
-    found = [
-        Record(name, tuple(s.problem for s, _ in of),
-               tuple(s.problem for s, e in of if e.leads),
-               tuple(s.problem for s, e in of if e.harms),
-               sum(e.first / s.n for s, e in of) / len(of),
-               all("rewards" in methods.get(e.method).needs for _, e in of))
-        for name, of in ran.items() if 2 * len(of) > len(standings)
-    ]  # fmt: skip
+    found = [Record(name, tuple(of)) for name, of in ran.items() if 2 * len(of) > len(standings)]
     mostly = (record for record in found if 2 * len(record.led) > len(record.ran))
     return sorted(mostly, key=lambda record: record.order)
 
@@ -201,8 +249,12 @@ def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Valu
     spread = {p: max(e) - min(e) for p, e in ends.items() if len(e) > 1}
     if not spread:
         return ""
-    little = all(gap <= ALIKE * p.margin for p, gap in spread.items())
-    return "Which loss you take then matters little." if little else "The loss matters as well."
+    little = [p.title for p, gap in spread.items() if gap <= ALIKE * p.margin]
+    much = [p.title for p in spread if p.title not in little]
+    if not little or not much:
+        return "The loss matters as well." if much else "Which loss you take then matters little."
+    return (f"Which on-policy loss you take matters little on {_and(little)}; on {_and(much)} "
+            "their means are far apart.")  # fmt: skip
 
 
 def _range(found: Values) -> str:
@@ -243,7 +295,7 @@ def old_samples(chapters: Chapters) -> str:
             slower = p.column == "reward"
             key = serves[p], tuple(rare), tuple(map(overview.short, _extremes(rare))), slower
             groups.setdefault(key, []).append(p.title)
-    order = [f"With one drawing for {n} updates, of {_listed(ran)}, {best} "
+    order = [f"With one sampling for {n} updates, of {_listed(ran)}, {best} "
              f"{'is slowed' if slower else 'ends lower'} least and {worst} most on {_and(titles)}."
              for (n, ran, (best, worst), slower), titles in groups.items()]  # fmt: skip
     gains: dict[tuple[str, bool], list[str]] = {}
@@ -256,7 +308,7 @@ def old_samples(chapters: Chapters) -> str:
     if any(slower for *_, slower in groups):
         order.append("Slowed is not worse: where they end is in the chart.")
     rows = [
-        {"problem": p.title, "updates per drawing": serves[p],
+        {"problem": p.title, "updates per sampling": serves[p],
          "what old samples change in": _judged(p),
          "loses least": _ends(p, rare, 0), "loses most": _ends(p, rare, 1)}
         for p, rare in counted.items()
@@ -277,7 +329,7 @@ def _and(words: Sequence[str], last: str = "and") -> str:
 
 
 def rare_sampling(chapters: Chapters, problem: Problem) -> Values:
-    """What the rarest drawing of the grid changes in the mean reward, by on-policy method."""
+    """What the rarest sampling of the grid changes in the mean reward, by on-policy method."""
     found = {}
     statistic = overview.SPEED if problem.column == "reward" else f"final {problem.column}"
     for chapter, s in _stalest(chapters, problem):
@@ -293,7 +345,7 @@ def _stalest(chapters: Chapters, problem: Problem) -> list[tuple[Chapter, Settin
 
 
 def _serves(chapters: Chapters, problem: Problem) -> int:
-    """How many updates the rarest drawing of the grid serves."""
+    """How many updates the rarest sampling of the grid serves."""
     return max(dict(s.options)["sets"] for _, s in _stalest(chapters, problem))
 
 
@@ -351,7 +403,8 @@ def fixed_data(results: pd.DataFrame) -> str:
         } for p, gap in counted.items()
     ]  # fmt: skip
     notes = "In brackets: the worst run."
-    return _answer(f"{_turn(counted)} {best}", _numbers(rows, gaps, notes))
+    told = " ".join(filter(None, [_turn(counted), best, _leaning(counted)]))
+    return _answer(told, _numbers(rows, gaps, notes))
 
 
 def _turn(gaps: Gaps) -> str:
@@ -367,6 +420,20 @@ def _turn(gaps: Gaps) -> str:
         if near and not any(gains[p] for p in near) and all(gains[p] for p in close):
             return "**If the data are fixed, ask where the reward is.**"
     return "**If the data are fixed:**"
+
+
+def _leaning(gaps: Gaps) -> str:
+    """What to do where the problems that differ sort by their pairs, but others are undecided."""
+    gains = [p for p, gap in gaps.items() if _beyond(p, gap)]
+    losses = [p for p, gap in gaps.items() if _beyond(p, -gap)]
+    sorts = {p.pairs for p in gains} == {"apart"} and {p.pairs for p in losses} == {"close"}
+    unsure = {p.pairs for p in gaps if p not in (*gains, *losses)} & {"apart", "close"}
+    if not sorts or not unsure:
+        return ""
+    which = "both kinds also hold" if len(unsure) > 1 else "one of these kinds also holds"
+    return ("Where the two differ, the rule was: push down if both answers of a pair are your own "
+            "model's, only pull up if the preferred ones lie where the reward is. But "
+            f"{which} an undecided problem.")  # fmt: skip
 
 
 def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values]:

@@ -109,7 +109,7 @@ def _by_side(labels: Sequence[str], leaf: Leaf) -> str:
 def _standing(found: Standing) -> str:
     links = ", ".join(map(_link, found.chapters))
     n = f"{found.n} seed{'s' if found.n > 1 else ''}"
-    n += f", one drawing for {found.serves} updates" if found.serves > 1 else ""
+    n += f", one sampling for {found.serves} updates" if found.serves > 1 else ""
     if not found.votes:
         return (f"**{found.problem.title}**: {n}; too few seeds to count. First in so many: "
                 f"{_counts(found.entries)}. Evidence: {links}.")  # fmt: skip
@@ -118,7 +118,7 @@ def _standing(found: Standing) -> str:
     lines += [f"- Behind, first in so many: {_counts(behind)}"] if behind else []
     lines += _memory(found.entries)
     start = f"untrained {found.start:.2f}{found.problem.unit}"
-    if not any(e.mean > found.start for e in found.entries):
+    if not found.solved:
         start += ", above which no method ends"
     head = f"**{found.problem.title}** ({start}): {n}. Evidence: {links}."
     return f"{head}\n\n" + "\n".join(lines)

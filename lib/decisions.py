@@ -67,7 +67,7 @@ COLUMNS = ("problem", "choice", "chapter", "method", "serves", "seed", "start", 
 
 SAMPLING = {
     "fixed": "No, the data are fixed.",
-    "rare": "Rarely: one drawing has to serve many updates.",
+    "rare": "Rarely: one sampling has to serve many updates.",
     "fresh": "Yes, for every update.",
 }
 PLACES = {
@@ -185,6 +185,11 @@ class Standing:
     @property
     def votes(self) -> bool:
         return self.n >= MIN_SEEDS and len(self.entries) > 1
+
+    @property
+    def solved(self) -> bool:
+        """Whether a method's mean ends above the untrained model."""
+        return any(e.mean > self.start for e in self.entries)
 
     @property
     def leading(self) -> tuple[str, ...]:

@@ -70,18 +70,18 @@ def decoding() -> pd.DataFrame:
 
 
 def phases(setting: str = OURS) -> dict[str, float]:
-    """Seconds of a step by phase."""
+    """Seconds of an update by phase."""
     one = details("dpo_step")[setting]
     return {phase: share * one["seconds"] for phase, share in one["shares"].items()}
 
 
 def steps() -> pd.DataFrame:
-    """Rows: TRAINERS. `slower`: times as long as a step of OURS."""
+    """Rows: TRAINERS. `slower`: times as long as an update of OURS."""
     found, rows = details("dpo_step"), []
     for name, title in TRAINERS.items():
         one = found[name]
         rows.append({
-            "trainer": title, "ms a step": 1e3 * one["seconds"],
+            "trainer": title, "ms an update": 1e3 * one["seconds"],
             "slower": one["seconds"] / found[OURS]["seconds"],
             **{f"{phase}, ms": 1e3 * took for phase, took in phases(name).items()},
             "GiB": one["memory_mb"] * MB,
@@ -90,10 +90,10 @@ def steps() -> pd.DataFrame:
 
 
 def beside() -> pd.DataFrame:
-    """Estimated and measured: a step by phase, and its memory."""
+    """Estimated and measured: an update by phase, and its memory."""
     table = footprint.beside(STEP, H200, phases())
-    table.columns = ["of a step", "estimated", "measured"]
-    table["of a step"] += ", ms"
+    table.columns = ["of an update", "estimated", "measured"]
+    table["of an update"] += ", ms"
     table[["estimated", "measured"]] *= 1e3
     table.loc[len(table)] = ["memory, GiB", footprint.memory(STEP)["total"],
                              details("dpo_step")[OURS]["memory_mb"] * MB]  # fmt: skip
@@ -156,7 +156,7 @@ def numbers() -> dict[str, float | str]:
     found |= {f"right_{task}": model["kept"]["accuracy"] for task, model in models.items()}
     found["reward_seconds"] = max(model["seconds"] for model in models.values())
     for row in beside().to_dict("records"):
-        found[f"h200_{row['of a step'].partition(',')[0]}"] = row["factor"]
+        found[f"h200_{row['of an update'].partition(',')[0]}"] = row["factor"]
     ours, generate, growing = decoding().to_dict("records")
     found |= {"decode_ms": ours["ms a token"], "decode_least": ours["least ms"],
               "decode_rest": ours["ms a token"] - ours["least ms"],

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lib.lengths import Prepared
+from lib.lm.prepare import MAX_PROMPT, MAX_TOKENS
 from lib.lm.text import example, load_preferences
 
 PREFERENCES = [
@@ -24,10 +25,11 @@ PREFERENCES = [
 
 
 def as_read(prepared: Prepared) -> str:
-    """A preference file of two pairs, one of them without a difference, as the policy reads it."""
+    """A preference file of two pairs, one of them without a difference, as `prepare` reads it."""
     with TemporaryDirectory() as folder:
         path = _lines(Path(folder) / "preferences.jsonl", PREFERENCES)
-        said = example(prepared.tokenizer, load_preferences(path))
+        said = example(prepared.tokenizer, load_preferences(path), max_prompt_tokens=MAX_PROMPT,
+                       max_response_tokens=MAX_TOKENS)  # fmt: skip
         return said.replace(f"{folder}/", "")
 
 

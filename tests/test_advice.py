@@ -54,7 +54,7 @@ def test_strong_wording_with_the_numbers_behind_it():
     assert f"| bandit R2 | near | DPO 0.99 (0.98) | DPO 0.90 (0.89) | {gap}" in first
     assert "matters little" in first
     assert "take a loss with a negative gradient" in second
-    assert ("With one drawing for 50 updates, of DPO and RWR, DPO is slowed least and RWR most on "
+    assert ("With one sampling for 50 updates, of DPO and RWR, DPO is slowed least and RWR most on "
             "bandit R1. Slowed is not worse") in second  # fmt: skip
     assert "| bandit R1 | 50 | mean reward over training | DPO: -0.04" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
@@ -63,16 +63,34 @@ def test_strong_wording_with_the_numbers_behind_it():
 
 def test_the_default_is_who_failed_least_often_and_says_where():
     first, *_ = told(chapters(sampled=(0.99, 0.99), near=(-0.3, -0.3)))
-    assert ("one default:** sample while you train and take DPO or RWR; on fixed data take DPO if "
-            "you have pairs.") in first  # fmt: skip
-    assert ("level with the best so often: DPO on 2 of 2 and RWR on 2 of 2; on fixed data DPO on 2 "
-            "of 2.") in first  # fmt: skip
+    assert ("one default:** sample while you train and take DPO or RWR. Offline DPO, which needs "
+            "pairs, comes with a warning: a run of it ended below the untrained model on bandit "
+            "R2.") in first  # fmt: skip
+    assert "so often: DPO on 2 of 2 and RWR on 2 of 2; on fixed data DPO on 1 of 1." in first
+    assert "On bandit R2 no method ends above" not in first  # the on-policy ones do
     both = "bandit R1, bandit R2 | \N{EN DASH}"
     assert f"| RWR (on-policy) | a reward for every answer | {both}" in first
-    assert f"| DPO (offline) | pairs | {both} | bandit R2 |" in first
+    assert f"| DPO (on-policy) | pairs of fresh answers (a judge) | {both}" in first
+    assert "| DPO (offline) | pairs | bandit R1 | \N{EN DASH} | bandit R2 |" in first
     assert "| untrained | 0.00 | 0.00 |" in first
     assert "| DPO (on-policy) | **0.99** | **0.99** |" in first
     assert "| RWR (offline) | 0.30 | -0.30\N{DAGGER} |" in first
+
+
+def test_where_a_default_is_behind_and_what_nobody_solved_is_told():
+    offline = Handmade()
+    for reward, values in (("R1", (0.9, 0.2)), ("R2", (0.9, 0.9)), ("min", (-5.0, -3.0))):
+        for name, value in zip(("dpo_offline", "rwr_offline"), values, strict=True):
+            offline.rows[f"{name}@{reward}"] = rows(ends(value))
+    first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
+    assert "so often: on fixed data DPO on 2 of 2." in first  # RWR led on half, which is not most
+    assert "On Min Length no method ends above the untrained model: it counts for none." in first
+    assert "Of the on-policy methods 0, of the offline ones 1 were run" in first
+    offline.rows["rwr_offline@min"] = rows(ends(0.5))
+    first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
+    assert "Behind: offline DPO on Min Length (-5.00, the best 0.50 tokens)" in first
+    assert "offline RWR on bandit R1 (0.20, the best 0.90)." in first
+    assert advice.seeds(decisions.collect({"negative_gradient": offline})) == f"{MIN_SEEDS}"
 
 
 def test_a_problem_that_nobody_sampled_on_is_in_the_matrix():
@@ -94,6 +112,7 @@ def test_a_method_that_gains_by_old_samples_is_told():
 def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
     skewed = lengths((-30.0, -2.0), (-1.0, -1.0), (-1.0, -1.0), task="skew")
     text = advice.short_answers({**chapters(near=(0.9, 0.9)), **skewed})
+    assert "the rule was" not in text  # nothing of the two kinds of pairs is undecided
     assert ("against the best without: ahead on bandit R1; behind on Skew Length; "
             "undecided on bandit R2.") in text  # fmt: skip
     assert "DPO is slowed least and RWR most on bandit R1" in text
@@ -161,6 +180,16 @@ def test_fixed_data_hang_on_who_wrote_the_pairs_where_the_results_turn_on_it(off
     assert "| Skew Length | far, pairs near it |" in third
 
 
+def test_what_the_problems_that_differ_have_in_common_is_told_with_those_that_do_not():
+    both = lengths((-2.1, -2.0), (-1.0, -1.0), (-1.0, -1.0))["complementary_length"]
+    skewed = lengths((-30.0, -2.0), (-1.0, -1.0), (-1.0, -1.0), task="skew")
+    both.rows |= skewed["complementary_length"].rows
+    *_, third = told({**chapters(), "complementary_length": both})
+    assert third.startswith("- **If the data are fixed:**")
+    assert "the rule was: push down if both answers of a pair are your own model's" in third
+    assert "But one of these kinds also holds an undecided problem." in third
+
+
 def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
     judged = Handmade()
     for name, fresh, old in (("reinforce", -2.0, -2.5), ("rwr", -2.0, -0.5)):
@@ -201,5 +230,6 @@ def test_the_loss_matters_where_it_does_on_any_problem_that_counts():
     """The bandit's on-policy methods are alike, those of a length problem are not."""
     apart = lengths((-5.0, -40.0), (-1.0, -40.0), (-2.0, -41.0))
     _, first, *_ = told({**chapters(), **apart})
-    assert "The loss matters as well" in first
+    assert ("Which on-policy loss you take matters little on bandit R1 and bandit R2; on Min "
+            "Length their means are far apart.") in first  # fmt: skip
     assert "| 0.97 to 0.99 |" in first and "| -40.00 to -1.00 |" in first

@@ -128,7 +128,7 @@ def test_on_policy_and_offline_methods_are_told_apart():
                                       choice="rare")])  # fmt: skip
     found = decisions.leaf("rare", ("far", "apart"), table, verdicts("reproduced"), ALL)
     assert chart.take(found) == "Leading so far: on-policy DPO, PPO; offline DPO."
-    assert "6 seeds, one drawing for 50 updates." in chart.chart(
+    assert "6 seeds, one sampling for 50 updates." in chart.chart(
         decisions.leaves(table, verdicts("reproduced"), ALL))  # fmt: skip
 
 

@@ -100,15 +100,15 @@ def test_ratios_are_those_of_the_benchmarks_own_lines():
 def test_phases_of_a_step_are_the_whole_of_it():
     table = measured.steps()
     parts = table[[f"{phase}, ms" for phase in ("sampling", "scoring", "training")]]
-    assert parts.sum(axis=1).tolist() == pytest.approx(table["ms a step"].tolist())
-    ours = measured.beside().set_index("of a step")["measured"]
-    assert ours["together, ms"] == pytest.approx(table["ms a step"].iloc[0])
+    assert parts.sum(axis=1).tolist() == pytest.approx(table["ms an update"].tolist())
+    ours = measured.beside().set_index("of an update")["measured"]
+    assert ours["together, ms"] == pytest.approx(table["ms an update"].iloc[0])
     assert ours["memory, GiB"] == pytest.approx(table["GiB"].iloc[0])
 
 
 def test_estimates_are_those_of_the_formulas():
     """By hand: 64 responses of 64 tokens to prompts of 32, 40% of 989e12 operations a second."""
-    estimated = measured.beside().set_index("of a step")["estimated"]
+    estimated = measured.beside().set_index("of an update")["estimated"]
     passed, p = 64 * (64 + 32), 1_414_647_808
     assert estimated["training, ms"] == pytest.approx(1e3 * 6 * p * passed / (0.4 * 989e12))
     assert estimated["scoring, ms"] == pytest.approx(1e3 * 2 * p * passed / (0.4 * 989e12))

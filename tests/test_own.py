@@ -25,6 +25,7 @@ def test_the_identical_pair_is_dropped(have):
     text = own.as_read(have)
     assert "1 pairs of preferences.jsonl (2 rows;" in text and "1 identical" in text
     assert "A pear.<eos>" in text
+    assert f"{prepare.MAX_TOKENS}" in text and "512" not in text  # what `prepare` would do
 
 
 def test_every_mistake_is_refused_with_what_was_found(have, tmp_path):

@@ -66,7 +66,7 @@ from lib.runs import provenance, write_atomically, write_folder_atomically
 VALIDATION = 0.1  # share of the prompts, where the file names no split
 SPLIT = "split"  # the column that names one
 LEFT_OUT = "test"
-MAX_TOKENS = 96
+MAX_TOKENS, MAX_PROMPT = 96, 160  # of a response and of a prompt, unless said otherwise
 # Rate and epochs of the reward models: of a tiny one from random weights, of any that was trained.
 TRAINING = {"tiny": (1e-3, 6), "other": (1e-5, 1)}
 # What options may be, and the settings that pairs and reward models depend on.
@@ -566,7 +566,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
                         f"{epochs} for the tiny one, {once} for others)")  # fmt: skip
     parser.add_argument("--max-tokens", type=int, help=f"cap of a response (default: {MAX_TOKENS}; "
                         "to be named if it cuts most responses of given pairs)")  # fmt: skip
-    parser.add_argument("--max-prompt", type=int, default=160, help="longer prompts are dropped")
+    parser.add_argument("--max-prompt", type=int, default=MAX_PROMPT,
+                        help="longer prompts are dropped")
     parser.add_argument("--dtype", choices=DTYPES, help="of the products while sampling (default: "
                         "bfloat16, on older GPUs float16, on a CPU float32)")  # fmt: skip
     parser.add_argument("--decoder", choices=[d for d in DECODERS if d], help="how keys and values "
