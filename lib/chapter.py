@@ -466,12 +466,17 @@ class Chapter(Page):
         glue(name, shown, display=False)
 
     def number_at(
-        self, name: str, setting: str, column: str, updates: Sequence[int], form: str = ".0f"
-    ) -> None:
-        """Makes a column's mean over the rows of some updates available to the prose as `name`."""
+        self, name: str, setting: str, column: str, updates: Sequence[int], form: str = ".0f",
+        rate: float | None = None,
+    ) -> None:  # fmt: skip
+        """Makes a column's mean over the rows of some updates available to the prose as `name`.
+
+        Args: rate: of the sweep's runs at this learning rate, not of the reported ones.
+        """
         values = pd.Series(dtype=float)
         if self.has(setting):
-            rows = self.reported(setting)
+            rows = self.reported(setting) if rate is None else self.swept(setting)
+            rows = rows if rate is None else rows[rows["learning_rate"] == rate]
             values = rows.loc[rows["update"].isin(updates), column]
         glue(name, NOT_RUN if values.empty else f"{values.mean():{form}}", display=False)
 

@@ -134,19 +134,20 @@ def cost_to_reach(parts: Mapping[str, pd.DataFrame], target: float) -> pd.DataFr
 
 def grid(settings: Sequence[experiments.Setting], profile: experiments.Profile) -> pd.DataFrame:
     """A chapter's grid: settings that differ only in a value, a reward or a method share a row."""
-    values: dict[tuple, dict[str, list]] = {}
+    values: dict[tuple, dict[str, list[str]]] = {}
     for s in settings:
         keys = ", ".join(name for name, _ in s.options)
         key = s.method, keys, _tried(s, profile), len(experiments.report_seeds(s, profile))
-        group = values.setdefault(key, {"values": [], "rewards": []})
-        group["values"].append(", ".join(str(value) for _, value in s.options))
-        group["rewards"].append(s.reward_function)
+        group = values.setdefault(key, {}).setdefault(s.reward_function, [])
+        group.append(", ".join(str(value) for _, value in s.options))
     rows: dict[tuple, list[str]] = {}
     for (name, keys, rates, seeds), group in values.items():
-        varied = "; ".join(dict.fromkeys(group["values"])) or "-"
-        rewards = ", ".join(sorted(set(group["rewards"])))
-        row = (f"`{keys}`" if keys else "-", varied, rewards, rates, seeds)
-        rows.setdefault(row, []).append(methods.get(name).title)
+        rewards: dict[str, list[str]] = {}  # those with the same values
+        for reward in sorted(group):
+            rewards.setdefault("; ".join(dict.fromkeys(group[reward])) or "-", []).append(reward)
+        for varied, same in rewards.items():
+            row = (f"`{keys}`" if keys else "-", varied, ", ".join(same), rates, seeds)
+            rows.setdefault(row, []).append(methods.get(name).title)
     columns = ["methods", "varied", "values", "reward", "rates tried", "seeds"]
     return pd.DataFrame([(", ".join(n), *row) for row, n in rows.items()], columns=columns)
 

@@ -201,8 +201,14 @@ def test_a_column_at_some_updates_is_a_number_of_the_prose(monkeypatch):
     shown.number_at("both", "ppo_token@min", "length", [4, 8], ".3f")
     shown.number_at("none", "ppo_token@min", "length", [5])
     shown.number_at("other", "rwr@min", "length", [4])
+    swept = shown.swept("ppo_token@min")
+    rate = swept["learning_rate"].min()
+    shown.number_at("rate", "ppo_token@min", "length", [4], ".3f", rate=rate)
+    shown.number_at("no_rate", "ppo_token@min", "length", [4], rate=7.0)
+    slow = swept[(swept["learning_rate"] == rate) & (swept["update"] == 4)]["length"].mean()
     assert said == {"both": f"{rows[[4, 8]].mean():.3f}", "none": chapter.NOT_RUN,
-                    "other": chapter.NOT_RUN}  # fmt: skip
+                    "other": chapter.NOT_RUN, "rate": f"{slow:.3f}",
+                    "no_rate": chapter.NOT_RUN}  # fmt: skip
 
 
 # Plans

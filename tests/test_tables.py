@@ -136,4 +136,7 @@ def test_grid_names_every_value_of_a_dial_once():
                    ].to_dict("records")  # fmt: skip
     assert row["values"] == "2; 5; 10; 50" and row["reward"] == "R1, R2"
     assert row["seeds"] == len(FULL.report_seeds)
+    others = found[found["methods"].str.startswith("RWR") & found["varied"].eq("`sets`")]
+    assert dict(zip(others["reward"], others["values"], strict=True)) == {
+        "R1": "10; 50", "R2": "50"}  # fmt: skip
     assert found["seeds"].min() > 0 and found.duplicated().sum() == 0
