@@ -173,8 +173,9 @@ def resolution(prepared: Prepared, cuts: dict[str, np.ndarray]) -> pd.DataFrame:
     """What a reward model says to the same text at two lengths, neighbours in CUTS.
 
     Columns: task, short, long, better (the mean probability sigmoid(s - s') that it gives to the
-    one that the gold reward prefers; 1/2: it does not see the difference), n. Pairs of lengths on
-    the two sides of the Mode task's target are left out.
+    one that the gold reward prefers; 1/2: equal scores on average), right (of how many texts that
+    one has the higher score), n. Pairs of lengths on the two sides of the Mode task's target are
+    left out.
     """
     rows = []
     for task, scores in cuts.items():
@@ -185,8 +186,9 @@ def resolution(prepared: Prepared, cuts: dict[str, np.ndarray]) -> pd.DataFrame:
             gaps = (scores[:, number] - scores[:, number + 1]) * np.sign(gold[0] - gold[1])
             gaps = gaps[~np.isnan(gaps)]
             if len(gaps):
-                rows.append((task, short, long, float(expit(gaps).mean()), len(gaps)))
-    return pd.DataFrame(rows, columns=["task", "short", "long", "better", "n"])
+                rows.append((task, short, long, float(expit(gaps).mean()), int((gaps > 0).sum()),
+                             len(gaps)))  # fmt: skip
+    return pd.DataFrame(rows, columns=["task", "short", "long", "better", "right", "n"])
 
 
 def shown(table: pd.DataFrame, row: str, value: str, digits: int = 2) -> pd.DataFrame:
@@ -218,10 +220,12 @@ def resolution_shown(table: pd.DataFrame) -> pd.DataFrame:
 def numbers(
     prepared: Prepared, verdicts: Sequence[Judged], cuts: dict[str, np.ndarray]
 ) -> dict[str, float | str]:
-    """What the prose quotes, by name; `seen_min_4` is `resolution` at 4 tokens and the next cut."""
+    """What the prose quotes, by name; `seen_min_4` is `resolution` at 4 tokens and the next cut,
+    `order_min_4` how many texts it puts in the right order there."""
     found: dict[str, float | str] = {}
     for row in resolution(prepared, cuts).itertuples():
         found[f"seen_{row.task}_{row.short}"] = f"{row.better:.2f}"
+        found[f"order_{row.task}_{row.short}"] = f"{row.right} of {row.n}"
     right = accuracy(verdicts).set_index(["task", "gap"])
     for task, row in summary(verdicts).iterrows():
         found |= {f"accuracy_{task}": f"{row.accuracy:.2f}", f"rank_{task}": f"{row['rank']:.2f}",

@@ -15,8 +15,9 @@ import pandas as pd
 from myst_nb import glue
 
 from lib import stats, tables
-from lib.chapter import Chapter
-from lib.experiments.full_scale import BATCHED, OFFLINE, FullScaleProfile
+from lib.chapter import NOT_RUN, Chapter
+from lib.experiments import final
+from lib.experiments.full_scale import BATCHED, OFFLINE, ON_POLICY, FullScaleProfile
 from lib.lengths import Prepared
 from lib.lm.batches import padded
 from lib.lm.config import MINIBATCH
@@ -81,6 +82,24 @@ def pairs_table(prepared: Prepared, folder: Path = DATA) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def held_out(kind: str, folder: Path = DATA) -> pd.DataFrame:
+    """The pairs of a kind that nobody trains on."""
+    table = shipped(kind, folder)
+    return table[table["split"] == "validation"]
+
+
+def shared(kind: str, folder: Path = DATA) -> tuple[float, float]:
+    """The share of the shorter response's tokens that are in the other one as well: of a pair, and
+    of answers to different prompts (y_w and the next pair's y_l). Means over held-out pairs."""
+    better, worse = (list(map(set, held_out(kind, folder)[side])) for side in ("first", "second"))
+
+    def mean(others: list[set]) -> float:
+        pairs = zip(better, others, strict=True)
+        return float(np.mean([len(a & b) / min(len(a), len(b)) for a, b in pairs]))
+
+    return mean(worse), mean(worse[1:] + worse[:1])
+
+
 def proxy_accuracy(kind: str, folder: Path = DATA) -> float:
     """The share of held-out pairs that the shipped reward model ranks as the judge does."""
     record = json.loads((folder / "prepared.json").read_text())
@@ -101,8 +120,7 @@ def examples(prepared: Prepared, count: int = 2, folder: Path = DATA) -> pd.Data
     """The held-out pairs whose gap in gold reward is nearest its median, in words."""
     rows = []
     for kind in KINDS:
-        table = shipped(kind, folder)
-        table = table[table["split"] == "validation"]
+        table = held_out(kind, folder)
         gap = table["gold_first"] - table["gold_second"]
         near = (gap - gap.median()).abs().sort_values().index[:count]
         for row in table.loc[near].itertuples():
@@ -124,12 +142,16 @@ def looked_at(lines: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def ends(lines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Final values of runs; gold reward only where a judge looked."""
+    """Final values of runs, and how many responses end in EOS; gold only where a judge looked."""
     columns = {"gain in gold": "gain in gold reward", "final proxy": "proxy",
                "final KL to reference": "KL, nats", "final length": "length"}  # fmt: skip
     if len(looked_at(lines)) < len(lines):
         del columns["gain in gold"]
-    return tables.ends(lines, columns)
+    table = tables.ends(lines, columns)
+    if not table.empty:
+        ended = [f"{final(rows)['ended'].mean():.0%}" for rows in lines.values()]
+        table.insert(table.columns.get_loc("seeds"), "end in EOS", ended)
+    return table
 
 
 def kinds(chapter: Chapter) -> list[str]:
@@ -168,9 +190,14 @@ def numbers(chapter: Chapter) -> None:
         fresh, old = (f"{method}@similar[judged=True{dial}]" for dial in ("", ",sets=4"))
         chapter.number(f"fs_batch_{method}", f"{fresh} - {old}", "final gold")
     profile: FullScaleProfile = chapter.profile
-    for word, dial in (("fresh", ""), ("old", ",sets=4")):
-        chapter.number_at(f"fs_mid_{word}", f"rwr@similar[judged=True{dial}]", "gold",
-                          [profile.updates // 2], ".2f")  # fmt: skip
+    glue("fs_mid_gap", _mid_gap(chapter), display=False)
+    glue("fs_pilot_gain", _pilot_gain(chapter), display=False)
+    for kind in KINDS:
+        run, better = f"dpo_offline@{kind}[judged=True]", held_out(kind)["first"]
+        chapter.number_at(f"fs_ended_{kind}", run, "ended", [profile.updates], ".0%")
+        glue(f"fs_tokens_{kind}", f"{better.map(len).mean():.0f}", display=False)
+    for name, share in zip(("fs_shared", "fs_shared_other"), shared("similar"), strict=True):
+        glue(name, f"{share:.0%}", display=False)
     glue("fs_seen", profile.updates * MINIBATCH // 2 // profile.few, display=False)
     fast, slow = (f"dpo_offline@{kind}[judged=True]" for kind in ("distinct", "similar"))
     ratio = chapter.rate(fast) / chapter.rate(slow) if chapter.has(fast, slow) else float("nan")
@@ -180,13 +207,37 @@ def numbers(chapter: Chapter) -> None:
     found = cells(chapter, "dpo_offline", "final chosen log-ratio") if has else {}
     falls = sum(values.mean() < 0 for values in found.values())
     glue("fs_falls", f"{falls} of {len(found)}", display=False)
-    shown = {factor: "(not run)" for factor in FACTORS}
+    shown = {f"{scope}_{factor}": "(not run)" for scope in ("effect", "similar")
+             for factor in FACTORS}  # fmt: skip
     if len(found) == 8:
         table = effects(found).set_index("label")
-        shown = {factor: "{effect:+.1f} ({low:+.1f} to {high:+.1f})".format(**table.loc[label])
-                 for factor, label in FACTORS.items()}  # fmt: skip
-    for factor, text in shown.items():
-        glue(f"fs_effect_{factor}", text, display=False)
+        shown = {f"effect_{factor}": "{effect:+.1f} ({low:+.1f} to {high:+.1f})".format(
+            **table.loc[label]) for factor, label in FACTORS.items()}  # fmt: skip
+        shown |= {f"similar_{factor}": tables.interval_text(by_seed, signed=True, digits=1)
+                  for factor, by_seed in effects_on_similar(found).items()}  # fmt: skip
+    for name, text in shown.items():
+        glue(f"fs_{name}", text, display=False)
+
+
+def _mid_gap(chapter: Chapter) -> str:
+    """RWR with fresh samples less RWR with old ones: gold reward in the middle of the run."""
+    names = [f"rwr@similar[judged=True{dial}]" for dial in ("", ",sets=4")]
+    if not chapter.has(*names):
+        return NOT_RUN
+    looks = [rows[rows["update"] == chapter.profile.updates // 2].set_index("seed")["gold"]
+             for rows in map(chapter.reported, names)]  # fmt: skip
+    gap = (looks[0] - looks[1]).dropna()
+    return NOT_RUN if gap.empty else tables.interval_text(gap, signed=True)
+
+
+def _pilot_gain(chapter: Chapter) -> str:
+    """What the larger rate of on-policy methods had over the smaller in the pilot's proxy."""
+    gains = []
+    for method in ON_POLICY:
+        if chapter.has(name := f"{method}@similar"):
+            swept = final(chapter.swept(name)).groupby("learning_rate", observed=True)
+            gains += [m.iloc[-1] - m.iloc[0] for m in [swept["proxy"].mean()] if len(m)]
+    return f"{min(gains):.2f} to {max(gains):.2f}" if gains else NOT_RUN
 
 
 # --- what makes y_w fall --------------------------------------------------------------------------
@@ -224,6 +275,16 @@ def effects(found: Mapping[tuple[int, ...], pd.Series]) -> pd.DataFrame:
             label = " with ".join(names[i] for i in chosen)
             rows.append((label, *stats.interval(by_seed), len(by_seed)))
     return pd.DataFrame(rows, columns=["label", "effect", "low", "high", "n"])
+
+
+def effects_on_similar(found: Mapping[tuple[int, ...], pd.Series]) -> dict[str, pd.Series]:
+    """The effects of policy and of pairs on similar pairs alone, by seed. Args: as `effects`."""
+
+    def side(factor: int, level: int) -> pd.Series:
+        return sum(found[cell] for cell in product((0, 1), (0, 1), (0,)) if cell[factor] == level)
+
+    return {name: ((side(i, 1) - side(i, 0)) / 2).dropna()
+            for i, name in enumerate(("policy", "pairs"))}  # fmt: skip
 
 
 def cell_table(chapter: Chapter, statistics: Mapping[str, str]) -> pd.DataFrame:

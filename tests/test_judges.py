@@ -122,6 +122,7 @@ def test_a_flat_score_resolves_nothing_and_a_steep_one_everything(have):
     steep = np.tile(-100.0 * np.arange(len(judges.CUTS)), (5, 1))
     table = judges.resolution(have, {"min": flat, "skew": steep})
     assert (table[table["task"] == "min"]["better"] == 0.5).all()
+    assert table.groupby("task")["right"].max().to_dict() == {"min": 0, "skew": 5}
     assert table[table["task"] == "skew"]["better"].to_numpy() == pytest.approx(1)
     upside_down = judges.resolution(have, {"min": -steep})
     assert upside_down["better"].to_numpy() == pytest.approx(0)
@@ -161,4 +162,6 @@ def test_numbers_have_what_the_prose_quotes(have):
     cuts = {task: judges.cut_scores(have, task) for task in lengths.TASKS}
     found = judges.numbers(have, verdicts, cuts)
     assert {"close_min", "seen_min_4", "favourite_mode", "accuracy_skew"} <= set(found)
+    right, count = map(int, found["order_min_4"].split(" of "))
+    assert 0 <= right <= count > 0
     assert found["favourite_min"] in judges.CUTS

@@ -88,3 +88,21 @@ def test_a_gold_reward_that_nobody_judged_is_said_not_guessed():
     assert stats.per_run(curve(gold=[-7.0, -5.5]), "gain in gold").tolist() == [1.5]
     lines = {"judged": curve(gold=[-7.0, np.nan]), "plain": curve()}
     assert {label: len(rows) for label, rows in judging.looked_at(lines).items()} == {"judged": 1}
+
+
+def test_final_values_have_the_share_that_ends():
+    rows = curve(gold=[-7.0, -5.5], proxy=0.0, kl_ref=0.0, length=9.0, ended=[1.0, 0.531])
+    assert judging.ends({"a": rows})["end in EOS"].tolist() == ["53%"]
+    assert judging.ends({}).empty
+
+
+def test_effects_on_similar_pairs_do_not_read_distinct_ones():
+    cells = made(lambda p, d, k, s: 3 * p - 2 * d + 100 * k * p + s)
+    found = judging.effects_on_similar(cells)
+    assert (found["policy"] == 3).all() and (found["pairs"] == -2).all()
+
+
+@pytest.mark.parametrize("kind", judging.KINDS)
+def test_the_two_of_a_pair_share_a_little_more_than_answers_to_different_prompts(kind):
+    pair, others = judging.shared(kind)
+    assert 0.15 < others < pair < others + 0.1
