@@ -62,7 +62,10 @@ def ppo(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
     Args: logp, old, advantage: one shape, (..., P, C) or per token (..., P, C, L).
     """
-    ratio = (logp - old).exp()
+    shift = logp - old
+    # Where A >= 0 a ratio above 1 + eps is clipped, however large: it must not overflow before,
+    # or 0 * inf makes the gradient NaN. exp(2 + eps) is above 1 + eps.
+    ratio = torch.where(advantage >= 0, shift.clamp(max=2 + clip), shift).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 

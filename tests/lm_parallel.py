@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,21 +17,41 @@ from lib.lm.run import Silent
 METHODS = {"dpo": 7, "ppo_token": 1}  # prompts of an evaluation: odd, and fewer than processes
 
 
+def problem_of(method: str, prompts: int, folder: Path) -> LengthProblem:
+    return LengthProblem(
+        length_run(method, "min", 1e-2, 0, updates=4, batch=8, minibatch=8, max_tokens=12,
+                   prompts=prompts, evaluations=2, prepared=str(folder))
+    )  # fmt: skip
+
+
 def compute(folder: Path) -> None:
     """First sampling and result table of a few updates of each method, a file for each process."""
     index, count = parallel.place()
     for name, prompts in METHODS.items():
-        config = length_run(name, "min", 1e-2, 0, updates=4, batch=8, minibatch=8, max_tokens=12,
-                            prompts=prompts, evaluations=2, prepared=str(folder))  # fmt: skip
-        problem = LengthProblem(config)
+        problem = problem_of(name, prompts, folder)
         state = problem.initial_state()
         state.behaviour = state.policy
         first = problem.collect(state, problem.method)
         names = ("completions", "mask", "logp", "rewards", "scale")
         out = folder / f"{count}-{name}-{index}"
         torch.save({name: getattr(first, name) for name in names}, out.with_suffix(".pt"))
-        (table,) = LengthEngine().run([config], Silent(Path(), {}))
+        (table,) = LengthEngine().run([problem.config], Silent(Path(), {}))
         table.to_parquet(out.with_suffix(".parquet"))
+    _tied(folder / f"{count}-tied-{index}.pt", problem_of("dpo", 4, folder))
+
+
+def _tied(out: Path, problem: LengthProblem) -> None:
+    """The policy after an update on pairs, and after one more on which all are tied."""
+    state, method, hyper = problem.initial_state(), problem.method, problem.config.hyper
+    state.behaviour = state.policy
+    pairs = problem.collect(state, method)
+    ties = replace(pairs, rewards=torch.zeros_like(pairs.rewards))
+    after = []
+    for batch in (pairs, ties):
+        batch = batch.labelled(method.prepare(batch, hyper))
+        state.policy.update(batch, method, hyper, method.items(batch))
+        after.append(torch.cat([p.detach().flatten() for p in state.policy.parameters]))
+    torch.save(after, out)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,15 @@ def test_ppo_by_hand(ratio, advantage, expected, slope):
     assert gradient.item() == pytest.approx(slope, rel=1e-6)
 
 
+def test_ppo_is_clipped_where_the_ratio_overflows():
+    logp = leaf([0.0, 0.0])  # float32: exp(100) is inf
+    item, (gradient,) = value_and_gradient(
+        losses.ppo(logp, torch.full_like(logp, -100.0), torch.tensor([[1.0, 0.0]]), 0.2), logp
+    )
+    torch.testing.assert_close(item, torch.tensor([[-1.2, 0.0]]))
+    assert gradient.tolist() == [[0.0, 0.0]]
+
+
 def test_ppo_equals_a_loop_in_value_and_gradient():
     generator = torch.Generator().manual_seed(0)
     old, advantage = (

@@ -7,6 +7,7 @@ so the global denominator of `lib.finetune` is all that they need. In one proces
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -73,8 +74,15 @@ def placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces every gradient by the sum over processes; one that is missing counts as 0."""
-    if place()[1] == 1:
+    """Replaces every gradient by the sum over processes.
+
+    One that is missing counts as 0, but stays missing where all processes lack it: for a gradient
+    of 0 Adam takes a step by its moments, for none it takes no step, as in one process.
+    """
+    parameters = list(parameters)
+    if place()[1] == 1 or not parameters:
         return
-    for p in parameters:
+    found = [p.grad is not None for p in parameters]
+    somewhere = largest(torch.tensor(found, device=parameters[0].device)).tolist()
+    for p in itertools.compress(parameters, somewhere):
         p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
