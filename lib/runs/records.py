@@ -66,7 +66,8 @@ def write_record(path: Path, table: pd.DataFrame, provenance: dict[str, Any]) ->
 def read_record(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Table and provenance of a stored file, checked.
 
-    Raises FileNotFoundError, or DamagedRecordError that says what is wrong.
+    Raises FileNotFoundError, another OSError for a file that cannot be read now, or
+    DamagedRecordError that says what is wrong.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -77,6 +78,8 @@ def read_record(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     except KeyError:
         raise DamagedRecordError(f"{path.name} has no provenance") from None
     except (pa.ArrowException, ValueError, OSError) as error:
+        if getattr(error, "errno", None):  # the disk or the system, not what the file holds
+            raise
         raise DamagedRecordError(f"{path.name} is unreadable ({_short(error)})") from error
     expected = provenance.pop("checksum", None)
     if checksum(table, provenance) != expected:

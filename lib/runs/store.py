@@ -97,13 +97,16 @@ def read_checkpoint(path: Path, say: bool = True) -> dict[str, Any] | None:
     """Header, resume count and meta of a stored state; None when absent or damaged.
 
     Args: say: that a damaged one is, and what becomes of its runs.
+    Raises: OSError for a file that cannot be read now.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["content"])
     except FileNotFoundError:
+        if path.exists():  # safetensors says so of any file that it cannot open
+            raise
         return None
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+    except (SafetensorError, KeyError, TypeError, ValueError):
         if say:
             print(f"checkpoint {path.name} is damaged: its runs start again from the beginning")
         return None
@@ -212,7 +215,10 @@ class Store:
             header = self._header(path)
             if header is not None and self._resumable(header):
                 continue
-            with self.locked(header["runs"] if header else [], wait=False) as free:
+            if header is None:  # its runs are not known: one that writes it anew is left alone
+                path.unlink(missing_ok=True)
+                continue
+            with self.locked(header["runs"], wait=False) as free:
                 if free:
                     remove(path)
 

@@ -77,6 +77,29 @@ def test_a_truncated_record_is_damaged(store, kept):
     assert RUN in status.reason and "\n" not in status.reason
 
 
+def test_a_disk_that_cannot_be_read_damages_nothing(store, monkeypatch):
+    """Else finished runs would be computed again, and checkpoints removed."""
+    def refused(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def missing(*_, **__):
+        raise FileNotFoundError  # what safetensors makes of the same
+
+    store.write(RUN, table(), provenance())
+    saved = store.checkpoint([RUN], CODE)
+    saved.save({"a": torch.ones(1)}, {})
+    monkeypatch.setattr("lib.runs.records.pq.ParquetFile", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        store.status(RUN, CODE)
+    for broken in (refused, missing):
+        monkeypatch.setattr("lib.runs.store.safe_open", broken)
+        with pytest.raises(OSError):
+            saved.load()
+        with pytest.raises(OSError):
+            store.sweep()
+        assert saved.path.exists()
+
+
 def test_altered_values_and_swapped_files_are_damaged(store):
     store.write(RUN, table(), provenance())
     arrow = pq.read_table(store.path(RUN))
@@ -165,8 +188,10 @@ def test_a_damaged_checkpoint_is_told_and_not_resumed(store, capsys):
     saved.path.write_bytes(saved.path.read_bytes()[:150])
     assert store.checkpoint([RUN], CODE).load() is None
     assert "is damaged" in capsys.readouterr().out
+    temporary = saved.path.with_name(f".{saved.path.name}.1.tmp")
+    temporary.touch()  # of a process that writes it anew
     store.sweep()
-    assert not saved.path.exists()
+    assert not saved.path.exists() and temporary.exists()
 
 
 def test_a_sweep_removes_what_nobody_can_resume(store, repository):
