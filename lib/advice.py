@@ -85,18 +85,19 @@ class Record:
         return "pairs" if self.side == "offline" else "pairs of fresh answers (a judge)"
 
     @property
-    def behind(self) -> list[str]:
-        """ "offline RWR on bandit R1 (0.23, the best 0.87)", a text per problem it did not lead."""
-        return [f"{self.side} {self.name} on {s.problem.title} "
-                f"({e.mean:.2f}, the best {max(o.mean for o in s.entries):.2f}{s.problem.unit})"
-                for s, e in self.found if s.solved and not e.leads]  # fmt: skip
+    def record(self) -> str:
+        """ "DPO (5 of 6; behind on Mode Length: -13.43, the best -8.07 tokens)"."""
+        behind = [f"{s.problem.title}: {e.mean:.2f}, the best {max(o.mean for o in s.entries):.2f}"
+                  + s.problem.unit for s, e in self.found if s.solved and not e.leads]  # fmt: skip
+        parts = [f"{len(self.led)} of {len(self.ran)}"]
+        parts += [f"behind on {'; '.join(behind)}"] if behind else []
+        return f"{self.name} ({'; '.join(parts)})"
 
     @property
     def warning(self) -> str:
         """In a sentence, where a run ended below the untrained model."""
-        return (f"{self.side.capitalize()} {self.name}, which needs {self.needs}, comes with a "
-                f"warning: a run of it ended below the untrained model on "
-                f"{_and([p.title for p in self.harmed])}.")  # fmt: skip
+        return (f"{self.record}, which needs {self.needs}, comes with a warning: a run of it ended "
+                f"below the untrained model on {_and([p.title for p in self.harmed])}.")
 
     def row(self) -> dict[str, str]:
         """Where it led and where it failed, as a row of a table."""
@@ -120,19 +121,14 @@ def default(results: pd.DataFrame) -> str:
     named = [*sampled, *given]
     if not named:
         return f"**One default?** {overview.NOT_YET.capitalize()}."
-    advised = []
-    if safe := [r.name for r in sampled if not r.harmed]:
-        advised.append(f"sample while you train and take {_and(safe, 'or')}")
-    if safe := [f"{r.name} if you have {r.needs}" for r in given if not r.harmed]:
-        advised.append(f"on fixed data take {_and(safe, 'or')}")
-    head = f"**If you want one default:** {'; '.join(advised) or 'none is without a warning'}."
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
-    told = [head, *(r.warning for r in named if r.harmed), _counts(sampled, given)]
-    if behind := [text for r in named for text in r.behind]:
-        told.append(f"Behind: {_and(behind)}.")
+    head = ("**If you want one default**, by the problems on which a method is *level with the "
+            "best* (which is not ahead of it by a margin that matters):")  # fmt: skip
+    told = [head, _advice("If you can sample while you train", sampled, ""),
+            _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
-        told.append(f"On {_and(unsolved)} no method ends above the untrained model: "
+        told.append(f"- On {_and(unsolved)} no method ends above the untrained model: "
                     f"{'they count' if len(unsolved) > 1 else 'it counts'} for none.")  # fmt: skip
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
@@ -142,18 +138,19 @@ def default(results: pd.DataFrame) -> str:
             f"names at most {PICKS} of either, those that failed least often.")  # fmt: skip
     failed = cards.markdown(pd.DataFrame([r.row() for r in named]))
     numbers = "\n\n".join([failed, rule, cards.markdown(matrix(every)), legend])
-    return _answer(" ".join(told), numbers,
+    return _answer("\n".join(filter(None, told)), numbers,
                    "Where they failed, and every method on every problem")  # fmt: skip
 
 
-def _counts(sampled: Sequence[Record], given: Sequence[Record]) -> str:
-    """On how many problems each is level with the best, and what that means."""
-    counts = "; ".join(
-        f"{side}{_and([f'{r.name} on {len(r.led)} of {len(r.ran)}' for r in some])}"
-        for side, some in (("", sampled), ("on fixed data ", given)) if some
-    )  # fmt: skip
-    return ("These methods are *level with the best* (which is not ahead of them by a margin that "
-            f"matters) so often: {counts}.")  # fmt: skip
+def _advice(case: str, records: Sequence[Record], needs: str) -> str:
+    """An item of a list: which of the methods to take in a case, the others with their warnings.
+
+    Args: needs: how what a method needs is said after its record.
+    """
+    safe = [r.record + needs.format(r.needs) for r in records if not r.harmed]
+    told = [f"take {_and(safe, 'or')}."] if safe else []
+    told += [r.warning for r in records if r.harmed]
+    return f"- *{case}:* {' '.join(told)}" if told else ""
 
 
 def seeds(results: pd.DataFrame) -> str:

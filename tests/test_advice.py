@@ -63,10 +63,9 @@ def test_strong_wording_with_the_numbers_behind_it():
 
 def test_the_default_is_who_failed_least_often_and_says_where():
     first, *_ = told(chapters(sampled=(0.99, 0.99), near=(-0.3, -0.3)))
-    assert ("one default:** sample while you train and take DPO or RWR. Offline DPO, which needs "
-            "pairs, comes with a warning: a run of it ended below the untrained model on bandit "
-            "R2.") in first  # fmt: skip
-    assert "so often: DPO on 2 of 2 and RWR on 2 of 2; on fixed data DPO on 1 of 1." in first
+    assert "- *If you can sample while you train:* take DPO (2 of 2) or RWR (2 of 2)." in first
+    assert ("- *If your data are fixed:* DPO (1 of 1), which needs pairs, comes with a warning: a "
+            "run of it ended below the untrained model on bandit R2.") in first  # fmt: skip
     assert "On bandit R2 no method ends above" not in first  # the on-policy ones do
     both = "bandit R1, bandit R2 | \N{EN DASH}"
     assert f"| RWR (on-policy) | a reward for every answer | {both}" in first
@@ -83,13 +82,15 @@ def test_where_a_default_is_behind_and_what_nobody_solved_is_told():
         for name, value in zip(("dpo_offline", "rwr_offline"), values, strict=True):
             offline.rows[f"{name}@{reward}"] = rows(ends(value))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
-    assert "so often: on fixed data DPO on 2 of 2." in first  # RWR led on half, which is not most
+    # RWR led on half, which is not most
+    assert "- *If your data are fixed:* take DPO (2 of 2) if you have pairs." in first
     assert "On Min Length no method ends above the untrained model: it counts for none." in first
     assert "Of the on-policy methods 0, of the offline ones 1 were run" in first
     offline.rows["rwr_offline@min"] = rows(ends(0.5))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
-    assert "Behind: offline DPO on Min Length (-5.00, the best 0.50 tokens)" in first
-    assert "offline RWR on bandit R1 (0.20, the best 0.90)." in first
+    assert ("take RWR (2 of 3; behind on bandit R1: 0.20, the best 0.90) if you have a reward for "
+            "every answer or DPO (2 of 3; behind on Min Length: -5.00, the best 0.50 tokens) if "
+            "you have pairs.") in first  # fmt: skip
     assert advice.seeds(decisions.collect({"negative_gradient": offline})) == f"{MIN_SEEDS}"
 
 
@@ -99,7 +100,7 @@ def test_a_problem_that_nobody_sampled_on_is_in_the_matrix():
         {"negative_gradient": offline}), "fixed"))  # fmt: skip
     assert list(table["method"]) == ["untrained", "DPO (offline)", "RWR (offline)"]
     first, *_ = told({"negative_gradient": offline})
-    assert "on fixed data" in first and "sample while you train" not in first
+    assert "If your data are fixed" in first and "sample while you train" not in first
     assert "| DPO (offline) | **0.90** | **0.90** |" in first
 
 
