@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lib.runs import fingerprint, provenance
 from lib.runs.configurations import canonical, columns, data_files, identity
 from lib.runs.files import StoreFullError
-from lib.runs.planning import Engine, Plan, group, plan
+from lib.runs.planning import REUSED, Engine, Plan, group, plan
 from lib.runs.records import unset_strings
 from lib.runs.store import Checkpoint, Store
 
@@ -116,7 +116,10 @@ def _compute_missing(
             with _watched(bar, job, blocks):
                 failures = _two_passes(job, blocks, overview.jobs, say)
         except KeyboardInterrupt:
-            done = sum(store.path(run.identity).exists() for run in overview.runs)
+            done = sum(
+                run.status.kind in REUSED or store.status(run.identity, code).kind == "stored"
+                for run in overview.runs
+            )
             say(
                 f"interrupted: {done} of {len(overview.runs)} runs are stored; start again to go on"
             )
