@@ -18,7 +18,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from myst_nb import glue
 
-from lib import cards, claims, experiments, methods, runs, stats, tables
+from lib import cards, claims, experiments, methods, runs, tables
 from lib.allowed import one_of
 from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
@@ -446,24 +446,15 @@ class Chapter(Page):
         Returns: None where one of its settings is not in the grid of this profile, or its results
             have no such statistic.
         """
-        parts = claims.terms(text)
-        if not self.has(*(name for _, name in parts)):
-            return None
-        try:
-            values = [w * stats.per_run(self.reported(name), statistic) for w, name in parts]
-        except stats.MissingColumn:
-            return None
-        return sum(values[1:], values[0]).dropna()
+        return claims.by_seed(
+            text, statistic, lambda name: self.reported(name) if self.has(name) else None
+        )
 
     def number(
         self, name: str, text: str, statistic: str = "final reward", digits: int = 2
     ) -> None:
         """Makes a contrast's mean and 95% interval available to the prose as `name`."""
-        values = self.contrast(text, statistic)
-        signed = len(claims.terms(text)) > 1
-        shown = NOT_RUN if values is None or values.empty else (
-            tables.interval_text(values, signed, digits))  # fmt: skip
-        glue(name, shown, display=False)
+        glue(name, contrast_text(text, self.contrast(text, statistic), digits), display=False)
 
     def number_at(
         self, name: str, setting: str, column: str, updates: Sequence[int], form: str = ".0f"
@@ -486,6 +477,13 @@ class Chapter(Page):
             for word, statistic in statistics.items():
                 name = re.sub(r"\W+", "_", f"{word}_{s.name}").strip("_")
                 self.number(name, s.name, statistic, digits)
+
+
+def contrast_text(text: str, values: pd.Series | None, digits: int = 2) -> str:
+    """A contrast's mean and 95% interval for the prose, signed where it is a difference."""
+    if values is None or values.empty:
+        return NOT_RUN
+    return tables.interval_text(values, len(claims.terms(text)) > 1, digits)
 
 
 def _present(row: Mapping[str, Any]) -> frozenset:

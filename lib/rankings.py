@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from lib import experiments, methods, stats
-from lib.audit import Chapters, home
 from lib.decisions import NOT_YET, by_side, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
+from lib.overview import Chapters, home
 from lib.tables import CEILING, COLLAPSED, NEAR, interval_text
 
 FAMILIES = {"all": (*ON_POLICY, *OFFLINE), "on-policy": ON_POLICY, "offline": OFFLINE}
