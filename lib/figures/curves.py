@@ -197,7 +197,12 @@ def averaged(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     Returns: columns update, x, mean, low, high, n, in the order of the updates.
     """
     rows = with_seconds(rows) if x == "seconds" else rows
-    drawn = style.averaged(rows, y)
+    found = []
+    for update, group in rows.groupby("update", observed=True):
+        values = group[y].dropna()
+        if len(values):
+            found.append((update, *stats.interval(values), len(values)))
+    drawn = pd.DataFrame(found, columns=["update", "mean", "low", "high", "n"])
     if x != "update":
         drawn.insert(1, x, drawn["update"].map(rows.groupby("update", observed=True)[x].mean()))
     return drawn
