@@ -512,7 +512,7 @@ def printed(setting: str, method: str) -> Any:
 
     Raises: ValueError that names the methods there are.
     """
-    rows = {name: row for row in costs.paper(setting).itertuples() for name in row.ours.split("|")}
+    rows = costs.printed(setting)
     if method not in rows:
         raise ValueError(f"Table 3, {setting}, has {tuple(rows)}, got {method!r}")
     return rows[method]
