@@ -499,8 +499,8 @@ def trial(config: BanditRun) -> pd.DataFrame:
 
 def _switch_label(setting: Setting) -> str:
     """ "RWR: weights = raw": the title without what all of a chapter's methods share."""
-    title = methods.get(setting.method).title.split(" (")[0]
-    return f"{title}: " + ", ".join(f"{name} = {value}" for name, value in setting.options)
+    options = ", ".join(f"{name} = {value}" for name, value in setting.options)
+    return f"{cards.short(setting.method)}: {options}"
 
 
 def badge(verdict: str) -> str:

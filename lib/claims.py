@@ -110,18 +110,18 @@ def terms(contrast: str) -> list[tuple[float, str]]:
     return found
 
 
-def rules(path: Path = RULES) -> list[Rule]:
+def rules() -> list[Rule]:
     """All comparisons. Raises: ValueError for a bad row or a repeated id."""
-    table = pd.read_csv(path)
+    table = pd.read_csv(RULES)
     found = [Rule(**row) for row in table.to_dict("records")]
     if repeated := sorted(table["id"][table["id"].duplicated()]):
-        raise ValueError(f"repeated rule ids {repeated} in {path.name}")
+        raise ValueError(f"repeated rule ids {repeated} in {RULES.name}")
     return found
 
 
-def claims(path: Path = CLAIMS) -> pd.DataFrame:
+def claims() -> pd.DataFrame:
     """The paper's claims: id, question, figure, setting, claim."""
-    return pd.read_csv(path).set_index("id")
+    return pd.read_csv(CLAIMS).set_index("id")
 
 
 def by_seed(

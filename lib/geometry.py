@@ -31,8 +31,8 @@ STACK = 10  # runs whose data are drawn side by side
 LIKELY = 0.5  # a token whose reward is above this counts as near the peak
 
 
-def _log_histogram(kind: str = "squashed") -> Tensor:
-    return torch.from_numpy(histogram(kind)).log()
+def _log_histogram() -> Tensor:
+    return torch.from_numpy(histogram()).log()
 
 
 def target(reward_function: str, temperature: float, length: int = LENGTH) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lib import cards, claims, experiments, methods, runs, stats
+from lib.cards import short
 from lib.chapter import Chapter, badge
 from lib.decisions import NOT_YET
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
@@ -90,11 +91,6 @@ def not_told_apart(found: Values) -> list[str]:
     others = {name: (found[top] - by_seed).dropna() for name, by_seed in found.items()
               if name != top}  # fmt: skip
     return [name for name, gap in others.items() if not stats.interval(gap)[1] > NEAR]
-
-
-def short(name: str) -> str:
-    """A method's title without what its place on the page says."""
-    return methods.get(name).title.partition(" (")[0]
 
 
 def _winner(found: Values) -> str:

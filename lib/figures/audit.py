@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib import methods
+from lib import cards, methods
 from lib.figures.style import WIDTH, legend_below, panels
 
 SHADE = "YlGnBu"
@@ -58,7 +58,7 @@ def _cells(axis: Axes, table: pd.DataFrame, shade: np.ndarray) -> None:
 
 
 def _title(name: str) -> str:
-    return methods.get(name).title.split(" (")[0].replace(" + negative gradient", "\n+ negative")
+    return cards.short(name).replace(" + negative gradient", "\n+ negative")
 
 
 def taus(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:

@@ -114,9 +114,7 @@ def _mass(rows: pd.DataFrame) -> pd.DataFrame:
                          "n": len(rows)})  # fmt: skip
 
 
-def break_even(
-    betas: Sequence[float], length: int = 9, completions: int = 10
-) -> tuple[Figure, pd.DataFrame]:
+def break_even(betas: Sequence[float]) -> tuple[Figure, pd.DataFrame]:
     """Which tokens best-of-N + negative gradient pushes up: `lib.optima.win_ratio` on R1 and R2.
 
     Args: betas: weights of the push-down, each drawn as its break-even line.
@@ -124,13 +122,13 @@ def break_even(
     tokens, drawn = np.arange(VOCABULARY), []
     with style.panels(2, sharey=True) as (figure, axes):
         for axis, reward in zip(axes[0], REWARD_FUNCTIONS, strict=True):
-            ratio = optima.win_ratio(reward, length, completions)
+            ratio = optima.win_ratio(reward)
             policy = histogram()
             axis.fill_between(tokens, policy / policy.max(), color="0.85", linewidth=0,
                               label=r"$\pi_\mathrm{ref}$ (not to scale)")  # fmt: skip
             axis.plot(tokens, ratio, color="black", label="win ratio of a token")
             for beta, colour in zip(betas, style.dial_colours(len(betas)), strict=True):
-                axis.axhline(optima.break_even(beta, completions), color=colour, linestyle="--",
+                axis.axhline(optima.break_even(beta), color=colour, linestyle="--",
                              label=rf"break-even, $\beta$ = {beta:g}")  # fmt: skip
             axis.set(title=reward, xlabel="token")
             drawn.append(pd.DataFrame({"reward": reward, "token": tokens, "win_ratio": ratio,

@@ -72,9 +72,9 @@ def wl_is_policy_gradient(n: int, seed: int) -> Found:
     return together(*parts)
 
 
-def wl_path(n: int, seed: int, rounds: int = 3) -> Found:
+def wl_path(n: int, seed: int) -> Found:
     """k full fits with F = exp(r / beta) end at the optimum of Eq. (6) with beta / k."""
-    parts = []
+    parts, rounds = [], 3
     for _, ref, reward, beta in _problems(n, seed):
         policy = ref
         for _ in range(rounds):
