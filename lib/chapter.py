@@ -232,8 +232,7 @@ class Chapter(Page):
         plan = self._plan(configs)
         todo = {run.identity for run in plan.todo}
         have = [run for run in plan.runs if run.identity not in todo]
-        found = [self.store.read(run.identity)[0] if run.status.table is None else run.status.table
-                 for run in have]  # fmt: skip
+        found = [run.status.table for run in have]
         return runs.assemble([run.config for run in have], found) if have else None
 
     def _cut(self, configs: Sequence[Any]) -> pd.DataFrame | None:

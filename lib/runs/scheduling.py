@@ -54,20 +54,19 @@ def compute(
     jobs: int | None = None,
     *,
     published: Any = None,
-    verbose: bool = False,
     say: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """The table of all `configs`, computing those that neither store nor `published` has.
 
     Columns: the configurations' fields (`outer_inner` for nested ones), `run` (identity), then
     the engine's metrics; rows in the order of `configs`. `jobs` processes of one thread each
-    (default: one per core; 1 computes in this process). `verbose` lists every run with its status.
+    (default: one per core; 1 computes in this process).
 
     An interrupt or a kill loses at most the last `store.checkpoint_interval` seconds; calling
     again goes on from there. Raises RunError after all other runs when some failed.
     """
     overview = plan(configs, store, engine, jobs, published)
-    say(overview.listing() if verbose else str(overview))
+    say(str(overview))
     for run in overview.runs:
         if run.status.kind == "damaged":
             say(f"recomputed: {run.status.reason}")

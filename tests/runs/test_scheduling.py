@@ -118,12 +118,6 @@ def test_only_what_is_missing_is_computed_and_the_reasons_are_told(store, engine
     assert again.pop(damaged.stem) == 2 and set(again.values()) == {1}
 
 
-def test_verbose_lists_every_run(store, engine):
-    said = []
-    runs.compute(grid(), store, engine, jobs=1, say=said.append, verbose=True)
-    assert said[0].count("missing") == 6
-
-
 def test_results_of_changed_code_are_recomputed(store, engine, repository, monkeypatch):
     engine = dataclasses.replace(engine, modules=("lib.core",))
     runs.compute([Walk()], store, engine, jobs=1, say=quiet)
