@@ -26,11 +26,11 @@ from lib import claims, costs, experiments, methods, overview, stats
 from lib.allowed import one_of
 from lib.bandit.network import GPT_NANO
 from lib.bandit.reference import LOCATION, SCALE
-from lib.chapter import NOT_RUN, Chapter
+from lib.chapter import Chapter, contrast_text
 from lib.decisions import MIN_SEEDS
 from lib.experiments import REWARDS, Setting
-from lib.experiments.bandit import CHAPTERS as BANDIT
 from lib.lm.config import TINY
+from lib.overview import Chapters
 from lib.tables import NEAR, interval_text
 
 DEVIATIONS = claims.DATA / "deviations.csv"
@@ -83,7 +83,6 @@ PAPER_SEEDS = 5  # I.3
 PAPER_LENGTH = 203  # tokens: Figure 12, J.1
 SPREADS = ("standard error", "standard deviation")  # what the brackets of Table 3 may be
 
-Chapters = Mapping[str, Chapter]
 
 
 @dataclass(frozen=True)
@@ -197,30 +196,20 @@ def switched(setting: Setting, profile: experiments.Profile) -> dict[str, tuple[
 
 def load(profile: str = "auto", recompute: bool = False) -> dict[str, Chapter]:
     """The chapters whose results the audit reads; with `recompute`, the bandit's computed now."""
-    names = [name for name in HOMES if name in BANDIT] if recompute else HOMES
-    return {
-        name: Chapter(name, profile=profile, recompute=recompute)
-        for name in names if recompute or overview.published(name, profile)
-    }  # fmt: skip
-
-
-def home(chapters: Chapters, setting: str) -> Chapter | None:
-    """The first chapter whose grid has a setting."""
-    return next((c for c in chapters.values() if c.has(setting)), None)
+    return overview.load(profile, recompute, HOMES)
 
 
 def by_seed(chapters: Chapters, contrast: str, statistic: str) -> pd.Series | None:
     """The contrast within every seed that all of its settings have; they may lie in two chapters.
 
-    Returns: None where one of them is in no grid.
+    Returns: None as `claims.by_seed`.
     """
-    parts = []
-    for weight, name in claims.terms(contrast):
-        chapter = home(chapters, name)
-        if chapter is None:
-            return None
-        parts.append(weight * stats.per_run(chapter.reported(name), statistic))
-    return sum(parts[1:], parts[0]).dropna()
+
+    def rows(setting: str) -> pd.DataFrame | None:
+        chapter = overview.home(chapters, setting)
+        return None if chapter is None else chapter.reported(setting)
+
+    return claims.by_seed(contrast, statistic, rows)
 
 
 def reading(low: float, high: float, margin: float, n: int) -> str:
@@ -286,9 +275,7 @@ class Audit:
     def number(self, name: str, contrast: str, statistic: str = FINAL, digits: int = 2) -> None:
         """Makes a contrast's mean and 95% interval available to the prose as `name`."""
         found = by_seed(self.chapters, contrast, statistic)
-        shown = NOT_RUN if found is None or found.empty else (
-            interval_text(found, len(claims.terms(contrast)) > 1, digits))  # fmt: skip
-        glue(name, shown, display=False)
+        glue(name, contrast_text(contrast, found, digits), display=False)
 
     def numbers(self) -> dict[str, str]:
         """For the prose: counts of deviations, and of the seeds that figures show."""
@@ -525,7 +512,7 @@ def printed(setting: str, method: str) -> Any:
 
     Raises: ValueError that names the methods there are.
     """
-    rows = {name: row for row in costs.paper(setting).itertuples() for name in row.ours.split("|")}
+    rows = costs.printed(setting)
     if method not in rows:
         raise ValueError(f"Table 3, {setting}, has {tuple(rows)}, got {method!r}")
     return rows[method]
@@ -599,7 +586,7 @@ def table_3(chapters: Chapters) -> pd.DataFrame:
     for line in costs.paper().itertuples():
         for name in line.ours.split("|"):
             for setting in (f"{name}@R1", f"{name}@R1[prompts=100]"):
-                chapter = home(chapters, setting)
+                chapter = overview.home(chapters, setting)
                 if chapter is not None:
                     rows.append(_reward_row(chapter, setting, line))
     columns = ["method", "printed", "text", "code", "best of the sweep"]

@@ -97,6 +97,11 @@ def table_1(names: Iterable[str] = tuple(METHODS)) -> str:
     return markdown(pd.DataFrame(rows, columns=columns), "llccc")
 
 
+def short(name: str) -> str:
+    """A method's title without what its place on the page says."""
+    return get(name).title.partition(" (")[0]
+
+
 def value(x: Any) -> str:
     """A hyperparameter's value as a reader would type it."""
     return f"`{x!r}`" if isinstance(x, str) else f"{x:g}"
@@ -176,9 +181,8 @@ def pushes(names: Iterable[str] = tuple(METHODS)) -> pd.DataFrame:
     columns = [f"reward {r:g}" for r in batch.rewards[0].tolist()]
     rows: dict[str, list[float]] = {}
     for method in map(get, names):
-        title = method.title.partition(" (")[0]
         pushed = push(method, batch)[0]
-        rows.setdefault(title, (pushed / pushed.abs().max()).tolist())
+        rows.setdefault(short(method.name), (pushed / pushed.abs().max()).tolist())
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 

@@ -18,7 +18,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from myst_nb import glue
 
-from lib import cards, claims, experiments, methods, runs, stats, tables
+from lib import cards, claims, experiments, methods, runs, tables
 from lib.allowed import one_of
 from lib.bandit.config import BanditRun
 from lib.bandit.engine import BanditEngine
@@ -232,8 +232,7 @@ class Chapter(Page):
         plan = self._plan(configs)
         todo = {run.identity for run in plan.todo}
         have = [run for run in plan.runs if run.identity not in todo]
-        found = [self.store.read(run.identity)[0] if run.status.table is None else run.status.table
-                 for run in have]  # fmt: skip
+        found = [run.status.table for run in have]
         return runs.assemble([run.config for run in have], found) if have else None
 
     def _cut(self, configs: Sequence[Any]) -> pd.DataFrame | None:
@@ -446,24 +445,15 @@ class Chapter(Page):
         Returns: None where one of its settings is not in the grid of this profile, or its results
             have no such statistic.
         """
-        parts = claims.terms(text)
-        if not self.has(*(name for _, name in parts)):
-            return None
-        try:
-            values = [w * stats.per_run(self.reported(name), statistic) for w, name in parts]
-        except stats.MissingColumn:
-            return None
-        return sum(values[1:], values[0]).dropna()
+        return claims.by_seed(
+            text, statistic, lambda name: self.reported(name) if self.has(name) else None
+        )
 
     def number(
         self, name: str, text: str, statistic: str = "final reward", digits: int = 2
     ) -> None:
         """Makes a contrast's mean and 95% interval available to the prose as `name`."""
-        values = self.contrast(text, statistic)
-        signed = len(claims.terms(text)) > 1
-        shown = NOT_RUN if values is None or values.empty else (
-            tables.interval_text(values, signed, digits))  # fmt: skip
-        glue(name, shown, display=False)
+        glue(name, contrast_text(text, self.contrast(text, statistic), digits), display=False)
 
     def number_at(
         self, name: str, setting: str, column: str, updates: Sequence[int], form: str = ".0f",
@@ -493,6 +483,13 @@ class Chapter(Page):
                 self.number(name, s.name, statistic, digits)
 
 
+def contrast_text(text: str, values: pd.Series | None, digits: int = 2) -> str:
+    """A contrast's mean and 95% interval for the prose, signed where it is a difference."""
+    if values is None or values.empty:
+        return NOT_RUN
+    return tables.interval_text(values, len(claims.terms(text)) > 1, digits)
+
+
 def _present(row: Mapping[str, Any]) -> frozenset:
     """The fields of a configuration that have a value."""
     return frozenset((name, value) for name, value in row.items() if not pd.isna(value))
@@ -506,8 +503,8 @@ def trial(config: BanditRun) -> pd.DataFrame:
 
 def _switch_label(setting: Setting) -> str:
     """ "RWR: weights = raw": the title without what all of a chapter's methods share."""
-    title = methods.get(setting.method).title.split(" (")[0]
-    return f"{title}: " + ", ".join(f"{name} = {value}" for name, value in setting.options)
+    options = ", ".join(f"{name} = {value}" for name, value in setting.options)
+    return f"{cards.short(setting.method)}: {options}"
 
 
 def badge(verdict: str) -> str:

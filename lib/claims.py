@@ -110,38 +110,39 @@ def terms(contrast: str) -> list[tuple[float, str]]:
     return found
 
 
-def rules(path: Path = RULES) -> list[Rule]:
+def rules() -> list[Rule]:
     """All comparisons. Raises: ValueError for a bad row or a repeated id."""
-    table = pd.read_csv(path)
+    table = pd.read_csv(RULES)
     found = [Rule(**row) for row in table.to_dict("records")]
     if repeated := sorted(table["id"][table["id"].duplicated()]):
-        raise ValueError(f"repeated rule ids {repeated} in {path.name}")
+        raise ValueError(f"repeated rule ids {repeated} in {RULES.name}")
     return found
 
 
-def claims(path: Path = CLAIMS) -> pd.DataFrame:
+def claims() -> pd.DataFrame:
     """The paper's claims: id, question, figure, setting, claim."""
-    return pd.read_csv(path).set_index("id")
+    return pd.read_csv(CLAIMS).set_index("id")
 
 
-def per_seed(rule: Rule, profile: experiments.Profile, rows: Rows) -> pd.Series | None:
-    """The contrast within each seed that every one of its settings has.
+def by_seed(
+    contrast: str, statistic: str, rows: Callable[[str], pd.DataFrame | None]
+) -> pd.Series | None:
+    """A statistic of a contrast within each seed that every one of its settings has.
 
-    Returns: None where a setting is not in the profile's grid, has no results, or none of the
-        column that the statistic reads.
+    Args: rows: what is reported of a setting, by its name; None where it is in no grid.
+    Returns: None where a setting is in no grid, has no results, or none of the column that the
+        statistic reads.
     Raises: ValueError where its results are not sound, such as two runs of one seed.
     """
-    grid = {s.name: s for s in experiments.settings(rule.chapter, profile)}
-    total: pd.Series | None = None
-    for weight, name in terms(rule.contrast):
-        if name not in grid:
-            return None
+    total = 0.0
+    for weight, name in terms(contrast):
         try:
-            values = weight * stats.per_run(rows(grid[name]), rule.statistic)
+            if (own := rows(name)) is None:
+                return None
+            total = total + weight * stats.per_run(own, statistic)
         except (experiments.NoResults, stats.MissingColumn):  # left out, or judged by nobody
             return None
-        total = values if total is None else (total + values).dropna()
-    return total
+    return total.dropna()
 
 
 def _all_reported(results: pd.DataFrame, profile: experiments.Profile) -> list[int]:
@@ -152,7 +153,9 @@ def _all_reported(results: pd.DataFrame, profile: experiments.Profile) -> list[i
 
 def judge(rule: Rule, profile: experiments.Profile, rows: Rows) -> Verdict:
     """The verdict of one comparison."""
-    values = per_seed(rule, profile, rows)
+    grid = {s.name: s for s in experiments.settings(rule.chapter, profile)}
+    values = by_seed(rule.contrast, rule.statistic,
+                     lambda name: rows(grid[name]) if name in grid else None)  # fmt: skip
     if values is None or values.empty:
         return Verdict(rule, "not judged")
     effect, low, high = stats.interval(values)

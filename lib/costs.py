@@ -6,6 +6,7 @@ Tables from result tables of runs that had the machine to themselves. Chapter: w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,11 @@ def paper(setting: str = "bandit_r1") -> pd.DataFrame:
     return table[table["setting"] == setting]
 
 
+def printed(setting: str = "bandit_r1") -> dict[str, Any]:
+    """The rows of a column of the paper's Table 3 by this book's methods."""
+    return {name: row for row in paper(setting).itertuples() for name in row.ours.split("|")}
+
+
 def in_papers_convention(reward: float) -> float:
     """A mean reward of R1 over the response as the released code reports it.
 
@@ -44,10 +50,9 @@ def table_3(lines: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> pd.
 
     Args: lines: method name -> rows with the column `seconds`. titles: method name -> title.
     """
-    printed = {name: row for row in paper().itertuples() for name in row.ours.split("|")}
-    found = []
+    in_paper, found = printed(), []
     for name, rows in lines.items():
-        row, finals = printed.get(name), stats.per_run(rows, "final reward")
+        row, finals = in_paper.get(name), stats.per_run(rows, "final reward")
         found.append({
             "method": titles[name],
             "paper: reward": f"{row.value:.2f} ({row.spread_as_printed:.2f})" if row else "-",
@@ -69,22 +74,24 @@ def table_3_lengths(
     """
     found = []
     for task, parts in lines.items():
-        printed = {name: row for row in paper(f"{task}_length").itertuples()
-                   for name in row.ours.split("|")}  # fmt: skip
+        in_paper = printed(f"{task}_length")
         for title, rows in parts.items():
-            row = printed[rows["method"].iloc[0]]
-            took = reaching(rows, rows["target"].iloc[0])
+            row = in_paper[rows["method"].iloc[0]]
+            took = _cost(rows, rows["target"].iloc[0])
             found.append({
                 "task": tasks[task], "method": title,
                 "paper: length": f"{row.value:.1f} ({row.spread_as_printed:.1f})",
                 "ours: length": tables.interval_text(stats.per_run(rows, "final length"), digits=1),
                 "paper: hours": f"{row.hours:g}",
-                "ours: reached by": f"{np.isfinite(took['seconds']).sum()} of {len(took)}",
-                "seconds to it": _time(quantile(took["seconds"], 0.5)),
-                "updates": _count(quantile(took["update"], 0.5)),
-                "responses": _count(quantile(took["samples"], 0.5)),
+                "ours: reached by": took["reached by"], "seconds to it": _time(took["seconds"]),
+                "updates": _count(took["updates"]), "responses": _count(took["completions"]),
             })  # fmt: skip
     return pd.DataFrame(found)
+
+
+def _cost(rows: pd.DataFrame, target: float) -> pd.Series:
+    """`tables.cost_to_reach` of one setting."""
+    return tables.cost_to_reach({"": rows}, target).iloc[0]
 
 
 def _ends(rows: pd.DataFrame, column: str) -> pd.Series:
@@ -97,20 +104,15 @@ def _spent(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def clock(lines: Lines, target: float) -> pd.DataFrame:
-    """Median over all runs of what reaching `target` took, with the quartiles of the seconds.
-
-    A run that never reaches it counts as slower than every other; where half of them do not, the
-    median is "not reached".
-    """
+    """`tables.cost_to_reach` in print, with the quartiles of the seconds."""
     found = []
     for label, rows in lines.items():
-        took = reaching(rows, target)
-        low, middle, high = (quantile(took["seconds"], q) for q in (0.25, 0.5, 0.75))
+        took, seconds = _cost(rows, target), reaching(rows, target)["seconds"]
+        low, high = (_time(quantile(seconds, q)) for q in (0.25, 0.75))
         found.append({
-            "method": label, "reached by": f"{np.isfinite(took['seconds']).sum()} of {len(took)}",
-            "seconds": _time(middle), "quartiles": f"{_time(low)} to {_time(high)}",
-            "updates": _count(quantile(took["update"], 0.5)),
-            "completions": _count(quantile(took["samples"], 0.5)),
+            "method": label, "reached by": took["reached by"],
+            "seconds": _time(took["seconds"]), "quartiles": f"{low} to {high}",
+            "updates": _count(took["updates"]), "completions": _count(took["completions"]),
         })  # fmt: skip
     return pd.DataFrame(found)
 
@@ -214,10 +216,7 @@ def numbers(lines: Lines, target: float) -> dict[str, str]:
     ms = {"write_ms": _per_unit(run, "sampling", "samples"),
           "train_ms": _per_unit(run, "training", "update"),
           "train_best_ms": _per_unit(lines.get("best_of_n"), "training", "update")}  # fmt: skip
-    reached = {
-        f"{name}_reached": f"{np.isfinite(reaching(rows, target)['update']).sum()} of "
-        f"{rows['run'].nunique()}" for name, rows in lines.items()
-    }  # fmt: skip
+    reached = {f"{name}_reached": _cost(rows, target)["reached by"] for name, rows in lines.items()}
     turn = {"turn_ms": _turn(lines, "dpo"), "turn_best_ms": _turn(lines, "best_of_n"),
             "rwr_saves": _saves(lines, "rwr", "dpo", target)}  # fmt: skip
     rounds = {"rounds": _rounds(lines, [target]), "rounds_any": _rounds(lines, [target, HALF])}

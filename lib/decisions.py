@@ -61,7 +61,7 @@ TIMED = ("alone", "evaluations", "held_out")  # options of runs that were timed:
 NOT_YET = "not computed yet"
 SIDES = ("on-policy", "offline")
 OUTCOMES = ("as the paper says", "mixed", "against the paper", "inconclusive", NOT_YET)
-MIB = 1024  # in a GiB
+MIB_PER_GIB = 1024
 COLUMNS = ("problem", "choice", "chapter", "method", "serves", "seed", "start", "reward",
            "completions", "seconds", "memory")  # fmt: skip
 
@@ -298,7 +298,7 @@ def _memory(problem: Problem, profile: experiments.Profile) -> float:
         batch=footprint.BANDIT_BATCH if bandit else footprint.MINIBATCH,
         compiled=profile.device == "cuda" and not bandit,
     )  # fmt: skip
-    return MIB * found["total"]
+    return MIB_PER_GIB * found["total"]
 
 
 # --- from tables to leaves ------------------------------------------------------------------------

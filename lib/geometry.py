@@ -21,6 +21,7 @@ from lib.bandit.network import GPT_NANO
 from lib.bandit.policy import Scorer
 from lib.bandit.problem import BanditProblem
 from lib.bandit.reference import histogram, load, reward_table
+from lib.cards import markdown
 from lib.divergences import categorical_kl
 from lib.rollouts import sequence_logp
 from lib.tables import interval_text
@@ -30,8 +31,8 @@ STACK = 10  # runs whose data are drawn side by side
 LIKELY = 0.5  # a token whose reward is above this counts as near the peak
 
 
-def _log_histogram(kind: str = "squashed") -> Tensor:
-    return torch.from_numpy(histogram(kind)).log()
+def _log_histogram() -> Tensor:
+    return torch.from_numpy(histogram()).log()
 
 
 def target(reward_function: str, temperature: float, length: int = LENGTH) -> Tensor:
@@ -189,17 +190,14 @@ def examples(seed: int) -> pd.DataFrame:
 
 def alignment_text(table: pd.DataFrame) -> str:
     """The table of `alignment` in Markdown: a row per temperature, R1 and R2 side by side."""
-    lines = [
-        "| temperature | ref to target, R1 | R2 | target to ref, R1 | R2 | reward |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for temperature, rows in table.groupby("temperature", sort=False):
-        found = rows.set_index("reward_function")
+    rows = []
+    for temperature, part in table.groupby("temperature", sort=False):
+        found = part.set_index("reward_function")
         cells = [found.loc[name, column] for column in ("from_reference", "to_target")
                  for name in REWARD_FUNCTIONS]  # fmt: skip
-        numbers = " | ".join(f"{x:.2f}" for x in [*cells, found["reward"].mean()])
-        lines.append(f"| {temperature:g} | {numbers} |")
-    return "\n".join(lines)
+        rows.append([f"{temperature:g}", *(f"{x:.2f}" for x in [*cells, found["reward"].mean()])])
+    columns = ["temperature", "ref to target, R1", "R2", "target to ref, R1", "R2", "reward"]
+    return markdown(pd.DataFrame(rows, columns=columns), "rrrrrr")
 
 
 def coverage_text(table: pd.DataFrame) -> str:
@@ -208,11 +206,9 @@ def coverage_text(table: pd.DataFrame) -> str:
         "chosen_logp": "log pi_ref of y_w, nats", "rejected_logp": "log pi_ref of y_l, nats",
         "chosen_reward": "reward of y_w", "rejected_reward": "reward of y_l",
     }  # fmt: skip
-    lines = ["| | " + " | ".join(REWARD_FUNCTIONS) + " |", "| --- " * 3 + "|"]
-    groups = table.groupby("reward_function")
-    for column, text in words.items():
-        digits = 1 if column.endswith("logp") else 3
-        cells = [interval_text(groups.get_group(name)[column], digits=digits)
-                 for name in REWARD_FUNCTIONS]  # fmt: skip
-        lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = {name: table[table["reward_function"] == name] for name in REWARD_FUNCTIONS}
+    return markdown(pd.DataFrame({
+        "": list(words.values()),
+        **{name: [interval_text(own[column], digits=1 if column.endswith("logp") else 3)
+                  for column in words] for name, own in rows.items()},
+    }))  # fmt: skip

@@ -109,7 +109,8 @@ class Prepared:
     @property
     def cap(self) -> int:
         """Tokens of a response at most, EOS included; the longest there is if nothing says it."""
-        longest = max(map(len, self.data("min").pairs["train"].first))
+        pairs = self.data("min").pairs["train"]
+        longest = max(map(len, [*pairs.first, *pairs.second]))
         return int(self.record.get("pairs", {}).get("max_tokens", longest))
 
     def gold(self, task: str, lengths: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lib import cards, claims, experiments, methods, runs, stats
+from lib.cards import short
 from lib.chapter import Chapter, badge
 from lib.decisions import NOT_YET
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
@@ -34,16 +35,22 @@ PACKAGES = ("torch", "numpy", "pandas", "scipy", "pyarrow", "matplotlib", "paper
             "jupyter-book", "myst-nb")  # fmt: skip
 
 
-def load(profile: str = "auto", recompute: bool = False) -> dict[str, Chapter]:
+def load(
+    profile: str = "auto", recompute: bool = False, among: Iterable[str] = experiments.CHAPTERS
+) -> dict[str, Chapter]:
     """The chapters that have results: published ones; with `recompute`, the bandit's computed now.
 
     The length problems' claims are then not judged: their chapters compute them.
     """
-    names = BANDIT if recompute else experiments.CHAPTERS
     return {
         name: Chapter(name, profile=profile, recompute=recompute)
-        for name in names if recompute or published(name, profile)
+        for name in among if (name in BANDIT if recompute else published(name, profile))
     }  # fmt: skip
+
+
+def home(chapters: Chapters, setting: str) -> Chapter | None:
+    """The first chapter whose grid has a setting."""
+    return next((c for c in chapters.values() if c.has(setting)), None)
 
 
 def published(chapter: str, profile: str = "auto") -> bool:
@@ -84,11 +91,6 @@ def not_told_apart(found: Values) -> list[str]:
     others = {name: (found[top] - by_seed).dropna() for name, by_seed in found.items()
               if name != top}  # fmt: skip
     return [name for name, gap in others.items() if not stats.interval(gap)[1] > NEAR]
-
-
-def short(name: str) -> str:
-    """A method's title without what its place on the page says."""
-    return methods.get(name).title.partition(" (")[0]
 
 
 def _winner(found: Values) -> str:

@@ -58,13 +58,13 @@ def reached(rows: Mapping[str, Lines], exact: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def pushed_up(betas: Sequence[float], length: int = 9, completions: int = 10) -> pd.DataFrame:
+def pushed_up(betas: Sequence[float]) -> pd.DataFrame:
     """Tokens whose win ratio is above the break-even, and the reference's mass on them."""
     found = []
     for reward in ("R1", "R2"):
-        ratio = optima.win_ratio(reward, length, completions)
+        ratio = optima.win_ratio(reward)
         for beta in betas:
-            bar = optima.break_even(beta, completions)
+            bar = optima.break_even(beta)
             up = np.flatnonzero(ratio > bar)
             found.append({
                 "reward": reward, "beta": beta, "break-even": bar, "largest win ratio": ratio.max(),

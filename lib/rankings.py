@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 
 from lib import experiments, methods, stats
-from lib.audit import Chapters, home
+from lib.cards import short
+from lib.chapter import NOT_RUN
 from lib.decisions import NOT_YET, by_side, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
+from lib.overview import Chapters, home
 from lib.tables import CEILING, COLLAPSED, NEAR, interval_text
 
 FAMILIES = {"all": (*ON_POLICY, *OFFLINE), "on-policy": ON_POLICY, "offline": OFFLINE}
@@ -256,7 +258,7 @@ def numbers(fields: Mapping[str, Field]) -> dict[str, str]:
     keys = [f"{kind}_{column}" for kind in KEYS.values()
             for column in ("pairs", "kept", *map(_key, CRITERIA))]  # fmt: skip
     keys += [f"tau_{_key(name)}" for name in (*CRITERIA, WORST)]
-    found = {f"{key}_{reward}": "(not run at this profile)" for key in keys for reward in REWARDS}
+    found = {f"{key}_{reward}": NOT_RUN for key in keys for reward in REWARDS}
     for reward, runs in fields.items():
         table = values(runs)
         for name in (*CRITERIA, WORST):
@@ -276,7 +278,7 @@ def _key(name: str) -> str:
 # What a ranking hangs on
 
 
-def first_share(runs: Field, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+def first_share(runs: Field, draws: int = DRAWS) -> pd.DataFrame:
     """How often each method is first of its family when the seeds are drawn anew.
 
     The bootstrap: as many seeds as there are, drawn with replacement, the same ones for every
@@ -285,21 +287,21 @@ def first_share(runs: Field, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
     shares = {}
     for criterion, read in CRITERIA.items():
         shares[criterion] = pd.concat([
-            _first(pd.DataFrame({n: read(runs[n]) for n in names if n in runs}), draws, seed)
+            _first(pd.DataFrame({n: read(runs[n]) for n in names if n in runs}), draws)
             for names in (ON_POLICY, OFFLINE) if set(names) & set(runs)
         ])  # fmt: skip
     return pd.DataFrame(shares, index=list(runs))
 
 
-def _resampled(by_seed: pd.DataFrame, draws: int, seed: int) -> np.ndarray:
+def _resampled(by_seed: pd.DataFrame, draws: int) -> np.ndarray:
     """(draws, methods) means over seeds drawn with replacement. Args: by_seed: seeds by methods."""
     complete = by_seed.dropna().to_numpy()
-    picks = np.random.default_rng(seed).integers(len(complete), size=(draws, len(complete)))
+    picks = np.random.default_rng(0).integers(len(complete), size=(draws, len(complete)))
     return complete[picks].mean(1)
 
 
-def _first(by_seed: pd.DataFrame, draws: int, seed: int) -> pd.Series:
-    means = _resampled(by_seed, draws, seed).round(LEVEL)
+def _first(by_seed: pd.DataFrame, draws: int) -> pd.Series:
+    means = _resampled(by_seed, draws).round(LEVEL)
     best = means == means.max(1, keepdims=True)
     return pd.Series((best / best.sum(1, keepdims=True)).mean(0), by_seed.columns)
 
@@ -346,9 +348,7 @@ def batches(chapters: Chapters) -> list[int]:
     return sorted(chapter.profile.sets) if chapter is not None else []
 
 
-def sensitivity(
-    chapters: Chapters, reward: str, runs: Field, draws: int = DRAWS, seed: int = 0
-) -> pd.DataFrame:
+def sensitivity(chapters: Chapters, reward: str, runs: Field, draws: int = DRAWS) -> pd.DataFrame:
     """Kendall's tau of each changed ranking to the ranking as it is, by family and criterion.
 
     Columns: change, family, criterion ("end" or "speed"), tau (for other seeds its median), low,
@@ -363,15 +363,8 @@ def sensitivity(
             base, swept = (_means(part, names, criterion) for part in (reported, changes[""]))
             if len(base) < 2:
                 continue
-            rows.append(
-                (
-                    "other seeds",
-                    family,
-                    criterion,
-                    *_under_seeds(reported, names, criterion, draws, seed),
-                    len(base),
-                )
-            )
+            found = _under_seeds(reported, names, criterion, draws)
+            rows.append(("other seeds", family, criterion, *found, len(base)))
             for change, part in changes.items():
                 other = _means(part, names, criterion)
                 if change and set(other.index) == set(base.index):
@@ -389,8 +382,7 @@ def _means(runs: Mapping[str, pd.DataFrame], names: Sequence[str], column: str) 
 def leaders(means: pd.Series) -> str:
     """The methods with the best mean, to 3 decimals; titles joined by a comma."""
     level = means.round(LEVEL)
-    return ", ".join(methods.get(name).title.split(" (")[0]
-                     for name in level.index[level == level.max()])  # fmt: skip
+    return ", ".join(map(short, level.index[level == level.max()]))
 
 
 def leaders_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -401,12 +393,12 @@ def leaders_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _under_seeds(
-    runs: Mapping[str, pd.DataFrame], names: Sequence[str], column: str, draws: int, seed: int
+    runs: Mapping[str, pd.DataFrame], names: Sequence[str], column: str, draws: int
 ) -> tuple[float, float, float, str]:
     """Median tau under other seeds, 2.5% and 97.5% of it, and the leader as it is."""
     by_seed = pd.DataFrame({n: runs[n][column] for n in names if n in runs})
     base = by_seed.dropna().mean()
-    found = _tau(base.to_numpy(), _resampled(by_seed, draws, seed))
+    found = _tau(base.to_numpy(), _resampled(by_seed, draws))
     kept = found[~np.isnan(found)]
     if not len(kept):
         return (np.nan, np.nan, np.nan, leaders(base))
@@ -418,8 +410,8 @@ def under_hyperparameters(chapters: Chapters) -> pd.DataFrame:
     """A method's place in its family at other values of beta, on the seeds that both were run on.
 
     The paper writes beta for DPO's KL weight, for the push-down of best-of-N and for RWR's
-    temperature. Columns: setting, statistic, family, at the default, switched (values), place (of
-    how many, at the default and switched).
+    temperature. Columns: setting, statistic, default, switched (values), the place with either (of
+    how many), seeds.
     """
     rows = []
     for setting, statistic, family in _BETAS:

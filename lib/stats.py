@@ -73,6 +73,12 @@ def reaching(curve: Curve, target: float, column: str = "update") -> float:
     return float("inf")
 
 
+def speed(curve: Curve) -> float:
+    """One over the seconds to the run's target: inf where it is there from the start."""
+    seconds = reaching(curve, final(curve, "target"), "seconds")
+    return 1 / seconds if seconds else float("inf")
+
+
 class MissingColumn(ValueError):
     """Results that a statistic cannot be taken of, such as a gold reward that nobody judged."""
 
@@ -124,7 +130,7 @@ STATISTICS: dict[str, Callable[[Curve], float]] = {
     "gain in gold": lambda c: change(c, "gold"),
     "final length": lambda c: final(c, "length"),
     "final margin": lambda c: final(c, "chosen_logratio") - final(c, "rejected_logratio"),
-    "speed to target": lambda c: 1 / reaching(c, final(c, "target"), "seconds"),
+    "speed to target": speed,
 }
 
 

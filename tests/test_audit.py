@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import audit, claims, experiments, methods, stats
+from lib import audit, claims, experiments, methods, overview, stats
 from lib.audit import Audit, Deviation, Effect
 from lib.bandit.config import CONVENTIONS, BanditRun
 from lib.bandit.reference import histogram
@@ -311,5 +311,5 @@ def test_no_value_of_the_table_reads_as_the_number_of_a_list():
 
 def test_a_setting_is_found_in_the_first_chapter_that_has_it():
     first, second = Handmade(dpo_at_R1=rows([1.0] * 5)), Handmade(dpo_at_R1=rows([0.0] * 5))
-    assert audit.home({"a": first, "b": second}, "dpo@R1") is first
-    assert audit.home({"a": first}, Setting("ipo", "R1").name) is None
+    assert overview.home({"a": first, "b": second}, "dpo@R1") is first
+    assert overview.home({"a": first}, Setting("ipo", "R1").name) is None

@@ -132,10 +132,11 @@ def test_a_bad_rule_is_named(changed, message):
 
 def test_a_contrast_is_taken_within_seeds_that_all_settings_have():
     both = reported(ipo={5: 0.9, 6: 0.8, 7: 0.4}, rwr={6: 0.2, 7: 0.3, 8: 0.1})
-    found = claims.per_seed(rule(contrast="ipo@R1 - 2*rwr@R1"), FULL, both)
+    grid = {f"{name}@R1": both(experiments.Setting(name, "R1")) for name in ("ipo", "rwr")}
+    found = claims.by_seed("ipo@R1 - 2*rwr@R1", "final reward", grid.get)
     assert found.to_dict() == pytest.approx({6: 0.4, 7: -0.2})
-    assert claims.per_seed(rule(contrast="ipo@R3 - rwr@R1"), FULL, both) is None
-    assert claims.per_seed(replace(rule(), statistic="final gold"), FULL, both) is None
+    assert claims.by_seed("ipo@R3 - rwr@R1", "final reward", grid.get) is None
+    assert claims.by_seed("ipo@R1 - rwr@R1", "final gold", grid.get) is None
 
 
 def test_a_verdict_says_what_it_rests_on():

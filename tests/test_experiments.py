@@ -92,6 +92,13 @@ def test_full_scale_has_no_pilot_where_there_is_one_rate_to_choose():
     assert {c.seed for c in assumed("full_scale", one)} == set(one.dial_seeds)
 
 
+def test_extra_seeds_are_of_settings_that_are_reported():
+    profile = experiments.CHAPTERS["full_scale"].profiles["smoke"]
+    _, bases, dials = experiments.stages("full_scale", profile, extra_seeds=(100,))
+    assert bases(None) == []  # base settings only choose
+    assert {config.seed for config in dials(None)} == {*profile.dial_seeds, 100}
+
+
 def test_dial_b_multiplies_the_batch_and_keeps_the_updates():
     profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
     run = experiments.Setting("ppo_token", "min", (("sets", 4),)).run(profile, 1e-3, 0)

@@ -9,11 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import timing
 from lib.controllers import AdaptiveKL
 from lib.finetune import Diverged, Schedule, State, fine_tune
 from lib.methods import METHODS
-from lib.timing import Clock
 from tests.tabular import TabularPolicy, TabularProblem
 
 REINFORCE, DPO = METHODS["reinforce"], METHODS["dpo"]
@@ -285,45 +283,3 @@ def test_non_finite_before_the_first_update_is_an_error():
     with pytest.raises(FloatingPointError, match="reinforce: .* not finite at the first update"):
         next(rows)
     assert state.updates == 0
-
-
-# Seconds by phase
-
-
-@pytest.fixture
-def advance(monkeypatch):
-    """Moves the time that clocks read."""
-    now = [100.0]
-    monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
-
-    def move(seconds):
-        now[0] += seconds
-
-    return move
-
-
-def test_a_phase_inside_another_counts_for_itself_only(advance):
-    clock = Clock()
-    with clock.measure("training"):
-        advance(1.0)
-        with clock.measure("sampling"):
-            advance(10.0)
-            with clock.measure("scoring"):
-                advance(100.0)
-        with clock.measure("scoring"):
-            advance(1000.0)
-        advance(1.0)
-    with clock.measure("training"):
-        advance(3.0)
-    assert clock.seconds == {"sampling": 10, "scoring": 1100, "training": 5, "evaluation": 0}
-
-
-def test_clock_counts_on_from_what_was_restored_and_through_errors(advance):
-    clock = Clock()
-    clock.restore({"training": 5.0})
-    with pytest.raises(ZeroDivisionError), clock.measure("training"):
-        advance(1.0)
-        _ = 1 / 0
-    assert clock.seconds["training"] == 6
-    with pytest.raises(KeyError, match="waiting"), clock.measure("waiting"):
-        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,13 +36,17 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_records_are_read_where_there_are_any(have, tmp_path):
     assert have.record == {} and have.training == {}
-    assert have.cap == max(map(len, have.data("min").pairs["train"].first))
+    assert have.cap == 12
     assert "not recorded" in lengths.story(have)["value"].tolist()
     root = prepared_folder(tmp_path, prompts=6)
-    (root / "prepared.json").write_text(json.dumps({"pairs": {"max_tokens": 12}}))
+    table = pd.read_parquet(root / "pairs.parquet")
+    table["first"] = table["first"].map(lambda ids: ids[:3])  # the second ones have up to 12
+    table.to_parquet(root / "pairs.parquet")
+    assert lengths.Prepared(str(root)).cap == 12
+    (root / "prepared.json").write_text(json.dumps({"pairs": {"max_tokens": 20}}))
     (root / "policy/training.json").write_text(json.dumps({"command": "make", "pairs": {"t": 3}}))
     other = lengths.Prepared(str(root))
-    assert other.cap == 12
+    assert other.cap == 20
     assert {"make", "3"} <= set(lengths.story(other)["value"])
 
 

@@ -61,6 +61,12 @@ def test_a_target_that_is_not_kept_is_not_reached():
     assert stats.per_run(late, "speed to target").tolist() == [0.0]
 
 
+def test_a_run_that_starts_at_its_target_has_no_speed():
+    there = table(reward=[0.6, 0.8, 0.6, 0.9, 0.9, 1.0])
+    found = stats.per_run(pd.concat([there, table(seeds=(8,))]), "speed to target")
+    assert found.to_dict() == {8: 1.0}
+
+
 def test_what_cannot_be_taken_is_said():
     with pytest.raises(stats.MissingColumn, match="final gold needs 'gold'"):
         stats.per_run(table(), "final gold")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import costs, experiments, tables
+from lib import experiments, tables
 
 SMOKE = experiments.profile_named("on_policy", "smoke")
 FULL = experiments.profile_named("on_policy", "full")
@@ -66,13 +66,6 @@ def test_cost_to_reach_counts_a_run_that_never_does_as_slower_than_all():
     half = tables.cost_to_reach({"k = 1": runs([1.0, 0.5, 0.5])}, 0.9)
     assert half["reached by"].tolist() == ["1 of 3"] and np.isinf(half["seconds"]).all()
     assert tables.shown(half).data.splitlines()[-1].count("not reached") == 3
-
-
-def test_tables_and_clocks_have_one_rule_for_runs_that_never_arrive():
-    parts = {"a": runs([1.0, 0.95, 0.5, 0.5]), "b": runs([1.0, 0.5, 0.5])}
-    ours, clock = tables.cost_to_reach(parts, 0.9), costs.clock(parts, 0.9)
-    texts = ours["seconds"].map(lambda value: tables.shown(pd.DataFrame({"x": [value]})).data)
-    assert [text.splitlines()[-1] for text in texts] == [f"| {t} |" for t in clock["seconds"]]
 
 
 def test_whole_runs_spend_what_comes_after_the_first_evaluation():

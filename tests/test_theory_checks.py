@@ -85,11 +85,11 @@ def test_a_wrong_formula_is_caught(monkeypatch):
     """A sign in the reverse push, a factor in eq-lift, a weight: each turns its verdict."""
     right = cases.dynamics.reverse_push
     monkeypatch.setitem(cases.dynamics.OBJECTIVES, "reverse", lambda p, q: -right(p, q))
-    assert cases.updates_reverse(100, 0).violations > 0
+    assert checks.FUNCTIONS["updates-reverse"](100, 0).violations > 0
     monkeypatch.setattr(contrast, "lift", lambda logp, *pair: 2 * logp.exp()[..., 0])
     assert lemmas.aligned_lift(100, 0).violations > 0
     monkeypatch.setattr(contrast, "dpo_weight", lambda h, beta: torch.sigmoid(-beta * h))
-    assert lemmas.dpo_form(100, 0).violations > 0
+    assert checks.FUNCTIONS["dpo-form"](100, 0).violations > 0
 
 
 def test_bad_rows_and_arguments_are_named(tmp_path):

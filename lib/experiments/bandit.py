@@ -188,6 +188,6 @@ CHAPTERS: dict[str, Grid] = {
             + [Setting(name, "R1", ALONE, "base", "dial") for name in WALL_CLOCK]
         ),
         jobs=1,  # each run has the machine to itself
-        derive=lambda results, profile: with_target(results, profile),
+        derive=with_target,
     ),
 }

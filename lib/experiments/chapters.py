@@ -109,7 +109,7 @@ def stages(
 
     Args:
         only: these methods.
-        extra_seeds: reported seeds beyond the profile's.
+        extra_seeds: reported seeds beyond the profile's, of settings that are reported.
         choose: how learning rates are chosen; `assumer` plans without all results.
     """
     profile = profile_named(chapter, profile) if isinstance(profile, str) else profile
@@ -127,10 +127,9 @@ def stages(
         ]
 
     def report(some: list[Setting], chosen: Rates) -> list[Any]:
-        return [
-            s.run(profile, chosen(s), seed)
-            for s in some for seed in (*report_seeds(s, profile), *extra_seeds)
-        ]  # fmt: skip
+        seeds = {s: report_seeds(s, profile) for s in some}
+        return [s.run(profile, chosen(s), seed)
+                for s, own in seeds.items() if own for seed in (*own, *extra_seeds)]  # fmt: skip
 
     return [
         lambda results, stage=stage: stage(choose(results, profile))

@@ -175,13 +175,15 @@ def sweep_runs(setting: Setting, profile: Profile, base_rate: float | None) -> l
     return [setting.run(profile, *pair) for pair in pairs]
 
 
-def selector(results: pd.DataFrame, profile: Profile) -> Callable[[Setting], float]:
+def selector(
+    results: pd.DataFrame, profile: Profile, statistic: str | None = None
+) -> Callable[[Setting], float]:
     """setting -> its `selected_rate` in `results`, each computed once."""
 
     @cache
     def chosen(setting: Setting) -> float:
         base = None if setting.sweep == "all" else chosen(setting.base)
-        return _selected(results, setting, profile, profile.select_by, base)
+        return _selected(results, setting, profile, statistic or profile.select_by, base)
 
     return chosen
 
@@ -211,10 +213,7 @@ def selected_rate(
     `statistic` names one of `lib.stats`; None is the rule of the profile.
     Raises: NoResults if the sweep has no runs in `results`.
     """
-    statistic = statistic or profile.select_by
-    base = (None if setting.sweep == "all"
-            else selected_rate(results, setting.base, profile, statistic))  # fmt: skip
-    return _selected(results, setting, profile, statistic, base)
+    return selector(results, profile, statistic)(setting)
 
 
 def _selected(

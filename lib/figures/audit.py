@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib import methods
+from lib import cards, methods
 from lib.figures.style import WIDTH, legend_below, panels
 
 SHADE = "YlGnBu"
@@ -41,24 +42,18 @@ def cells(
 
 
 def _cells(axis: Axes, table: pd.DataFrame, shade: np.ndarray) -> None:
-    axis.imshow(shade, cmap=SHADE, vmin=0, vmax=1.15, aspect="auto")
-    for (i, j), text in np.ndenumerate(table.to_numpy()):
-        dark = shade[i, j] > 0.6
-        axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
-    axis.set_xticks(range(table.shape[1]), ["\n".join(name.rsplit(" ", 1)) for name in table])
+    sns.heatmap(shade, annot=table, fmt="", cmap=SHADE, vmin=0, vmax=1.15, cbar=False, ax=axis,
+                xticklabels=["\n".join(name.rsplit(" ", 1)) for name in table],
+                yticklabels=[_title(name) for name in table.index])  # fmt: skip
     axis.xaxis.tick_top()
-    axis.set_yticks(range(len(table)), [_title(name) for name in table.index])
-    axis.tick_params(length=0)
-    axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.tick_params(length=0, rotation=0)
     on_policy = [methods.get(name).on_policy for name in table.index]
     for at in np.flatnonzero(np.diff(on_policy)):
-        axis.axhline(at + 0.5, color="black", linewidth=1.2)
+        axis.axhline(at + 1, color="black", linewidth=1.2)
 
 
 def _title(name: str) -> str:
-    return methods.get(name).title.split(" (")[0].replace(" + negative gradient", "\n+ negative")
+    return cards.short(name).replace(" + negative gradient", "\n+ negative")
 
 
 def taus(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:

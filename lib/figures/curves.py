@@ -101,9 +101,7 @@ def staleness_looks(names: Iterable[str], last: int, minibatch: int = 64) -> dic
                          for name in names for k in (1, last)})  # fmt: skip
 
 
-def curves(
-    panels: Sequence[Panel], looks: Mapping[str, dict], columns: int = 2
-) -> Drawn:
+def curves(panels: Sequence[Panel], looks: Mapping[str, dict]) -> Drawn:
     """Mean over seeds at each update, with its interval as a band.
 
     Where x differs between seeds (seconds, KL), it is averaged at the same update as y.
@@ -113,7 +111,7 @@ def curves(
     panels = [panel for panel in panels if panel.lines]
     if not panels:
         return style.nothing()
-    columns = min(columns, len(panels))
+    columns = min(2, len(panels))
     with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
         flat = axes.flatten()
         drawn = [
@@ -128,7 +126,6 @@ def dial(
     looks: Mapping[str, dict],
     statistic: str | Sequence[str] = "final reward",
     x: str = "k",
-    columns: int = 2,
     levels: Sequence[Mapping[str, float]] = (),
 ) -> Drawn:
     """A statistic of a run (`lib.stats.STATISTICS`) against a dial, on a logarithmic axis.
@@ -146,7 +143,7 @@ def dial(
     shown = [(*panel, name, marked) for panel, name, marked in asked if any(panel[1].values())]
     if not shown:
         return style.nothing()
-    columns = min(columns, len(shown))
+    columns = min(2, len(shown))
     with style.panels(columns, -(-len(shown) // columns)) as (figure, axes):
         drawn = []
         for axis, (title, points, name, marked) in zip(axes.flat, shown, strict=False):
@@ -197,7 +194,12 @@ def averaged(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     Returns: columns update, x, mean, low, high, n, in the order of the updates.
     """
     rows = with_seconds(rows) if x == "seconds" else rows
-    drawn = style.averaged(rows, y)
+    found = []
+    for update, group in rows.groupby("update", observed=True):
+        values = group[y].dropna()
+        if len(values):
+            found.append((update, *stats.interval(values), len(values)))
+    drawn = pd.DataFrame(found, columns=["update", "mean", "low", "high", "n"])
     if x != "update":
         drawn.insert(1, x, drawn["update"].map(rows.groupby("update", observed=True)[x].mean()))
     return drawn

@@ -18,7 +18,7 @@ from lib import optima
 from lib.bandit.config import REWARD_FUNCTIONS, VOCABULARY
 from lib.bandit.problem import BINS
 from lib.bandit.reference import histogram, reward_table
-from lib.figures import style
+from lib.figures import curves, style
 from lib.figures.style import Drawn
 
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
@@ -32,6 +32,7 @@ HELD_OUT = {  # where all that is shown are pairs that nobody trains on
     "chosen_logratio": (r"$y_w$", CHOSEN, "-"),
     "rejected_logratio": (r"$y_l$", REJECTED, "--"),
 }
+RATIO = r"$\log\pi-\log\pi_\mathrm{ref}$, nats"
 Ratios = Mapping[str, tuple[str, str, str]]  # column -> label, colour, line style
 WIDTH = VOCABULARY // BINS
 EDGES = np.arange(0, VOCABULARY + 1, WIDTH)
@@ -39,40 +40,28 @@ MASSES = [f"mass_{start:02d}" for start in EDGES[:-1]]
 DASHES = ("-", "--", ":", "-.")
 
 
-def log_ratios(
-    panels: Mapping[str, pd.DataFrame], ratios: Ratios = RATIOS
-) -> Drawn:
+def log_ratios(panels: Mapping[str, pd.DataFrame], ratios: Ratios = RATIOS) -> Drawn:
     """Figures 9 and 18: mean log pi - log pi_ref of y_w and y_l, one panel per setting.
 
     Not trained on: fresh completions of ten prompts that are not trained on either, as long as
     there are such (with 100 prompts trained on, there are none).
     Args: panels: title -> rows of one setting, one run per seed. ratios: what is drawn of them.
     """
-    if not panels:
+    columns = {label: column for column, (label, _, _) in ratios.items()}
+    looks = {label: {"color": colour, "linestyle": dash} for label, colour, dash in ratios.values()}
+    lines = {
+        title: {label: rows.assign(ratio=rows[column]) for label, column in columns.items()
+                if column in rows and rows[column].notna().any()}
+        for title, rows in panels.items()
+    }  # fmt: skip
+    figure, table = curves.curves(
+        [curves.Panel(title, own, y="ratio", ylabel=RATIO) for title, own in lines.items()], looks
+    )
+    if figure is None:
         return style.nothing()
-    columns = min(2, len(panels))
-    drawn = []
-    with style.panels(columns, -(-len(panels) // columns)) as (figure, axes):
-        flat = axes.flatten()
-        for axis, (title, rows) in zip(flat, panels.items(), strict=False):
-            drawn += [line.assign(panel=title) for line in _ratio_lines(axis, rows, ratios)]
-            style.label(axis, "updates", r"$\log\pi-\log\pi_\mathrm{ref}$, nats", title)
-        for axis in flat[len(panels) :]:
-            axis.set_visible(False)
-        style.outer_labels(axes)
-        style.legend_below(figure, flat)
-    return figure, pd.concat(drawn, ignore_index=True)
-
-
-def _ratio_lines(axis: Axes, rows: pd.DataFrame, ratios: Ratios) -> list[pd.DataFrame]:
-    axis.axhline(0, color="0.4", linewidth=1)
-    lines = []
-    for column, (label, colour, dash) in ratios.items():
-        if column not in rows or rows[column].isna().all():
-            continue
-        line = style.band(axis, rows, column, color=colour, linestyle=dash, label=label)
-        lines.append(line.assign(line=column))
-    return lines
+    for axis in figure.axes:
+        axis.axhline(0, color="0.4", linewidth=1, zorder=1)
+    return figure, table.assign(line=table["line"].map(columns)).drop(columns="y")
 
 
 def marginals(
@@ -125,9 +114,7 @@ def _mass(rows: pd.DataFrame) -> pd.DataFrame:
                          "n": len(rows)})  # fmt: skip
 
 
-def break_even(
-    betas: Sequence[float], length: int = 9, completions: int = 10
-) -> tuple[Figure, pd.DataFrame]:
+def break_even(betas: Sequence[float]) -> tuple[Figure, pd.DataFrame]:
     """Which tokens best-of-N + negative gradient pushes up: `lib.optima.win_ratio` on R1 and R2.
 
     Args: betas: weights of the push-down, each drawn as its break-even line.
@@ -135,13 +122,13 @@ def break_even(
     tokens, drawn = np.arange(VOCABULARY), []
     with style.panels(2, sharey=True) as (figure, axes):
         for axis, reward in zip(axes[0], REWARD_FUNCTIONS, strict=True):
-            ratio = optima.win_ratio(reward, length, completions)
+            ratio = optima.win_ratio(reward)
             policy = histogram()
             axis.fill_between(tokens, policy / policy.max(), color="0.85", linewidth=0,
                               label=r"$\pi_\mathrm{ref}$ (not to scale)")  # fmt: skip
             axis.plot(tokens, ratio, color="black", label="win ratio of a token")
             for beta, colour in zip(betas, style.dial_colours(len(betas)), strict=True):
-                axis.axhline(optima.break_even(beta, completions), color=colour, linestyle="--",
+                axis.axhline(optima.break_even(beta), color=colour, linestyle="--",
                              label=rf"break-even, $\beta$ = {beta:g}")  # fmt: skip
             axis.set(title=reward, xlabel="token")
             drawn.append(pd.DataFrame({"reward": reward, "token": tokens, "win_ratio": ratio,

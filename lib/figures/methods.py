@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from lib.figures.style import WIDTH, panels, short
@@ -16,18 +17,12 @@ def pushes(table: pd.DataFrame) -> Figure:
     with panels(1) as (figure, axes):
         figure.set_size_inches(WIDTH, 0.36 * len(table) + 0.9)
         panel = axes[0, 0]
-        panel.imshow(table, cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
-        for row, values in enumerate(table.to_numpy()):
-            for column, value in enumerate(values):
-                text = "0" if abs(value) < 0.005 else f"{value:+.2f}"
-                colour = "white" if abs(value) > 0.8 else "black"
-                panel.text(column, row, text, ha="center", va="center", color=colour)
-        panel.set_xticks(range(table.shape[1]), [c.removeprefix("reward ") for c in table.columns])
-        panel.set_yticks(range(len(table)), map(short, table.index))
-        panel.set_xlabel("reward of the completion")
+        texts = table.map(lambda value: "0" if abs(value) < 0.005 else f"{value:+.2f}")
+        sns.heatmap(table, annot=texts, fmt="", cmap="RdBu", vmin=-1.4, vmax=1.4, cbar=False,
+                    ax=panel, xticklabels=[c.removeprefix("reward ") for c in table],
+                    yticklabels=list(map(short, table.index)))  # fmt: skip
+        panel.set(xlabel="reward of the completion", ylabel="")
         panel.xaxis.tick_top()
         panel.xaxis.set_label_position("top")
-        panel.tick_params(length=0)
-        panel.grid(False)
-        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0, rotation=0)
     return figure

@@ -20,7 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib import methods, stats
+from lib import methods
 
 Drawn = tuple[Figure | None, pd.DataFrame]  # a figure, None where nothing is there to draw; numbers
 # One colour for a loss, whether it is fed on-policy or offline: the line style tells those apart.
@@ -80,31 +80,6 @@ def panels(columns: int, rows: int = 1, **options) -> Iterator[tuple[Figure, np.
                                     layout="constrained", **options)  # fmt: skip
         yield figure, axes
         plt.close(figure)
-
-
-def band(axes: Axes, curves: pd.DataFrame, y: str, x: str = "update", **look) -> pd.DataFrame:
-    """Mean over seeds of `y` against `x`, with the 95% interval of the mean as a band.
-
-    Args: curves: rows of several runs, one per seed. Returns: the drawn numbers: x, mean, low,
-        high, n.
-    """
-    drawn = averaged(curves, y, x)
-    style = {"markersize": 4, "markevery": max(1, len(drawn) // 6), **look}
-    (line,) = axes.plot(drawn[x], drawn["mean"], **style)
-    if (drawn["n"] > 1).all():
-        axes.fill_between(drawn[x], drawn["low"], drawn["high"], color=line.get_color(),
-                          alpha=0.18, linewidth=0)  # fmt: skip
-    return drawn
-
-
-def averaged(curves: pd.DataFrame, y: str, x: str = "update") -> pd.DataFrame:
-    """Per value of `x`: mean of `y` over seeds, its 95% interval, and n."""
-    rows = []
-    for at, group in curves.groupby(x, observed=True):
-        values = group[y].dropna()
-        if len(values):
-            rows.append((at, *stats.interval(values), len(values)))
-    return pd.DataFrame(rows, columns=[x, "mean", "low", "high", "n"])
 
 
 def short(title: str) -> str:

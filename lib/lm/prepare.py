@@ -19,7 +19,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -83,9 +83,18 @@ ROOM = 4 * 2**30  # bytes of keys and values at once on a CPU; on a GPU half of 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    return command(_parser(), prepare, arguments)
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], Any],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Does `work` with the options of a command line; returns the exit status."""
+    options = parser.parse_args(arguments)
     try:
-        prepare(options)
+        work(options)
     except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2

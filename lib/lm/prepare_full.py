@@ -47,6 +47,7 @@ from lib.lm.prepare import (
     add_shared,
     check_policy,
     check_reward_model,
+    command,
     copy_policy,
     given_pairs,
     is_trained,
@@ -84,12 +85,7 @@ SHORT = "You are a helpful assistant who gives short answers in plain English."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        prepare(_parser().parse_args(arguments))
-    except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(_parser(), prepare, arguments)
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
 from lib.lm.places import check_prepared, spelled
-from lib.lm.prepare import check_device
+from lib.lm.prepare import check_device, command
 from lib.lm.problem import LengthProblem
 from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
 from lib.runs.configurations import checked
@@ -41,13 +41,7 @@ OWN = ("method", "task", "learning_rate", "seed")  # fields that have an option 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        train(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(_parser(), train, arguments)
 
 
 def train(options: argparse.Namespace) -> pd.DataFrame:

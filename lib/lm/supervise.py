@@ -23,7 +23,7 @@ from lib.allowed import between, one_of
 from lib.lm.layouts import COLUMNS, as_prompt, last, table
 from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.pairs import SPLITS
-from lib.lm.prepare import RANGES, SPLIT, check_device, drawn, named, split_names
+from lib.lm.prepare import RANGES, SPLIT, check_device, command, drawn, named, split_names
 from lib.lm.reading import TextError, read_rows
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
 from lib.lm.text import as_text, encode_prompts, encode_responses
@@ -36,13 +36,7 @@ RUN = SFTRun(learning_rate=5e-5, schedule="linear", batch=32, epochs=2, patience
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        supervise(options)
-    except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(_parser(), supervise, arguments)
 
 
 def supervise(options: argparse.Namespace) -> Trained:

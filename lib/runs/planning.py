@@ -99,13 +99,6 @@ class Plan:
             f"{duration(self.seconds)} on {processes}, {size(self.bytes)}."
         )
 
-    def listing(self) -> str:
-        """One line per run: identity, status, reason."""
-        return "\n".join(
-            f"{run.identity}  {run.status.kind:9}  {run.status.reason}".rstrip()
-            for run in self.runs
-        )
-
 
 def plan(
     configs: Sequence[Any],

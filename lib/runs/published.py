@@ -80,28 +80,12 @@ class Published:
     def _metrics(self) -> pd.DataFrame:
         return self.table.drop(columns=[*self.meta["configuration"], "run"])
 
-    def _cut(self, table: pd.DataFrame, run: str) -> pd.DataFrame:
-        if run not in self.runs:
-            raise KeyError(
-                f"run {run} is not among the {len(self.runs)} published in {self.path.name}"
-            )
-        return table.iloc[self._places[run]].reset_index(drop=True)
-
-    def rows(self, run: str) -> pd.DataFrame:
-        """All columns of one run; KeyError if it is not published here."""
-        return self._cut(self.table, run)
-
     def metrics(self, run: str) -> pd.DataFrame:
-        """One run without its configuration's columns, as an engine returns it."""
-        return self._cut(self._metrics, run)
+        """One run without its configuration's columns, as an engine returns it.
 
-    def provenance(self, run: str) -> dict[str, Any]:
-        """Environment and time of finishing of one run, and the code that computed it."""
-        if run not in self.runs:
-            raise KeyError(
-                f"run {run} is not among the {len(self.runs)} published in {self.path.name}"
-            )
-        return {**self.runs[run], "code": self.meta["code"]}
+        Raises: KeyError if it is not published here.
+        """
+        return self._metrics.iloc[self._places[run]].reset_index(drop=True)
 
     def stale(self) -> list[str]:
         """The `lib` modules whose code changed since these results were computed or verified."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lib.runs import fingerprint, provenance
 from lib.runs.configurations import canonical, columns, data_files, identity
 from lib.runs.files import StoreFullError
-from lib.runs.planning import Engine, Plan, group, plan
+from lib.runs.planning import REUSED, Engine, Plan, group, plan
 from lib.runs.records import unset_strings
 from lib.runs.store import Checkpoint, Store
 
@@ -54,20 +54,19 @@ def compute(
     jobs: int | None = None,
     *,
     published: Any = None,
-    verbose: bool = False,
     say: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """The table of all `configs`, computing those that neither store nor `published` has.
 
     Columns: the configurations' fields (`outer_inner` for nested ones), `run` (identity), then
     the engine's metrics; rows in the order of `configs`. `jobs` processes of one thread each
-    (default: one per core; 1 computes in this process). `verbose` lists every run with its status.
+    (default: one per core; 1 computes in this process).
 
     An interrupt or a kill loses at most the last `store.checkpoint_interval` seconds; calling
     again goes on from there. Raises RunError after all other runs when some failed.
     """
     overview = plan(configs, store, engine, jobs, published)
-    say(overview.listing() if verbose else str(overview))
+    say(str(overview))
     for run in overview.runs:
         if run.status.kind == "damaged":
             say(f"recomputed: {run.status.reason}")
@@ -116,7 +115,10 @@ def _compute_missing(
             with _watched(bar, job, blocks):
                 failures = _two_passes(job, blocks, overview.jobs, say)
         except KeyboardInterrupt:
-            done = sum(store.path(run.identity).exists() for run in overview.runs)
+            done = sum(
+                run.status.kind in REUSED or store.status(run.identity, code).kind == "stored"
+                for run in overview.runs
+            )
             say(
                 f"interrupted: {done} of {len(overview.runs)} runs are stored; start again to go on"
             )

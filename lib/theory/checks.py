@@ -32,7 +32,7 @@ class Check:
     """One check of a claim.
 
     Args:
-        id, claim: its own name, which is that of its function, and the claim it belongs to.
+        id, claim: its own name, as in `FUNCTIONS`, and the claim it belongs to.
         part: "statement" as the paper prints it, "proof" a step of it, "corrected" what holds.
         rule: "always" (one violation refutes) or "most" (of a family of cases).
         says: in words.

@@ -6,6 +6,7 @@ As in `lib.theory.cases`: n random cases and a seed in, what was `Found` out. Ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,9 +72,9 @@ def wl_is_policy_gradient(n: int, seed: int) -> Found:
     return together(*parts)
 
 
-def wl_path(n: int, seed: int, rounds: int = 3) -> Found:
+def wl_path(n: int, seed: int) -> Found:
     """k full fits with F = exp(r / beta) end at the optimum of Eq. (6) with beta / k."""
-    parts = []
+    parts, rounds = [], 3
     for _, ref, reward, beta in _problems(n, seed):
         policy = ref
         for _ in range(rounds):
@@ -82,7 +83,7 @@ def wl_path(n: int, seed: int, rounds: int = 3) -> Found:
     return together(*parts)
 
 
-def _equation_6(n: int, seed: int, printed: bool) -> Found:
+def _equation_6(printed: bool, n: int, seed: int) -> Found:
     """Eq. (6) against the last line of the proof, -beta log Z + beta KL(pi || pi*)."""
     parts = []
     for leaf, ref, reward, _ in _problems(n, seed):
@@ -91,14 +92,6 @@ def _equation_6(n: int, seed: int, printed: bool) -> Found:
         claimed = -ids.rl_as_reverse_kl(logp, ref, reward, BETA)
         parts.append(equal(loss(logp, ref, reward, BETA), claimed, pi=logp.exp(), ref=ref.exp()))
     return together(*parts)
-
-
-def rl_bracket(n: int, seed: int) -> Found:
-    return _equation_6(n, seed, printed=True)
-
-
-def rl_bracket_corrected(n: int, seed: int) -> Found:
-    return _equation_6(n, seed, printed=False)
 
 
 # Lemma E.2
@@ -136,7 +129,7 @@ def aligned_exists(n: int, seed: int) -> Found:
     return together(*parts)
 
 
-def _extra(n: int, seed: int, printed: bool) -> Found:
+def _extra(printed: bool, n: int, seed: int) -> Found:
     """The proof's Delta against the margin's change when the update is really made (rate 1)."""
     parts, (c1, c2) = [], (0.7, 0.3)
     for _, g in _scores(n, seed):
@@ -146,14 +139,6 @@ def _extra(n: int, seed: int, printed: bool) -> Found:
                 else contrast.extra_margin(w, l, c2))  # fmt: skip
         parts.append(equal(said, made, g_w=w, g_l=l, printed=said, true=made))
     return together(*parts)
-
-
-def extra_printed(n: int, seed: int) -> Found:
-    return _extra(n, seed, printed=True)
-
-
-def extra_corrected(n: int, seed: int) -> Found:
-    return _extra(n, seed, printed=False)
 
 
 def _weights(logp: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -318,7 +303,7 @@ def offline_condition(n: int, seed: int) -> Found:
 # E.1.4
 
 
-def _form(n: int, seed: int, loss: Callable, weight: Callable, hyper: float) -> Found:
+def _form(loss: Callable, weight: Callable, hyper: float, n: int, seed: int) -> Found:
     """The loss's gradient with respect to logits against -weight (e_w - e_l)."""
     parts = []
     for logp, ref in draws.pairs(n, seed):
@@ -329,14 +314,6 @@ def _form(n: int, seed: int, loss: Callable, weight: Callable, hyper: float) -> 
         c = weight((logp - ref)[:, 0] - (logp - ref)[:, 1], hyper)
         parts.append(equal(-_gradient(item, leaf), contrast.pair_push(logp, 0, 1, c, c)))
     return together(*parts)
-
-
-def dpo_form(n: int, seed: int) -> Found:
-    return _form(n, seed, losses.dpo, contrast.dpo_weight, BETA)
-
-
-def ipo_form(n: int, seed: int) -> Found:
-    return _form(n, seed, losses.ipo, contrast.ipo_weight, TAU)
 
 
 def _margins(n: int, seed: int) -> Tensor:
@@ -364,7 +341,7 @@ def ipo_sign_region(n: int, seed: int) -> Found:
 # Section 5: early stopping
 
 
-def _early(n: int, seed: int, column: str) -> Found:
+def _early(column: str, n: int, seed: int) -> Found:
     table = early.compared(max(MEMBERS[0], min(n // 500, MEMBERS[1])), seed)
     values = table[column].dropna()
     broken = values.index[values == 0]
@@ -376,23 +353,19 @@ def _early(n: int, seed: int, column: str) -> Found:
     return Found(len(values), len(broken), 0.0, example)
 
 
-def early_subset(n: int, seed: int) -> Found:
-    return _early(n, seed, "subset_reverse")
-
-
-def early_sooner(n: int, seed: int) -> Found:
-    return _early(n, seed, "sooner")
-
-
-def early_wider(n: int, seed: int) -> Found:
-    return _early(n, seed, "wider")
-
-
 CHECKS = {f.__name__.replace("_", "-"): f for f in (
-    early_subset, early_sooner, early_wider,
-    rl_identity, wl_reverse_kl, rl_bracket, rl_bracket_corrected, wl_is_policy_gradient, wl_path,
+    rl_identity, wl_reverse_kl, wl_is_policy_gradient, wl_path,
     margin_exists, margin_steps, margin_induction, aligned_exists, aligned_lift, aligned_tie,
-    rejected_falls, extra_printed, extra_corrected,
-    mode_first, mode_most, mode_pair, mode_weights, freed_formula, offline_identity,
-    offline_condition, dpo_form, ipo_form, dpo_sign, ipo_sign, ipo_sign_region,
-)}  # fmt: skip
+    rejected_falls, mode_first, mode_most, mode_pair, mode_weights, freed_formula,
+    offline_identity, offline_condition, dpo_sign, ipo_sign, ipo_sign_region,
+)} | {
+    "early-subset": partial(_early, "subset_reverse"),
+    "early-sooner": partial(_early, "sooner"),
+    "early-wider": partial(_early, "wider"),
+    "rl-bracket": partial(_equation_6, True),
+    "rl-bracket-corrected": partial(_equation_6, False),
+    "extra-printed": partial(_extra, True),
+    "extra-corrected": partial(_extra, False),
+    "dpo-form": partial(_form, losses.dpo, lambda *a: contrast.dpo_weight(*a), BETA),
+    "ipo-form": partial(_form, losses.ipo, contrast.ipo_weight, TAU),
+}  # fmt: skip

@@ -17,10 +17,11 @@ def test_cells_hold_the_texts_and_a_line_parts_the_families():
     figure, drawn = figures.cells({"R1": texts}, {"R1": shades})
     (axis,) = figure.axes
     assert [t.get_text() for t in axis.texts] == ["0.9", "0.8", "0.1", "0.0"]
-    assert [t.get_color() for t in axis.texts] == ["white", "white", "black", "black"]
+    light = [np.mean(matplotlib.colors.to_rgb(t.get_color())) > 0.5 for t in axis.texts]
+    assert light == [True, True, False, False]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["end", "worst\nseed"]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["DPO", "RWR"]
-    assert [line.get_ydata()[0] for line in axis.lines] == [0.5]
+    assert [line.get_ydata()[0] for line in axis.lines] == [1.0]
     assert drawn["method"].tolist() == ["dpo", "rwr_offline"] and set(drawn["panel"]) == {"R1"}
 
 

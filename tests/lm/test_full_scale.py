@@ -17,7 +17,7 @@ from lib.lm.config import TINY, length_run
 from lib.lm.full_scale import FullScaleRun
 from lib.lm.judged import FullScaleEngine, JudgedProblem
 from lib.runs import identity
-from tests.lm.test_problem import Silent
+from lib.untracked import Untracked
 from tests.lm.test_text import real_preferences
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
@@ -152,7 +152,7 @@ def test_an_engine_can_start_afresh(made, tmp_path, monkeypatch):
     root, _ = made
     config, tables = run(root / "out", judge=str(root / "judge")), []
     for engine in (FullScaleEngine(), FullScaleEngine().afresh(tmp_path / "new")):
-        tables += engine.run([config], Silent())
+        tables += engine.run([config], Untracked())
     files = [tmp_path / "kept.sqlite", tmp_path / "new" / "gold.sqlite"]
     counts = [sqlite3.connect(file).execute("select count(*) from scores").fetchone()[0]
               for file in files]  # fmt: skip
@@ -165,11 +165,11 @@ def test_the_judge_looks_at_the_start_the_middle_and_the_end(made, method, tmp_p
     monkeypatch.setattr("lib.lm.judged.SCORES", tmp_path / "gold.sqlite")
     root, _ = made
     config = run(root / "out", method, judge=str(root / "judge"))
-    (table,) = FullScaleEngine().run([config], Silent())
+    (table,) = FullScaleEngine().run([config], Untracked())
     assert table["update"].tolist() == [0, 1, 2, 3, 4]
     assert table["gold"].notna().tolist() == [True, False, True, False, True]
     assert table["proxy"].notna().all()
-    (plain,) = FullScaleEngine().run([run(root / "out", method)], Silent())
+    (plain,) = FullScaleEngine().run([run(root / "out", method)], Untracked())
     assert "gold" not in plain  # and looking changes nothing else
     shared = [c for c in plain if not c.startswith("seconds")]
     pd.testing.assert_frame_equal(plain[shared], table[shared])
@@ -280,14 +280,14 @@ def test_pairs_that_exist_are_read_in_the_hubs_layouts(layout, tmp_path):
     table = pd.read_parquet(out / "distinct.parquet")
     assert len(table) == 80 and set(table["split"]) == {"train", "validation"}
     assert tiny_tokenizer().decode(list(table["first"].iloc[0])).startswith("good")
-    (curve,) = FullScaleEngine().run([run(out, kind="distinct")], Silent())
+    (curve,) = FullScaleEngine().run([run(out, kind="distinct")], Untracked())
     assert np.isfinite(curve["chosen_logratio"]).all()
 
 
 @pytest.mark.parametrize("method", ["dpo_offline", "pref_ft"])
 def test_real_preferences_train_the_shipped_policy(method, real):
     """Pairs that GPT-4 judged: the first update starts from the reference, the last has moved."""
-    (curve,) = FullScaleEngine().run([run(real, method, policy="128", max_tokens=96)], Silent())
+    (curve,) = FullScaleEngine().run([run(real, method, policy="128", max_tokens=96)], Untracked())
     assert curve["chosen_logratio"].iloc[0] == 0 and curve["chosen_logratio"].iloc[-1] != 0
     assert np.isfinite(curve[["loss", "proxy", "kl_ref"]].iloc[1:]).all(axis=None)
     if method == "dpo_offline":

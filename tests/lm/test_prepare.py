@@ -19,7 +19,7 @@ from lib.lm.network import Network
 from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem
 from lib.lm.text import load_preferences, load_prompts
-from tests.lm.test_problem import Silent
+from lib.untracked import Untracked
 from tests.tiny_lm import save_tiny_policy, tiny_tokenizer
 
 
@@ -70,7 +70,7 @@ def test_a_run_trains_on_it(prepared):
     out, _ = prepared
     run = length_run("dpo", "min", 1e-3, 0, prepared=str(out), updates=2, minibatch=8, batch=8,
                      max_tokens=16, prompts=4, evaluations=1)  # fmt: skip
-    (table,) = LengthEngine().run([run], Silent())
+    (table,) = LengthEngine().run([run], Untracked())
     assert len(table) == 2
 
 
@@ -297,7 +297,7 @@ def test_preferences_of_ones_own_are_the_task_given(tmp_path, capsys):
         run = length_run(name, "given", 1e-3, 0, prepared=str(out), updates=2, minibatch=8,
                          batch=16 if name == "dpo_offline" else 8, max_tokens=16, prompts=3,
                          evaluations=1)  # fmt: skip
-        (table,) = LengthEngine().run([run], Silent())
+        (table,) = LengthEngine().run([run], Untracked())
         assert table["reward"].tolist() == table["proxy"].tolist()  # no rule, no gold
     problem = LengthProblem(run)
     chosen = problem.held_out.rewards == 1

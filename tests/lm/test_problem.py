@@ -22,6 +22,7 @@ from lib.lm.problem import LengthProblem, task_data
 from lib.methods import METHODS
 from lib.runs import identity
 from lib.training import Training
+from lib.untracked import Untracked
 from tests.bandit.helpers import Checkpoint
 from tests.lm_folder import prepared_folder
 
@@ -272,12 +273,12 @@ def test_bfloat16_is_refused_before_anything_is_loaded_on_a_gpu_without_it(folde
     monkeypatch.setattr(engine, "problem", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match="no bfloat16: -y 'options: {dtype: float16}'"):
-        engine.run([small(folder, dtype="bfloat16")], Silent())
+        engine.run([small(folder, dtype="bfloat16")], Untracked())
     with pytest.raises(Loaded):
-        engine.run([small(folder, dtype="float16")], Silent())
+        engine.run([small(folder, dtype="float16")], Untracked())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(Loaded):
-        engine.run([small(folder, dtype="bfloat16")], Silent())
+        engine.run([small(folder, dtype="bfloat16")], Untracked())
 
 
 def test_what_is_frozen_is_held_in_the_dtype_of_its_products(folder):
@@ -296,15 +297,10 @@ def test_what_is_frozen_is_held_in_the_dtype_of_its_products(folder):
     assert {p.dtype for p in exact.reward.model.parameters()} == {torch.float32}
 
 
-class Silent(Checkpoint):
-    def due(self):
-        return False
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("task", ["min", "skew"])
 def test_every_method_trains_and_reports(folder, name, task):
-    (table,) = LengthEngine().run([small(folder, name, task)], Silent())
+    (table,) = LengthEngine().run([small(folder, name, task)], Untracked())
     assert table["update"].tolist() == [0, 2, 4]
     first, last = table.iloc[0], table.iloc[-1]
     assert first["kl_ref"] < 1e-5 and first["chosen_logratio"] == pytest.approx(0, abs=1e-4)
@@ -317,7 +313,7 @@ def test_held_out_pairs_change_what_is_looked_at_and_not_the_run(folder):
     few = small(folder, "dpo_offline", "skew", held_out=3)
     many = small(folder, "dpo_offline", "skew")
     assert [len(LengthProblem(r).held_out.rewards) for r in (few, many)] == [3, 8]
-    (one,), (other,) = (LengthEngine().run([r], Silent()) for r in (few, many))
+    (one,), (other,) = (LengthEngine().run([r], Untracked()) for r in (few, many))
     own = ["chosen_logratio", "rejected_logratio", "held_out_accuracy", "held_out"]
     shared = [c for c in without_seconds(other) if c not in own]
     pd.testing.assert_frame_equal(one[shared], other[shared])
@@ -326,7 +322,7 @@ def test_held_out_pairs_change_what_is_looked_at_and_not_the_run(folder):
 
 def test_long_enough_training_against_the_rule_shortens_the_completions(folder):
     run = small(folder, "reinforce", label="rule", updates=40, minibatch=16, batch=16)
-    (table,) = LengthEngine().run([run], Silent())
+    (table,) = LengthEngine().run([run], Untracked())
     assert table["length"].iloc[-1] < table["length"].iloc[0] - 2
 
 
@@ -340,7 +336,7 @@ def without_seconds(table):
 @pytest.mark.parametrize("kill_at", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_numbers(folder, name, options, kill_at):
     run = small(folder, name, **options)
-    (expected,) = LengthEngine().run([run], Silent())
+    (expected,) = LengthEngine().run([run], Untracked())
     checkpoint = _KillWhenSaved(kill_at)
     with pytest.raises(Checkpoint.Killed):
         LengthEngine().run([run], checkpoint)

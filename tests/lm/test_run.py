@@ -14,7 +14,7 @@ from lib.lm.engine import LengthEngine
 from lib.lm.models import load_policy, load_tokenizer
 from lib.lm.places import spelled
 from lib.runs import identity
-from tests.lm.test_problem import Silent
+from lib.untracked import Untracked
 from tests.lm_folder import prepared_folder
 from tests.tiny_lm import save_tiny_policy
 
@@ -49,7 +49,7 @@ def test_the_policy_that_is_saved_is_where_a_further_run_starts(folder, tmp_path
     saved.rename(further / "policy")
     config = length_run("dpo", "min", 1e-2, 0, prepared=str(further), updates=2, batch=8,
                         minibatch=8, max_tokens=8, prompts=4, evaluations=1)  # fmt: skip
-    (table,) = LengthEngine().run([config], Silent())
+    (table,) = LengthEngine().run([config], Untracked())
     assert table["kl_ref"].iloc[0] == pytest.approx(0, abs=1e-6)
     assert table["kl_ref"].iloc[1] > 1e-4
 

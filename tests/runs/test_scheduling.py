@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -117,12 +118,6 @@ def test_only_what_is_missing_is_computed_and_the_reasons_are_told(store, engine
     assert again.pop(damaged.stem) == 2 and set(again.values()) == {1}
 
 
-def test_verbose_lists_every_run(store, engine):
-    said = []
-    runs.compute(grid(), store, engine, jobs=1, say=said.append, verbose=True)
-    assert said[0].count("missing") == 6
-
-
 def test_results_of_changed_code_are_recomputed(store, engine, repository, monkeypatch):
     engine = dataclasses.replace(engine, modules=("lib.core",))
     runs.compute([Walk()], store, engine, jobs=1, say=quiet)
@@ -210,6 +205,28 @@ def test_an_interrupt_keeps_what_is_stored(store, engine, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runs.compute(grid(), store, engine, jobs=1, say=said.append)
     assert said[-1].startswith("interrupted: 3 of 6 runs are stored")  # both blocks of "plain"
+
+
+def test_an_interrupt_counts_published_runs_and_no_stale_ones(
+    store, engine, repository, monkeypatch
+):
+    engine, said = dataclasses.replace(engine, modules=("lib.core",)), []
+    table = runs.compute(grid(["other"], seeds=2), store, engine, jobs=1, say=quiet)
+    repository.write("lib/helper.py", "LIMIT = 4  # raised\n")
+    monkeypatch.setattr("lib.runs.fingerprint._first_seen", {})
+    published = types.SimpleNamespace(
+        runs=[runs.identity(config) for config in grid(["plain"])],
+        notice=lambda: "",
+        metrics=lambda run: table,
+    )
+
+    def interrupted(self, configs, checkpoint):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WalkEngine, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runs.compute(grid(), store, engine, jobs=1, published=published, say=said.append)
+    assert said[-1].startswith("interrupted: 3 of 6 runs are stored")
 
 
 def test_killed_at_random_points_a_run_ends_with_the_numbers_of_an_undisturbed_one(
