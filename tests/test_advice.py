@@ -83,14 +83,15 @@ def test_where_a_default_is_behind_and_what_nobody_solved_is_told():
             offline.rows[f"{name}@{reward}"] = rows(ends(value))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
     # RWR led on half, which is not most
-    assert "- *If your data are fixed:* take DPO (2 of 2) if you have pairs." in first
+    assert ("- *If your data are fixed:* DPO (2 of 2), which needs pairs, comes with a warning: a "
+            "run of it ended below the untrained model on Min Length.") in first  # fmt: skip
     assert "On Min Length no method ends above the untrained model: it counts for none." in first
     assert "Of the on-policy methods 0, of the offline ones 1 were run" in first
     offline.rows["rwr_offline@min"] = rows(ends(0.5))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
     assert ("take RWR (2 of 3; behind on bandit R1: 0.20, the best 0.90) if you have a reward for "
-            "every answer or DPO (2 of 3; behind on Min Length: -5.00, the best 0.50 tokens) if "
-            "you have pairs.") in first  # fmt: skip
+            "every answer. DPO (2 of 3; behind on Min Length: -5.00, the best 0.50 tokens), which "
+            "needs pairs, comes with a warning") in first  # fmt: skip
     assert advice.seeds(decisions.collect({"negative_gradient": offline})) == f"{MIN_SEEDS}"
 
 
