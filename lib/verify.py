@@ -12,8 +12,8 @@ on its first updates alone, and how many did is printed.
 
 A language model draws thousands of tokens before it is first evaluated, so that one of them has
 flipped by then. Metrics that hang on them (`Grid.fragile`) are compared before the first update
-alone, where a flip changes one completion of many: they may differ by half of the published runs'
-standard deviation there, which is what eight new ones among 64 would change.
+alone, where a flip changes one completion of many: they may differ by the standard deviation of the
+published runs there. One completion of 64 that turns from short to capped makes half of it.
 
 When a table's whole sample passes although the code changed since, the table is stamped with the
 present code; otherwise the exit status is 1 and the runs and values that differ are named. So it is
@@ -47,7 +47,6 @@ FIRST_ROWS = 2  # evaluated updates that other machines must reproduce
 EARLY = "first updates within tolerance"
 FEW = f"{EARLY}; too few seeds to judge the end"
 RELATIVE, ABSOLUTE = 1e-2, 1e-3  # their tolerance: one step amplifies float32's rounding
-START = 0.5  # of the spread between runs before the first update: what flipped tokens may change
 OUTCOME = "reward"
 Fragile = Callable[[str], bool]  # whether a metric of a run hangs on many sampled tokens
 MINIMUM_SEEDS = 3  # for a range of seeds to say anything
@@ -189,7 +188,7 @@ def _early(
     difference = _difference(old[firm][:FIRST_ROWS], fresh[firm][:FIRST_ROWS], RELATIVE, ABSOLUTE)
     starts = published.table.groupby("run", sort=False).head(1)
     for name in loose:
-        allowed = ABSOLUTE + START * np.nan_to_num(starts[name].astype(float).std())
+        allowed = ABSOLUTE + np.nan_to_num(starts[name].astype(float).std())
         difference = difference or _difference(old[[name]][:1], fresh[[name]][:1], 0.0, allowed)
     return difference
 
