@@ -123,8 +123,8 @@ def default(results: pd.DataFrame) -> str:
         return f"**One default?** {overview.NOT_YET.capitalize()}."
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
-    head = ("**If you want one default**, by the problems on which a method is *level with the "
-            "best* (which is not ahead of it by a margin that matters):")  # fmt: skip
+    head = ("**If you want one default**, by the problems (described below) on which a method is "
+            "*level with the best*, which is not ahead of it by a margin that matters:")
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
