@@ -108,9 +108,6 @@ class State:
     samples: int = 0
 
 
-TRAINED = 10.0  # how much looser the identities are held once the policy has been updated
-
-
 class Diverged(FloatingPointError):
     """Every run is non-finite: nothing is left to train."""
 
@@ -169,7 +166,7 @@ def check_identities(
     """What must hold on the first minibatch after every sampling; cheap, so always on.
 
     - recomputed: the log-probability of a sample equals the one it was sampled with, so the
-      importance ratio is 1;
+      importance ratio is 1 (of every token before the first update, on average after it);
     - reference: before the first update the policy is the reference, so their KL is 0;
     - first loss: before the first update the loss is what the method says (ln 2 for DPO).
 
@@ -180,9 +177,7 @@ def check_identities(
     policy, first, alive = state.policy, state.updates == 0, state.policy.alive
     if first and not alive.all():
         raise FloatingPointError(f"{method.name}: loss or gradient not finite at the first update")
-    # The activations of a trained, perhaps collapsed, policy can be far larger than its logits, and
-    # so can its rounding error: seen once in 3,000 runs, at a rate of 0.1.
-    allowed = policy.tolerance * (1 + batch.scale) * (1 if first else TRAINED)
+    allowed = policy.tolerance * (1 + batch.scale)
 
     def check(name: str, deviation: Tensor, allowed: Tensor) -> None:
         bad = alive & ~(deviation <= allowed)
@@ -193,7 +188,14 @@ def check_identities(
     def largest(x: Tensor) -> Tensor:
         return (x * batch.mask).abs().flatten(batch.lead).amax(-1)
 
-    check("recomputed", largest(logp - batch.logp), allowed)
+    def average(x: Tensor) -> Tensor:
+        tokens = batch.mask.flatten(batch.lead).sum(-1).clamp(min=1)
+        return (x * batch.mask).abs().flatten(batch.lead).sum(-1) / tokens
+
+    # The activations of a trained, perhaps collapsed, policy can be far larger than its logits, and
+    # so can the rounding error of a token that it hardly ever writes (0.02 nats, once in a thousand
+    # runs at a rate of 0.1): then the mean over tokens is held to the tolerance, not the largest.
+    check("recomputed", (largest if first else average)(logp - batch.logp), allowed)
     if first and batch.ref is not None:
         check("reference", largest(batch.logp - batch.ref), allowed)
     if first and method.first_loss is not None:
