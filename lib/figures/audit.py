@@ -47,6 +47,7 @@ def _cells(axis: Axes, table: pd.DataFrame, shade: np.ndarray) -> None:
                 yticklabels=[_title(name) for name in table.index])  # fmt: skip
     axis.xaxis.tick_top()
     axis.tick_params(length=0, rotation=0)
+    axis.grid(False)
     on_policy = [methods.get(name).on_policy for name in table.index]
     for at in np.flatnonzero(np.diff(on_policy)):
         axis.axhline(at + 1, color="black", linewidth=1.2)

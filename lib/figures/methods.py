@@ -25,4 +25,5 @@ def pushes(table: pd.DataFrame) -> Figure:
         panel.xaxis.tick_top()
         panel.xaxis.set_label_position("top")
         panel.tick_params(length=0, rotation=0)
+        panel.grid(False)
     return figure
