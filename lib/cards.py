@@ -36,8 +36,8 @@ METRICS = {
     "pushed_share": "share of completions that the negative term pushes down at this update",
     "effective_samples": "(sum of the weights)^2 / (sum of their squares): how many completions "
     "carry the update; 1 means a single one does",
-    "clip_fraction": "share of completions (per-token PPO: of tokens) whose ratio is outside "
-    "1 - eps to 1 + eps",
+    "clip_fraction": "share of completions (of tokens, where ratios are per token) whose ratio is "
+    "outside 1 - eps to 1 + eps",
     "value_loss": "the value head's part of the loss",
     "pair_accuracy": "share of pairs that the implicit reward ranks as the labels do",
     "pair_margin": "mean of h over the pairs, in nats",

@@ -216,25 +216,32 @@ def _reinforce(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metr
     return losses.reinforce(sequence_logp(logp, batch.mask), batch.labels["advantage"]), {}
 
 
+def _clipped(
+    batch: Rollout, logp: Tensor, advantage: Tensor, clip: float
+) -> tuple[Tensor, Metrics]:
+    """PPO's loss of each token, and the share of the tokens whose ratio is outside the clip."""
+    item = losses.ppo(logp, batch.logp, advantage, clip) * batch.mask
+    outside = (((logp - batch.logp).exp() - 1).abs() > clip) & batch.mask
+    tokens = batch.mask.flatten(batch.lead).sum(-1).clamp(min=1)
+    return item, {"clip_fraction": outside.flatten(batch.lead).sum(-1) / tokens}
+
+
 def _ppo(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
     new, old = sequence_logp(logp, batch.mask), sequence_logp(batch.logp, batch.mask)
     advantage, clip = batch.labels["advantage"], hyper["clip"]
     if hyper["ratio_over"] == "token":
-        item = losses.ppo(logp, batch.logp, advantage[..., None], clip) * batch.mask
+        item, metrics = _clipped(batch, logp, advantage[..., None], clip)
         item = item.sum(-1)
     else:
         item = losses.ppo(new, old, advantage, clip)
+        metrics = {"clip_fraction": _mean(((new - old).exp() - 1).abs() > clip, batch.lead)}
     if batch.ref is not None:
         item = item + hyper["kl_penalty"] * (new - sequence_logp(batch.ref, batch.mask))
-    clipped = ((new - old).exp() - 1).abs() > clip
-    return item, {"clip_fraction": _mean(clipped, batch.lead)}
+    return item, metrics
 
 
 def _ppo_token(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
-    item = losses.ppo(logp, batch.logp, batch.labels["advantage"], hyper["clip"]) * batch.mask
-    clipped = (((logp - batch.logp).exp() - 1).abs() > hyper["clip"]) & batch.mask
-    tokens = batch.mask.flatten(batch.lead).sum(-1).clamp(min=1)
-    return item, {"clip_fraction": clipped.flatten(batch.lead).sum(-1) / tokens}
+    return _clipped(batch, logp, batch.labels["advantage"], hyper["clip"])
 
 
 def _critic(batch: Rollout, values: Tensor, hyper: Hyper) -> Tensor:

@@ -271,13 +271,17 @@ def test_returns_without_discount_are_what_is_still_to_come():
     torch.testing.assert_close(labels["returns"], (score[..., None] - cost) * batch.mask)
 
 
-def test_tokens_that_are_clipped_on_either_side_are_counted():
-    method = METHODS["ppo_token"]
+@pytest.mark.parametrize(
+    "name, overrides", [("ppo_token", {}), ("ppo_sequence", {"ratio_over": "token"})]
+)
+def test_tokens_that_are_clipped_on_either_side_are_counted(name, overrides):
+    method = METHODS[name]
+    hyper = method.resolve(overrides)
     batch = labelled(method, of_lengths(5, 3, 1, 4))
     for shift in (-1.0, 1.0):
         logp = batch.logp.clone()
         logp[..., 0] += shift  # every completion's first token, of 13 in a prompt
-        share = method.loss(batch, logp, method.hyper)[1]["clip_fraction"]
+        share = method.loss(batch, logp, hyper)[1]["clip_fraction"]
         assert share.tolist() == pytest.approx([4 / 13] * 2)
 
 
