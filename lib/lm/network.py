@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -69,6 +70,7 @@ class Network(nn.Module):
         if checkpointing:
             _check_layers(model)
         self._check_head()
+        self.continues = self._continues()
 
     @property
     def device(self) -> torch.device:
@@ -84,15 +86,52 @@ class Network(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         """Some architectures scale or cap their logits after the head: not ours to guess."""
-        tokens = torch.tensor([[1, 2, 3]], device=self.device) % self.vocabulary
-        mask = torch.ones_like(tokens, dtype=torch.bool)
+        tokens, mask = self._few_tokens()
         with self.autocast():
             whole = self.model(input_ids=tokens).logits.float()
-        halves = self.logits(self.hidden(tokens, mask)) * self.temperature
-        if not torch.allclose(whole, halves, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
+        if not _close(whole, self.logits(self.hidden(tokens, mask)) * self.temperature):
             name = type(self.model).__name__
             raise ValueError(f"{name} does more to its logits than its output embedding does: "
                              "the book's loop cannot take it apart")  # fmt: skip
+
+    def _few_tokens(self) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor([[1, 2, 3, 4]], device=self.device) % self.vocabulary
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+    @torch.no_grad()
+    def _continues(self) -> bool:
+        """Whether `continued` can be used, and spares time. Tried and not assumed.
+
+        A layer that is computed again in the backward pass reads no cache; and on a GPU a second
+        pass is not measured: that of a small model waits for its kernels' launches.
+        """
+        if self.checkpointing or self.device.type != "cpu":
+            return False
+        if {type(x) for x in DynamicCache(config=self.model.config).layers} != {DynamicLayer}:
+            return False
+        tokens, mask = self._few_tokens()
+        (prompt, rest), of = tokens.split(2, 1), torch.zeros(2, dtype=torch.long)
+        (prompt_mask, rest_mask) = mask.split(2, 1)
+        found = self.continued(prompt, prompt_mask, of, rest[of], rest_mask[of])
+        return _close(self.hidden(tokens, mask)[:, 1:-1].expand_as(found), found)
+
+    def continued(
+        self, prompts: Tensor, prompt_mask: Tensor, of: Tensor, tokens: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Hidden states before each token of rows (S, n) that follow prompt `of` (S,) of Q, each
+        read once. prompts and mask (Q, m), padded on the left. -> (S, n, d).
+
+        Gradients pass through the prompt's keys and values (Wang and Hegde 2024).
+        """
+        cache = DynamicCache(config=self.model.config)
+        with self.autocast():  # one context: weights are cast once
+            states = self.hidden(prompts, prompt_mask, cache)[of, -1:]
+            if tokens.shape[1] == 1:
+                return states
+            cache.batch_select_indices(of)
+            mask = torch.cat([prompt_mask[of], mask], 1)
+            rest = self.hidden(tokens[:, :-1], mask[:, :-1], cache)
+        return torch.cat([states, rest], 1)
 
     def hidden(
         self, tokens: Tensor, mask: Tensor, cache: Cache | None = None,
@@ -167,6 +206,10 @@ class Network(nn.Module):
     @property
     def _chunk(self) -> int:
         return max(1, LOGIT_BUDGET // self.vocabulary)
+
+
+def _close(whole: Tensor, parts: Tensor) -> bool:
+    return torch.allclose(whole, parts, rtol=1e-2, atol=1e-2 * whole.abs().max().item())
 
 
 def matrices(model: nn.Module) -> list[nn.Linear | Conv1D]:

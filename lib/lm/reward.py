@@ -51,12 +51,11 @@ class RewardModel:
         transformers looks for that token by comparing ids with the padding id, which goes wrong
         where padding is EOS; here the mask says where it is.
         """
-        rows = Rows.of(batch)
+        rows = Rows.of_rollout(batch)
         out = torch.zeros(len(rows.mask), device=self.model.device)
         for index in rows.buckets(self.budget):
             part = rows.pick(index)
-            tokens = torch.cat([part.prompts, part.completions], 1)
-            mask = torch.cat([part.prompt_mask, part.mask], 1)
+            tokens, mask = part.whole()
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             with products(self.model.device, self.dtype):
                 hidden = self.model.base_model(

@@ -7,7 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
 
 from lib.footprint import stored
 from lib.lm import network as network_module
@@ -286,6 +294,71 @@ def test_tokens_that_carry_no_loss_do_not_pass_through_the_network(folder, monke
     assert sum(seen) == len(PROMPTS)  # one of three completions each
 
 
+@pytest.mark.parametrize("name", ["dpo", "ipo", "rwr", "ppo_token"])
+def test_prompts_read_once_change_no_gradient_and_pass_fewer_tokens(folder, name):
+    """Even where completions of a prompt differ in length, and prompts do."""
+    method, read = METHODS[name], {}
+    for once in (False, True):
+        policy, data, _ = updated(folder, method, steps=0)
+        policy.network.continues = once
+        seen = []
+        embedding = policy.network.model.get_input_embeddings()
+        handle = embedding.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
+        logp, metrics = policy.update(data, method, method.hyper, method.items(data))
+        handle.remove()
+        gradients = [p.grad for p in policy.parameters]
+        read[once] = (logp, metrics, gradients, sum(x.numel() for x in seen))
+    torch.testing.assert_close(read[True][:3], read[False][:3], atol=1e-6, rtol=1e-5)
+    width = data.prompts.shape[1]
+    assert read[False][3] - read[True][3] == 2 * len(PROMPTS) * width
+
+
+def test_scores_are_the_same_where_prompts_are_read_once(model):
+    batch = rollout(count=4)
+    batch = replace(batch, mask=torch.ones_like(batch.mask))  # as long: they stand together
+    scorer = Scorer(Network(model), (EOS,), PAD)
+    assert scorer.network.continues
+    once = scorer.score(batch)
+    scorer.network.continues = False
+    torch.testing.assert_close(once, scorer.score(batch), atol=1e-5, rtol=1e-5)
+
+
+SMALL = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "continues"),
+    [
+        (LlamaConfig(**SMALL, num_key_value_heads=1), True),
+        (GPT2Config(vocab_size=264, n_embd=16, n_layer=2, n_head=2), True),
+        (OPTConfig(vocab_size=264, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
+                   num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64), True),
+        (BloomConfig(vocab_size=264, hidden_size=16, n_layer=2, n_head=2), True),
+        (MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=8), False),
+    ],
+    ids=lambda x: x.model_type if isinstance(x, PreTrainedConfig) else str(x),
+)  # fmt: skip
+def test_prompts_are_read_once_by_models_whose_caches_allow_it(config, continues):
+    """Rotary, learned and linear (ALiBi) positions; not by layers with a window."""
+    torch.manual_seed(0)
+    network = Network(AutoModelForCausalLM.from_config(config))
+    assert network.continues is continues
+    batch, scorer = rollout(count=4), Scorer(network, (EOS,), PAD)
+    batch = replace(batch, mask=torch.ones_like(batch.mask))
+    scores = scorer.score(batch)
+    network.continues = False
+    torch.testing.assert_close(scores, scorer.score(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_continues_otherwise_reads_whole_rows(model, monkeypatch):
+    continued = Network.continued
+    monkeypatch.setattr(Network, "continued", lambda self, *x: continued(self, *x) + 1.0)
+    assert not Network(model).continues
+    monkeypatch.undo()
+    assert Network(model).continues and not Network(model, checkpointing=True).continues
+
+
 def test_pairs_that_are_all_tied_leave_the_policy_as_it_is(folder):
     method = METHODS["dpo"]
     batch = replace(rollout(), rewards=torch.ones(len(PROMPTS), 3))
@@ -317,7 +390,7 @@ def test_checkpointing_changes_no_gradient(folder, name, budget):
     for p, q in zip(plain.parameters, policy.parameters, strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(expected[0][0], results[0][0], atol=1e-6, rtol=1e-6)
-    method = METHODS[name]
+    method, plain.network.continues = METHODS[name], False
     once, twice = (
         calls(p.network, lambda p=p: p.update(data, method, method.hyper, method.items(data)))
         for p in (plain, policy)
