@@ -214,11 +214,15 @@ class Chapter(Page):
         """
         if self._elsewhere:
             return f"{self.name} at profile {self.profile_name}: published, nothing to compute"
+        return f"{self.name} at profile {self.profile_name}: {self._plan(self._planned())}"
+
+    def _planned(self) -> list[Any]:
+        """The configurations of all stages, some at assumed learning rates."""
         asked = self.name, self.profile, self.methods, self.extra_seeds
         configs: dict[Any, None] = {}
         for stage in experiments.stages(*asked, experiments.assumer):
             configs |= dict.fromkeys(stage(self._at_hand([*configs])))
-        return f"{self.name} at profile {self.profile_name}: {self._plan([*configs])}"
+        return [*configs]
 
     def _plan(self, configs: Sequence[Any]) -> runs.Plan:
         return runs.plan(configs, self.store, self.engine, self.jobs, self.published)
@@ -275,6 +279,7 @@ class Chapter(Page):
                 f"profile={self.profile_name!r} computes them, "
                 f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
             )
+        runs.refuse_missing(self._plan(self._planned()), self.engine)
         return runs.compute(
             configs, self.store, self.engine, self.jobs, published=self.published, say=self._say
         )

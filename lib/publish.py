@@ -152,21 +152,14 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
         command += f" --only {name}={value}"
         _replace(path, stages, {name: value}, store, engine, jobs, command)
         return
-    if hasattr(engine, "check"):  # of all stages: not when the first has taken its hours
-        planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
-        configs = dict.fromkeys(config for stage in planned for config in stage(None))
-        _check(list(configs), store, engine)
+    planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
+    configs = dict.fromkeys(config for stage in planned for config in stage(None))
+    runs.refuse_missing(runs.plan(list(configs), store, engine), engine)
     table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
     total = published.meta["totals"]
     kilobytes = path.stat().st_size / 1e3
     print(f"published {total['runs']:,} runs, {total['rows']:,} rows, {kilobytes:,.0f} kB: {path}")
-
-
-def _check(configs: Sequence[Any], store: runs.Store, engine: runs.Engine) -> None:
-    """Raises: FileNotFoundError for what a run needs that is to be computed."""
-    todo = runs.plan(configs, store, engine).todo
-    engine.check([run.config for run in todo])
 
 
 def _replace(

@@ -54,6 +54,15 @@ def test_a_plan_computes_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("complementary at profile smoke: ")
 
 
+def test_a_judge_that_is_missing_is_said_before_the_first_stage(tmp_path, monkeypatch):
+    """The pilots, which nobody judges, would take their time first."""
+    monkeypatch.setattr("lib.lm.full_scale.PREPARED", tmp_path / "nothing")
+    shown = Chapter("full_scale", profile="full", recompute=True, store=tmp_path / "store")
+    monkeypatch.setattr("lib.runs.compute", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(FileNotFoundError, match="the judge 'smollm2' is not in"):
+        shown.results  # noqa: B018
+
+
 def test_runs_that_the_published_table_lacks_are_not_computed_unasked(tmp_path):
     shown = Chapter("complementary", methods=["ipo"], store=tmp_path)
     gone = next(iter(set(shown.results["run"])))

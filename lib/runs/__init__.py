@@ -21,7 +21,7 @@ from lib.runs.published import (
     results_folder,
 )
 from lib.runs.records import DamagedRecordError
-from lib.runs.scheduling import RunError, assemble, compute
+from lib.runs.scheduling import RunError, assemble, compute, refuse_missing
 from lib.runs.store import Checkpoint, Status, Store
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "published_files",
     "refuse_dirty_records",
     "refuse_dirty_tree",
+    "refuse_missing",
     "results_folder",
     "write_atomically",
     "write_folder_atomically",

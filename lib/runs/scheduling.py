@@ -71,15 +71,23 @@ def compute(
         if run.status.kind == "damaged":
             say(f"recomputed: {run.status.reason}")
     store.sweep()
+    refuse_missing(overview, engine)
     if overview.todo:
-        if hasattr(engine, "check"):  # what its runs need, and may not be here
-            engine.check([run.config for run in overview.todo])
         _compute_missing(overview, store, engine, say)
     tables = [
         store.read(run.identity)[0] if run.status.table is None else run.status.table
         for run in overview.runs
     ]
     return assemble([run.config for run in overview.runs], tables)
+
+
+def refuse_missing(overview: Plan, engine: Engine) -> None:
+    """Raises: FileNotFoundError for something that runs to be computed need and that is not here.
+
+    A caller with several stages asks for all of them before the first has taken its hours.
+    """
+    if overview.todo and hasattr(engine, "check"):
+        engine.check([run.config for run in overview.todo])
 
 
 def assemble(configs: Sequence[Any], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
