@@ -34,7 +34,7 @@ from torch import Tensor
 from lib import stats
 from lib.lm.config import MINIBATCH, length_run
 from lib.lm.engine import LengthEngine
-from lib.lm.network import LOGIT_BUDGET, Network
+from lib.lm.network import LOGIT_BUDGET, Network, matrices
 from lib.lm.policy import TOKEN_BUDGET
 from lib.untracked import Untracked
 
@@ -75,12 +75,12 @@ class Shape:
         keys = keys_and_values(config) // (2 * config.num_hidden_layers)
         gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
         head = model.get_output_embeddings()
-        linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-        sides = sum(m.in_features + m.out_features for m in linear)
+        shapes = [m.weight.shape for m in matrices(model) if m is not head]
+        # GPT-2's configuration and its kin's do not say it: then the widest matrix does
+        inner = getattr(config, "intermediate_size", None) or max(map(max, shapes))
         tied = head.weight is model.get_input_embeddings().weight
         return cls(name, model.num_parameters(), config.hidden_size, config.num_hidden_layers,
-                   config.intermediate_size, keys, config.vocab_size, sides, gated,
-                   tied)  # fmt: skip
+                   inner, keys, config.vocab_size, sum(map(sum, shapes)), gated, tied)  # fmt: skip
 
     def layer_numbers(self, size: int = 2) -> int:
         """Numbers per token that a layer keeps for the backward pass, in the dtype of products.

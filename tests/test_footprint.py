@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from lib import footprint
 from lib.bandit.network import GPT_NANO
@@ -47,6 +47,11 @@ def test_sizes_are_those_of_the_configurations():
     assert Shape.of("Pythia-1.4B", on_paper(large)) == footprint.PYTHIA_14
     assert Shape.of("Pythia-410M", on_paper(medium)) == footprint.PYTHIA_410
     assert Shape.of("SmolLM2-135M", on_paper(small)) == footprint.SMOLLM2
+    # no `intermediate_size`, and matrices that are no nn.Linear
+    sides = 12 * ((768 + 3 * 768) + (768 + 768) + 2 * (768 + 3072))
+    assert Shape.of("GPT-2", on_paper(GPT2Config())) == Shape(
+        "GPT-2", 124_439_808, 768, 12, 3072, 768, 50_257, sides, tied=True
+    )
 
 
 def test_a_layers_activations_by_hand():
