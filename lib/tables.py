@@ -119,7 +119,8 @@ def cost_to_reach(parts: Mapping[str, pd.DataFrame], target: float) -> pd.DataFr
     """Updates, completions and seconds until the reward reaches `target` and stays there.
 
     Medians over all runs: one that never gets there counts as slower than every other, so where
-    half of them do not, the median is inf, "not reached" in print. `reached by` counts the others.
+    more than half of them do not, the median is inf, "not reached" in print. `reached by` counts
+    those that do.
     Args: parts: label -> rows of one setting, with a column `seconds`.
     """
     rows = []
