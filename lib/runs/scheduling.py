@@ -82,10 +82,7 @@ def compute(
 
 
 def refuse_missing(overview: Plan, engine: Engine) -> None:
-    """Raises: FileNotFoundError for something that runs to be computed need and that is not here.
-
-    A caller with several stages asks for all of them before the first has taken its hours.
-    """
+    """Raises: FileNotFoundError for what runs to be computed need and is not here."""
     if overview.todo and hasattr(engine, "check"):
         engine.check([run.config for run in overview.todo])
 
