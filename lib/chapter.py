@@ -279,8 +279,7 @@ class Chapter(Page):
                 f"profile={self.profile_name!r} computes them, "
                 f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
             )
-        if hasattr(self.engine, "check"):  # for all stages, before the first has taken its hours
-            runs.refuse_missing(self._plan(self._planned()), self.engine)
+        runs.refuse_missing(self.engine, lambda: self._plan(self._planned()))
         return runs.compute(
             configs, self.store, self.engine, self.jobs, published=self.published, say=self._say
         )

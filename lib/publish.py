@@ -152,10 +152,12 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
         command += f" --only {name}={value}"
         _replace(path, stages, {name: value}, store, engine, jobs, command)
         return
-    if hasattr(engine, "check"):  # for all stages, before the first has taken its hours
+
+    def whole() -> runs.Plan:
         planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
-        configs = dict.fromkeys(config for stage in planned for config in stage(None))
-        runs.refuse_missing(runs.plan(list(configs), store, engine), engine)
+        return runs.plan([config for stage in planned for config in stage(None)], store, engine)
+
+    runs.refuse_missing(engine, whole)
     table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
     total = published.meta["totals"]

@@ -123,7 +123,7 @@ class Network(nn.Module):
 
         Gradients pass through the prompt's keys and values (Wang and Hegde 2024).
         """
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config)  # `growing_cache` passes no gradient
         with self.autocast():  # one context: weights are cast once
             states = self.hidden(prompts, prompt_mask, cache)[of, -1:]
             if tokens.shape[1] == 1:

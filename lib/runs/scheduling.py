@@ -71,7 +71,7 @@ def compute(
         if run.status.kind == "damaged":
             say(f"recomputed: {run.status.reason}")
     store.sweep()
-    refuse_missing(overview, engine)
+    refuse_missing(engine, lambda: overview)
     if overview.todo:
         _compute_missing(overview, store, engine, say)
     tables = [
@@ -81,10 +81,14 @@ def compute(
     return assemble([run.config for run in overview.runs], tables)
 
 
-def refuse_missing(overview: Plan, engine: Engine) -> None:
-    """Raises: FileNotFoundError for what runs to be computed need and is not here."""
-    if overview.todo and hasattr(engine, "check"):
-        engine.check([run.config for run in overview.todo])
+def refuse_missing(engine: Engine, overview: Callable[[], Plan]) -> None:
+    """Raises: FileNotFoundError for what the runs to be computed need and is not here.
+
+    Args: overview: gives the plan; called for engines alone whose runs may need something. One with
+        several stages has them all, so that nothing is missed when the first has taken its hours.
+    """
+    if hasattr(engine, "check"):
+        engine.check([run.config for run in overview().todo])
 
 
 def assemble(configs: Sequence[Any], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
