@@ -8,6 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lib import rankings
+from lib.chapter import Chapter
 from lib.experiments import OFFLINE, ON_POLICY
 from lib.rankings import Runs
 from tests.test_audit import Handmade, rows
@@ -184,3 +185,19 @@ def test_a_stride_is_the_distance_of_the_first_row_after_the_start():
         "kl_ref": [0.0, 7.0, 12.0], "entropy": 5.0, "diverged": False,
     })  # fmt: skip
     assert rankings.scored(rows)["stride"].tolist() == [7.0]
+
+
+def test_what_the_audit_says_of_ten_nats_in_the_published_runs():
+    """How many on-policy methods are ahead of each offline one on R1, which the prose counts."""
+    chapters = {name: Chapter(name) for name in ("on_policy", "negative_gradient", "complementary")}
+    field = rankings.field(chapters, "R1")
+    signs, ahead = rankings.signs(field)["10 nats"], dict.fromkeys(OFFLINE, 0)
+    for (first, second), sign in signs.items():
+        if rankings.kind(first, second) == "on-policy with offline" and sign:
+            above, below = (first, second) if sign == 1 else (second, first)
+            assert above in ON_POLICY
+            ahead[below] += 1
+    assert ahead == {"best_of_n_offline": 6, "rwr_offline": 6, "best_of_n_negative": 4,
+                     "dpo_offline": 3, "ipo_offline": 1}  # fmt: skip
+    means = rankings.values(field)["10 nats"]
+    assert means[["reinforce", "ppo_sequence", "dpo"]].max() - means["best_of_n_negative"] < 0.05
