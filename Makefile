@@ -23,6 +23,8 @@ JOBS ?= 1
 BUILD := $(PY) book/build.py --jobs $(JOBS) $(if $(PROFILE),-p profile $(PROFILE)) $(if $(RECOMPUTE),-p recompute $(RECOMPUTE))
 
 .PHONY: help env book check test bench verify publish lock clean
+# `check` reads what `book` writes
+.NOTPARALLEL:
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -39,7 +41,7 @@ $(READY): pyproject.toml requirements.lock
 
 env: $(READY) ## set up .venv
 
-book: $(READY) ## run the chapters whose sources changed and build the page [PROFILE= RECOMPUTE=True JOBS=]
+book: $(READY) ## run the chapters whose sources changed and build the page [PROFILE= RECOMPUTE=True; JOBS= chapters at once, if nothing is computed]
 	@$(BUILD)
 
 check: $(READY) ## count the pages, figures and executed cells of the built page [PROFILE=]

@@ -65,7 +65,9 @@ def main() -> int:
                 save(args.output, args.quick, lines)
                 failed |= isinstance(result, Unmeasured) and result.failed
         except AssertionError as error:
-            print(f"{name}: FAILED: {error}", flush=True)
+            line = Unmeasured(name, str(error))
+            print(line, flush=True)
+            lines.append(asdict(line))
             failed = True
     save(args.output, args.quick, lines)
     return int(failed)

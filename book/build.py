@@ -376,7 +376,7 @@ def build_html(book: Book) -> bool:
     stamp.unlink(missing_ok=True)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     commit = config["parse"]["myst_substitutions"]["commit"]
-    footer = f"<p>Executed and built on {date} from commit {commit}.</p>"
+    footer = f"<p>Built on {date} from commit {commit}; when chapters were executed: Status.</p>"
     config = merged(config, {"html": {"extra_footer": footer}})
     sources["_config.yml"] = yaml.safe_dump(config, allow_unicode=True).encode()
     lay_out(book.out / "source", sources)
@@ -411,6 +411,8 @@ def sphinx(book: Book, freshly: bool) -> bool:
         keep_going=True,
         quiet=True,
     )
+    if isinstance(status, KeyboardInterrupt):  # which it returns
+        raise status
     if html.is_dir():
         (html / "index.html").write_text(
             REDIRECT_TEXT.format(first_page=f"{book.chapters[0]}.html")
@@ -506,11 +508,14 @@ def setup_cell(root: Path, chapter: str) -> str:
 
 
 def write_setup(book: Book) -> None:
-    """Bring the first code cell of every chapter up to date."""
+    """Bring the setup cell of every chapter up to date; a new chapter gets one."""
     for chapter in book.chapters:
         notebook = nbformat.read(book.notebook(chapter), as_version=4)
-        first = next(c for c in notebook.cells if c.cell_type == "code")
-        first.source = setup_cell(book.root, chapter)
+        at = next(i for i, c in enumerate(notebook.cells) if c.cell_type == "code")
+        if "remove-cell" not in notebook.cells[at].metadata.get("tags", []):
+            cell = nbformat.v4.new_code_cell(metadata={"tags": ["remove-cell"]})
+            notebook.cells.insert(at, cell)
+        notebook.cells[at].source = setup_cell(book.root, chapter)
         nbformat.write(notebook, book.notebook(chapter))
 
 
@@ -549,8 +554,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"failed chapters: {', '.join(Path(c).name for c in failed)} (the error is on the page)"
         )
     if not built:
-        say("page: built with the warnings above; they are errors")
-    say(f"page: {(book.out / 'html' / 'index.html').as_uri()}")
+        say("page: what is said above is an error, a warning as well")
+    if book.page(book.chapters[0]).is_file():
+        say(f"page: {(book.out / 'html' / 'index.html').as_uri()}")
     return 1 if failed or not built else 0
 
 

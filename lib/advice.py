@@ -120,16 +120,18 @@ def default(results: pd.DataFrame) -> str:
     sampled, given = (records[:PICKS] for records in left)
     named = [*sampled, *given]
     if not named:
-        return f"**One default?** {overview.NOT_YET.capitalize()}."
+        none = (f"No method with {MIN_SEEDS} seeds was run on more than half of the problems and "
+                "led on more than half of those")  # fmt: skip
+        return f"**One default?** {none if len(results) else overview.NOT_YET.capitalize()}."
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
     head = ("**If you want one default**, by the problems (described below) on which a method is "
-            "*level with the best*, which is not ahead of it by a margin that matters:")
+            "*level with the best*, which is not shown to be ahead of it by a margin that matters:")
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
-        told.append(f"- On {_and(unsolved)} no method ends above the untrained model: "
-                    f"{'they count' if len(unsolved) > 1 else 'it counts'} for none.")  # fmt: skip
+        told.append(f"- On {_and(unsolved)} no method ends above the untrained model: being level "
+                    "there counts for none.")  # fmt: skip
     legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
               "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
               "margin. \N{EN DASH}: not run.")  # fmt: skip
@@ -162,7 +164,7 @@ def seeds(results: pd.DataFrame) -> str:
             titles.setdefault(found[p].n, []).append(p.title)
     *some, most = sorted(titles, key=lambda n: len(titles[n])) or [None]
     if most is None:
-        return overview.NOT_YET
+        return f"fewer than {MIN_SEEDS}" if len(results) else overview.NOT_YET
     return ", ".join([*(f"{n} on {_and(titles[n])}" for n in some),
                       f"{most} on the others" if some else f"{most}"])  # fmt: skip
 
@@ -284,7 +286,6 @@ def old_samples(chapters: Chapters) -> str:
         return f"**If sampling is slow:** {overview.NOT_YET}."
     counted = {p: rare for p, rare in found.items() if _seeds(rare) >= MIN_SEEDS}
     split = bool(counted) and all(_split(p, rare) for p, rare in counted.items())
-    head = "take a loss with a negative gradient." if split else "mind the loss."
     serves = {p: _serves(chapters, p) for p in counted}
     groups: dict[tuple, list[str]] = {}
     for p, rare in counted.items():
@@ -310,8 +311,12 @@ def old_samples(chapters: Chapters) -> str:
          "loses least": _ends(p, rare, 0), "loses most": _ends(p, rare, 1)}
         for p, rare in counted.items()
     ]  # fmt: skip
-    return _answer(f"**If sampling is slow, {head}** {' '.join(order)}",
-                   _numbers(rows, {p: rare[min(rare)] for p, rare in found.items()}))  # fmt: skip
+    head = "**If sampling is slow:** no loss is told apart from another."
+    if groups:
+        head = "take a loss with a negative gradient." if split else "mind the loss."
+        head = f"**If sampling is slow, {head}**"
+    shortest = {p: min(rare.values(), key=len) for p, rare in found.items()}
+    return _answer(f"{head} {' '.join(order)}", _numbers(rows, shortest))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -420,7 +425,7 @@ def _turn(gaps: Gaps) -> str:
 
 
 def _leaning(gaps: Gaps) -> str:
-    """What to do where the problems that differ sort by their pairs, but others are undecided."""
+    """What to do where the problems that differ sort by their pairs, others not."""
     gains = [p for p, gap in gaps.items() if _beyond(p, gap)]
     losses = [p for p, gap in gaps.items() if _beyond(p, -gap)]
     sorts = {p.pairs for p in gains} == {"apart"} and {p.pairs for p in losses} == {"close"}
@@ -430,7 +435,7 @@ def _leaning(gaps: Gaps) -> str:
     which = "both kinds also hold" if len(unsure) > 1 else "one of these kinds also holds"
     return ("Where the two differ, the rule was: push down if both answers of a pair are your own "
             "model's, only pull up if the preferred ones lie where the reward is. But "
-            f"{which} an undecided problem.")  # fmt: skip
+            f"{which} a problem on which neither is ahead.")  # fmt: skip
 
 
 def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values]:
@@ -490,12 +495,14 @@ def _numbers(rows: Sequence[Mapping[str, Any]], gaps: Gaps, notes: str = "") -> 
 
 
 def _sorted(subject: str, gaps: Gaps) -> str:
-    """Where a gap lies beyond the margin, on either side, and where it does not."""
+    """Where a gap lies beyond the margin, on either side, where within it, and where neither."""
     ahead = [p for p, gap in gaps.items() if _beyond(p, gap)]
     behind = [p for p, gap in gaps.items() if _beyond(p, -gap)]
-    rest = [p for p in gaps if p not in (*ahead, *behind)]
+    alike = [p for p, gap in gaps.items() if _within(p, gap)]
+    rest = [p for p in gaps if p not in (*ahead, *behind, *alike)]
     parts = [f"{word} on {', '.join(p.title for p in found)}" for word, found in
-             (("ahead", ahead), ("behind", behind), ("undecided", rest)) if found]  # fmt: skip
+             (("ahead", ahead), ("behind", behind), ("alike", alike), ("undecided", rest))
+             if found]  # fmt: skip
     return f"{subject}: {'; '.join(parts)}." if parts else ""
 
 
@@ -505,6 +512,11 @@ def _counted(gaps: Gaps) -> dict[Problem, pd.Series]:
 
 def _seeds(found: Values) -> int:
     return min(map(len, found.values()))
+
+
+def _within(problem: Problem, gap: pd.Series) -> bool:
+    _, low, high = stats.interval(gap)
+    return -problem.margin < low and high < problem.margin
 
 
 def _beyond(problem: Problem, gap: pd.Series) -> bool:

@@ -39,9 +39,10 @@ METRICS = {
     "clip_fraction": "share of completions (of tokens, where ratios are per token) whose ratio is "
     "outside 1 - eps to 1 + eps",
     "value_loss": "the value head's part of the loss",
-    "pair_accuracy": "share of pairs that the implicit reward ranks as the labels do",
+    "pair_accuracy": "share of pairs that the implicit reward ranks as the labels do; "
+    "0 where all are tied",
     "pair_margin": "mean of h over the pairs, in nats",
-    "pairs": "number of untied pairs in the minibatch",
+    "pairs": "number of untied pairs in the minibatch; 1 where all are tied",
 }
 
 # Every column of a result table that evaluation fills.

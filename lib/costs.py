@@ -53,13 +53,14 @@ def table_3(lines: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> pd.
     in_paper, found = printed(), []
     for name, rows in lines.items():
         row, finals = in_paper.get(name), stats.per_run(rows, "final reward")
+        updates = int(rows["update"].max())
         found.append({
             "method": titles[name],
             "paper: reward": f"{row.value:.2f} ({row.spread_as_printed:.2f})" if row else "-",
             "ours, in its convention": f"{in_papers_convention(finals.mean()):.2f}",
             "ours": tables.interval_text(finals),
             "paper: hours": f"{row.hours:g}" if row else "-",
-            "ours: seconds of 100 updates": f"{_ends(rows, 'seconds').mean():.2f}",
+            f"ours: seconds of {updates} updates": f"{_ends(rows, 'seconds').mean():.2f}",
         })  # fmt: skip
     return pd.DataFrame(found)
 
@@ -152,7 +153,7 @@ def crossing(thrifty: pd.DataFrame, hungry: pd.DataFrame, target: float) -> floa
     """The price of a completion, in seconds, above which the method that draws fewer is cheaper.
 
     From median seconds and completions to `target`. 0: it is cheaper at every price; inf: it does
-    not get there. Raises: ValueError if it does not draw fewer.
+    not get there, or is slower and draws as many. Raises: ValueError if it draws more.
     """
     few, many = (reaching(rows, target) for rows in (thrifty, hungry))
     t_few, t_many = quantile(few["seconds"], 0.5), quantile(many["seconds"], 0.5)
@@ -161,7 +162,9 @@ def crossing(thrifty: pd.DataFrame, hungry: pd.DataFrame, target: float) -> floa
         return float("inf")
     if not np.isfinite(t_many):
         return 0.0
-    if n_few >= n_many:
+    if n_few == n_many:
+        return 0.0 if t_few <= t_many else float("inf")
+    if n_few > n_many:
         raise ValueError(f"the first must draw fewer completions, got {n_few} and {n_many}")
     return max(0.0, (t_few - t_many) / (n_many - n_few))
 

@@ -33,7 +33,7 @@ The rule, written before its first use:
    "against the paper": all that are decided are not.
 
 Beside the rule, and without a say in it, stands the reward of the untrained model: a method *harms*
-if a run of it ended below that by more than the margin.
+if a run of it ended below where it began by more than the margin.
 
 Chapter: index.
 """
@@ -336,25 +336,28 @@ def standing(results: pd.DataFrame, problem: Problem, choice: str) -> Standing |
     rows = results[(results["problem"] == problem.name) & results["choice"].isin(kinds)]
     if choice not in set(rows["choice"]):
         return None
-    rewards = rows.pivot(index="seed", columns="method", values="reward").astype(float).dropna()
+    rewards, before = (rows.pivot(index="seed", columns="method", values=column).astype(float)
+                       for column in ("reward", "start"))  # fmt: skip
+    rewards = rewards.dropna()
     if rewards.empty:
         return None
     costs = rows.groupby("method", observed=True)[["completions", "seconds", "memory"]].median()
     firsts = rewards.ge(rewards.max(axis=1) - problem.margin, axis=0)
     alone = firsts.mul(firsts.sum(axis=1) == 1, axis=0)
-    top, start = rewards.mean().idxmax(), float(rows["start"].mean())
+    top, worst_gain = rewards.mean().idxmax(), (rewards - before).min()
     entries = [
         Entry(name, int(firsts[name].sum()), int(alone[name].sum()),
               *stats.share(firsts[name].sum(), len(rewards))[1:], *stats.interval(rewards[name]),
               float(rewards[name].min()),
               not stats.interval(rewards[top] - rewards[name])[1] > problem.margin,
-              bool(rewards[name].min() < start - problem.margin),
+              bool(worst_gain[name] < -problem.margin),
               *costs.loc[name].astype(float))
         for name in rewards
     ]  # fmt: skip
     entries.sort(key=lambda e: (-e.first, -e.mean))
-    return Standing(problem, len(rewards), start, tuple(rows["chapter"].unique()),
-                    int(rows["serves"].max()), tuple(entries))  # fmt: skip
+    return Standing(problem, len(rewards), float(rows["start"].mean()),
+                    tuple(rows["chapter"].unique()), int(rows["serves"].max()),
+                    tuple(entries))  # fmt: skip
 
 
 def label(method: str) -> str:
@@ -396,6 +399,8 @@ def bears(rule: claims.Rule, choice: str, problems: Iterable[Problem]) -> bool:
         return False  # another problem than the leaf's, such as completions of one token
     if options & set(STALE):
         return choice == "rare"
+    if len({method for method, *_ in parts}) == 1:
+        return False  # one method on two problems: it orders none
     sampled = any(methods.get(method).on_policy for method, *_ in parts)
     return choice == ("fresh" if sampled else "fixed")
 

@@ -22,10 +22,10 @@ a share of the peak; a decoding step also reads weights and cache, and starts ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -34,9 +34,13 @@ from torch import Tensor
 from lib import stats
 from lib.lm.config import MINIBATCH, length_run
 from lib.lm.engine import LengthEngine
+from lib.lm.models import load_reward_model
 from lib.lm.network import LOGIT_BUDGET, Network, matrices
 from lib.lm.policy import TOKEN_BUDGET
 from lib.untracked import Untracked
+
+if TYPE_CHECKING:
+    from lib.lengths import Prepared
 
 GIB = 2**30
 COMPUTE = 0.4  # share of the peak that matrix products reach
@@ -44,6 +48,7 @@ BANDWIDTH = 0.6  # share of the memory's speed that a decoding step reaches
 LAUNCH = 5e-4  # seconds to start a layer's operations one by one (one response, a CPU core)
 GRAPH = 5e-5  # the same as part of a CUDA graph: some 15 kernels of 3 microseconds
 LORA_RANK = 16
+GATES = ("gate_proj.weight", "gate_up_proj.weight")  # of an MLP as LLaMA's; the latter is Phi-3's
 RESERVED = 2.0  # GiB for driver, kernels and fragments
 
 
@@ -73,12 +78,12 @@ class Shape:
         """The shape of a loaded transformers model."""
         config = model.config.get_text_config()
         keys = keys_and_values(config) // (2 * config.num_hidden_layers)
-        gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
-        head = model.get_output_embeddings()
+        gated = any(name.endswith(GATES) for name, _ in model.named_parameters())
+        head = model.get_output_embeddings()  # a reward model has none
         shapes = [m.weight.shape for m in matrices(model) if m is not head]
         # GPT-2's configuration and its kin's do not say it: then the widest matrix does
         inner = getattr(config, "intermediate_size", None) or max(map(max, shapes))
-        tied = head.weight is model.get_input_embeddings().weight
+        tied = head is not None and head.weight is model.get_input_embeddings().weight
         return cls(name, model.num_parameters(), config.hidden_size, config.num_hidden_layers,
                    inner, keys, config.vocab_size, sum(map(sum, shapes)), gated, tied)  # fmt: skip
 
@@ -316,15 +321,38 @@ def written(table: pd.DataFrame) -> pd.DataFrame:
 # --- an estimate beside a measurement -------------------------------------------------------------
 
 
-def this_core(size: int = 1024, times: int = 4) -> Machine:
-    """This machine with the peak that float32 matrix products reach now, on torch's threads."""
-    a = torch.rand(size, size)
-    a @ a  # the first one also starts the threads
+def of_folder(prepared: Prepared) -> Preset:
+    """The sizes of a prepared folder: its policy's and those of the first of its reward models."""
+    first = min(prepared.folder.glob("reward-*"))
+    reward = Shape.of(f"reward model of {prepared.name}", load_reward_model(first)[0])
+    policy = Shape.of(prepared.name, prepared.policy.network.model)
+    return Preset(policy, reward, 64, prepared.cap)
+
+
+def this_machine(device: str = "cpu") -> Machine:
+    """This machine with the peak that float32 matrix products reach now, on torch's threads or on
+    its GPU, whose memory is timed as well, by a copy."""
+    cuda = device != "cpu"
+    a = torch.rand(2 * (8192 if cuda else 1024,), device=device)
+    peak = 2 * len(a) ** 3 / _timed(lambda: a @ a, cuda)
+    if not cuda:
+        return Machine("this CPU", float("inf"), peak, 2e10, "float32", LAUNCH)
+    large = torch.empty(GIB, dtype=torch.uint8, device=device)
+    bandwidth = 2 * GIB / _timed(large.clone, cuda)
+    return Machine("this GPU", float("inf"), peak, bandwidth, "float32", GRAPH)
+
+
+def _timed(work: Callable[[], Any], cuda: bool, times: int = 4) -> float:
+    """Seconds of `work`, the mean of some calls after a first one, which also starts threads."""
+    work()
+    if cuda:
+        torch.cuda.synchronize()
     start = perf_counter()
     for _ in range(times):
-        a @ a
-    peak = 2 * size**3 * times / (perf_counter() - start)
-    return Machine("this CPU", float("inf"), peak, 2e10, "float32", LAUNCH)
+        work()
+    if cuda:
+        torch.cuda.synchronize()
+    return (perf_counter() - start) / times
 
 
 def measured(prepared: str, device: str = "cpu", updates: int = 2, **options: Any):

@@ -203,14 +203,12 @@ def numbers(chapter: Chapter) -> None:
     ratio = chapter.rate(fast) / chapter.rate(slow) if chapter.has(fast, slow) else float("nan")
     glue("fs_rates", tables.number_text(ratio, digits=1), display=False)
     glue("fs_accuracy", f"{proxy_accuracy('similar'):.0%}", display=False)
-    has = "dpo_offline" in chapter.names()
-    found = cells(chapter, "dpo_offline", "final chosen log-ratio") if has else {}
+    found = cells(chapter, "dpo_offline", "final chosen log-ratio")
     falls = sum(values.mean() < 0 for values in found.values())
     glue("fs_falls", f"{falls} of {len(found)}", display=False)
-    shown = {f"{scope}_{factor}": "(not run)" for scope in ("effect", "similar")
+    shown = {f"{scope}_{factor}": NOT_RUN for scope in ("effect", "similar")
              for factor in FACTORS}  # fmt: skip
-    if len(found) == 8:
-        table = effects(found).set_index("label")
+    if len(table := effects(found).set_index("label")):
         shown = {f"effect_{factor}": "{effect:+.1f} ({low:+.1f} to {high:+.1f})".format(
             **table.loc[label]) for factor, label in FACTORS.items()}  # fmt: skip
         shown |= {f"similar_{factor}": tables.interval_text(by_seed, signed=True, digits=1)
@@ -244,11 +242,14 @@ def _pilot_gain(chapter: Chapter) -> str:
 
 
 def cells(chapter: Chapter, method: str, statistic: str) -> dict[tuple[int, ...], pd.Series]:
-    """The factorial's results: levels (policy, pairs, kind), each 0 or 1 -> a statistic by seed."""
+    """The factorial's results: levels (policy, pairs, kind), each 0 or 1 -> a statistic by seed.
+
+    Those that the profile has: where all policies are of one size, level 0 stands for it alone.
+    """
     profile: FullScaleProfile = chapter.profile
     sizes, data = (profile.policies[0], profile.policies[-1]), (profile.few, profile.many)
     found = {}
-    for i, j, k in product((0, 1), repeat=3):
+    for i, j, k in product(range(len({*sizes})), (0, 1), (0, 1)):
         name = f"{method}@{KINDS[k]}[policy={sizes[i]},subset={data[j]}]"
         if chapter.has(name):
             found[i, j, k] = stats.per_run(chapter.reported(name), statistic)
@@ -261,13 +262,11 @@ def effects(found: Mapping[tuple[int, ...], pd.Series]) -> pd.DataFrame:
     The effect of a factor is the mean over the four cells with it less that over the four without,
     within each seed; that of a combination is half the difference between a factor's effect with
     and without the others, and so on (the usual contrasts of a 2 x 2 x 2 design).
-    Args: found: all eight cells, as `cells` gives them. Returns: label, effect, low, high, n.
-    Raises: ValueError if a cell is missing.
+    Args: found: as `cells` gives them.
+    Returns: label, effect, low, high, n; no rows unless all eight cells are there.
     """
-    if len(found) != 8:
-        raise ValueError(f"a 2 x 2 x 2 design has 8 cells, got {sorted(found)}")
     names, rows = list(FACTORS.values()), []
-    for size in (1, 2, 3):
+    for size in (1, 2, 3) if len(found) == 8 else ():
         for chosen in combinations(range(3), size):
             total = sum(np.prod([2 * levels[i] - 1 for i in chosen]) * by_seed
                         for levels, by_seed in found.items())  # fmt: skip

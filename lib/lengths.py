@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lib import stats
 from lib.lm.batches import padded, unpadded
-from lib.lm.config import PRESETS, TINY, prepared_folder
+from lib.lm.config import PRESETS, TINY, prepared_folder, weight_bytes
 from lib.lm.length import TASKS, gold
 from lib.lm.models import load_policy, load_tokenizer
 from lib.lm.network import Network
@@ -68,7 +68,7 @@ class Prepared:
     @property
     def device(self) -> str:
         """Where models run: a small one gains nothing from a GPU, and the CPU is always there."""
-        large = sum(f.stat().st_size for f in (self.folder / "policy").glob("*.safetensors")) > 2e8
+        large = weight_bytes(self.folder / "policy") > 2e8
         return "cuda" if large and torch.cuda.is_available() else "cpu"
 
     @cached_property
@@ -264,7 +264,7 @@ def geometry(prepared: Prepared) -> pd.DataFrame:
     """
     rows = []
     for task in TASKS:
-        rewards = np.sort(prepared.gold(task, prepared.lengths))
+        rewards = prepared.gold(task, prepared.lengths)
         hits = np.abs(prepared.lengths - prepared.peak(task)) <= NEAR
         near, low, high = stats.share(hits.sum(), len(hits))
         rows.append({

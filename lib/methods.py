@@ -208,6 +208,9 @@ def _best_of_n_negative(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Ten
 def _rwr(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
     weight = batch.labels["weight"]
     flat = weight.flatten(batch.lead)
+    # times a power of 2, which changes no digit: of a minibatch's tiny weights the squares are 0
+    exponent = torch.frexp(flat.amax(-1, keepdim=True)).exponent.clamp(min=-126)
+    flat = torch.ldexp(flat, -exponent)
     ess = flat.sum(-1) ** 2 / (flat**2).sum(-1)
     return losses.rwr(sequence_logp(logp, batch.mask), weight), {"effective_samples": ess}
 

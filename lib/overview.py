@@ -10,14 +10,14 @@ from typing import Any
 
 import pandas as pd
 
-from lib import cards, claims, experiments, methods, runs, stats
+from lib import cards, claims, experiments, runs, stats
 from lib.cards import short
 from lib.chapter import Chapter, badge
 from lib.decisions import NOT_YET
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
 from lib.experiments.bandit import CHAPTERS as BANDIT
 from lib.runs.provenance import environment
-from lib.tables import NEAR, interval_text
+from lib.tables import NEAR, interval_text, reaching
 from lib.theory import checks
 
 Chapters = Mapping[str, Chapter]
@@ -63,10 +63,9 @@ def values(chapters: Chapters, names: Sequence[str], reward: str, statistic: str
     """A statistic by seed for each of `names` that has reported results on `reward`."""
     found = {}
     for name in names:
-        home = "on_policy" if methods.get(name).on_policy else "negative_gradient"
-        setting = f"{name}@{reward}"
-        if home in chapters and chapters[home].has(setting):
-            found[name] = stats.per_run(chapters[home].reported(setting), statistic)
+        chapter = home(chapters, setting := f"{name}@{reward}")
+        if chapter is not None:
+            found[name] = stats.per_run(chapter.reported(setting), statistic)
     return found
 
 
@@ -112,11 +111,8 @@ def _clock(chapters: Chapters, reward: str) -> str:
         return NOT_YET
     found = {}
     for setting in (s for s in chapter.settings() if s.options and s.reward_function == reward):
-        curves = chapter.reported(setting.name).groupby("seed", observed=True)
-        found[setting.method] = pd.Series({
-            seed: stats.reaching(curve, curve["target"].iloc[0], "seconds")
-            for seed, curve in curves
-        })  # fmt: skip
+        rows = chapter.reported(setting.name)
+        found[setting.method] = reaching(rows, rows["target"].iloc[0])["seconds"]
     finite = {name: times for name, times in found.items() if times.max() < float("inf")}
     if not found:
         return "not timed"
@@ -147,7 +143,8 @@ def unjudged(chapters: Chapters) -> str:
     """Which of the paper's claims the results shown say nothing about, or at what scale they do."""
     if "full_scale" in chapters:
         return ("Claims about AlpacaFarm and UltraFeedback are judged on pairs of the same two "
-                "kinds, at the scale that [full scale](full_scale.ipynb) states.")  # fmt: skip
+                "kinds, at the scale that [full scale](full_scale.ipynb) states. That more "
+                "on-policy runs are sometimes unstable on Mode Length is not judged.")  # fmt: skip
     return ("Claims about AlpacaFarm and UltraFeedback are not judged in this version; they need "
             "larger language models.")  # fmt: skip
 
@@ -277,17 +274,17 @@ def _published_row(result: runs.Published) -> tuple[Any, ...]:
 
 def environments_table() -> str:
     """The machines and versions that computed what is published."""
-    rows: dict[tuple, int] = {}
+    rows: dict[tuple, set[str]] = {}  # chapters share runs
     for result in all_published():
         for entry in result.meta["environments"]:
             versions = ", ".join(f"{k} {v}" for k, v in entry["versions"].items())
             device = entry["device_name"] or entry["cpu"]
             key = (device, entry["capability"], entry["threads"], entry["dtype"], versions)
-            rows[key] = rows.get(key, 0) + len(entry["runs"])
+            rows.setdefault(key, set()).update(entry["runs"])
     if not rows:
         return "Nothing is published yet."
     columns = ["device", "CPU capability", "threads", "dtype", "versions", "runs"]
-    return cards.markdown(pd.DataFrame([(*k, f"{n:,}") for k, n in rows.items()],
+    return cards.markdown(pd.DataFrame([(*k, f"{len(found):,}") for k, found in rows.items()],
                                        columns=columns), "llrllr")  # fmt: skip
 
 

@@ -78,9 +78,10 @@ def field(chapters: Chapters, reward: str) -> dict[str, Runs]:
 
 
 def _best_of_sweep(runs: Runs, column: str) -> pd.Series:
-    """A column by seed at the rate that has most of it, on the seeds that choose that rate."""
-    means = runs.swept.groupby("learning_rate")[column].mean()
-    return _at(runs, means.idxmax())[column]
+    """A column by seed at the rate that has most of it, on the seeds that choose that rate; named
+    by the rate."""
+    rate = runs.swept.groupby("learning_rate")[column].mean().idxmax()
+    return _at(runs, rate)[column].rename(rate)
 
 
 def _at(runs: Runs, rate: float) -> pd.DataFrame:
@@ -151,7 +152,8 @@ def _short_way(runs: Field, reward: str) -> str:
     order = sorted(by_seed, key=lambda name: -by_seed[name].mean())
     top, rest = by_seed[order[0]], [by_seed[name] for name in order[1:]]
     head = "**Must the model stay close to where it started?**"
-    found = f"{interval_text(top)} on bandit {reward}"
+    found = (f"{interval_text(top)} on bandit {reward} (at a learning rate of {top.name:g}, the "
+             f"best of its sweep for this, on the {len(top)} seeds that chose it)")  # fmt: skip
     if not rest or any(_sign(top - other) < 1 for other in rest):
         return (f"{head} Within 10 nats no method is ahead of all others; the best mean is "
                 f"{found} ([audit](audit.ipynb)).")  # fmt: skip

@@ -39,10 +39,12 @@ def peak(curve: Curve, column: str) -> float:
 
 
 def area(curve: Curve, column: str = "reward", over: str = "update", limit=None) -> float:
-    """The mean height of the curve (trapezoid area / span) up to `limit`: how fast it learned."""
+    """The mean height of the curve (trapezoid area / span) up to `limit`, which lies on a straight
+    line where it is between two rows: how fast it learned."""
     x, y = _array(curve, over), _array(curve, column)
-    if limit is not None:
-        x, y = x[x <= limit], y[x <= limit]
+    if limit is not None and limit < x[-1]:
+        kept, end = x <= limit, np.interp(limit, x, y)
+        x, y = np.append(x[kept], limit), np.append(y[kept], end)
     return float(trapezoid(y, x) / (x[-1] - x[0]))
 
 

@@ -85,7 +85,8 @@ def test_where_a_default_is_behind_and_what_nobody_solved_is_told():
     # RWR led on half, which is not most
     assert ("- *If your data are fixed:* DPO (2 of 2), which needs pairs, comes with a warning: a "
             "run of it ended below the untrained model on Min Length.") in first  # fmt: skip
-    assert "On Min Length no method ends above the untrained model: it counts for none." in first
+    assert ("On Min Length no method ends above the untrained model: being level there counts for "
+            "none.") in first  # fmt: skip
     assert "Of the on-policy methods 0, of the offline ones 1 were run" in first
     offline.rows["rwr_offline@min"] = rows(ends(0.5))
     first, *_ = told({"negative_gradient": offline, "negative_gradient_length": offline})
@@ -116,7 +117,7 @@ def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
     text = advice.short_answers({**chapters(near=(0.9, 0.9)), **skewed})
     assert "the rule was" not in text  # nothing of the two kinds of pairs is undecided
     assert ("against the best without: ahead on bandit R1; behind on Skew Length; "
-            "undecided on bandit R2.") in text  # fmt: skip
+            "alike on bandit R2.") in text  # fmt: skip
     assert "DPO is slowed least and RWR most on bandit R1" in text
     sentences = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
     assert text.count("<details>") == text.count("</details>") == 4
@@ -146,6 +147,10 @@ def test_fewer_seeds_than_count_support_nothing():
     for strong in ("if you can", "take a loss", "ask where"):
         assert strong not in text
     assert f"Too few seeds to say: bandit R1 ({MIN_SEEDS - 1}), bandit R2" in text
+    assert f"**One default?** No method with {MIN_SEEDS} seeds was run" in text
+    assert "**If sampling is slow:** no loss is told apart from another." in text
+    assert advice.seeds(advice.decisions.collect(found)) == f"fewer than {MIN_SEEDS}"
+    assert advice.seeds(advice.decisions.collect({})) == "not computed yet"
 
 
 def test_the_language_model_is_told_in_tokens():
@@ -189,7 +194,7 @@ def test_what_the_problems_that_differ_have_in_common_is_told_with_those_that_do
     *_, third = told({**chapters(), "complementary_length": both})
     assert third.startswith("- **If the data are fixed:**")
     assert "the rule was: push down if both answers of a pair are your own model's" in third
-    assert "But one of these kinds also holds an undecided problem." in third
+    assert "But one of these kinds also holds a problem on which neither is ahead." in third
 
 
 def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():

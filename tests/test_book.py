@@ -276,6 +276,19 @@ def test_the_setup_cell_carries_the_address(mini):
     assert 'url = "https://github.com/owner/book" or' in notebook.cells[1].source
 
 
+def test_a_chapter_without_a_setup_cell_gets_one_and_keeps_its_own(mini):
+    path = mini / "book" / "index.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    setup = notebook.cells.pop(1)
+    nbformat.write(notebook, path)
+    assert run_build(mini, "--write-setup").status == 0
+    made = nbformat.read(path, as_version=4)
+    assert made.cells[1].source == setup.source
+    assert made.cells[1].metadata["tags"] == ["remove-cell"]
+    assert [c.source for c in made.cells[2:]] == [c.source for c in notebook.cells[1:]]
+    assert made.cells[2].metadata == notebook.cells[1].metadata
+
+
 # No network
 
 

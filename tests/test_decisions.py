@@ -180,9 +180,9 @@ def test_every_leaf_without_results_says_so():
 
 def test_each_row_is_used_at_its_own_place_only():
     table = pd.concat([CLEAR, results({"dpo_offline": [0.5] * 6, "rwr_offline": [0.9] * 6}, "R2")])
-    at = {(leaf.choice, leaf.place): leaf for leaf in decisions.leaves(
-        table, verdicts("reproduced") + verdicts("not reproduced", contrast="rwr_offline@R2"), ALL)
-    }  # fmt: skip
+    against = verdicts("not reproduced", contrast="rwr_offline@R2 - dpo_offline@R2")
+    at = {(leaf.choice, leaf.place): leaf
+          for leaf in decisions.leaves(table, verdicts("reproduced") + against, ALL)}  # fmt: skip
     assert at["fixed", APART].outcome == "as the paper says"
     assert at["fixed", NEAR].outcome == "against the paper"
     assert at["fixed", NEAR].recommended == ("RWR (offline)",)
@@ -204,6 +204,7 @@ def test_each_row_is_used_at_its_own_place_only():
      "final reward", "rare"),
     ("rwr@R1 - rwr@R1[inner_steps=10]", "mean reward over samples", "rare"),
     ("ipo_offline@R2 - rwr_offline@R2", "final reward", None),  # another problem
+    ("best_of_n_offline@R2 - best_of_n_offline@R1", "final reward", None),  # one method
 ])  # fmt: skip
 def test_what_a_comparison_bears_on(contrast, statistic, choice):
     found = [c for c in decisions.SAMPLING if decisions.bears(rule(contrast, statistic), c, [FAR])]

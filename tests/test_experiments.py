@@ -24,6 +24,13 @@ def assumed(chapter, profile):
     return {run for stage in planned for run in stage(None)}
 
 
+def test_a_run_is_read_where_a_column_is_largest_and_not_at_its_end():
+    rows = pd.DataFrame({"run": ["a", "a", "a", "b", "b"], "update": [0, 1, 2, 0, 1],
+                         "proxy": [0.0, 2.0, 1.0, 3.0, float("nan")]})  # fmt: skip
+    assert experiments.at_best(rows, "proxy")["update"].tolist() == [1, 0]
+    assert experiments.final(rows)["update"].tolist() == [2, 1]
+
+
 @pytest.mark.parametrize("chapter", experiments.CHAPTERS)
 def test_every_rule_finds_its_settings_in_the_full_grid(chapter):
     profile = experiments.CHAPTERS[chapter].profiles["full"]
@@ -207,7 +214,7 @@ def test_larger_full_scale_profiles_read_folders_that_are_made_where_they_run(na
 def test_a_folder_of_ones_own_runs_what_it_has(tmp_path):
     """One kind of pairs, one policy and no judge: no run of what is missing, and no gold reward."""
     (tmp_path / "policy-128").mkdir()
-    (tmp_path / "similar.parquet").touch()
+    pd.DataFrame({"split": ["train"] * 1000}).to_parquet(tmp_path / "similar.parquet")
     shipped = experiments.CHAPTERS["full_scale"].profiles["full"]
     own = replace(shipped, options=(*shipped.options, ("prepared", str(tmp_path))))
     grid = experiments.settings("full_scale", own)
@@ -251,6 +258,24 @@ def test_a_folder_without_what_the_chapter_runs_on_is_named(tmp_path):
     own = replace(shipped, options=(*shipped.options, ("prepared", str(tmp_path))))
     with pytest.raises(ValueError, match=f"'{tmp_path}' has nothing .*lib.lm.prepare_full"):
         experiments.check_runs("full_scale", own, None, (), {"prepared": str(tmp_path)})
+
+
+def test_what_compares_more_pairs_than_a_file_has_is_left_out(tmp_path):
+    """A file of one's own: 120 pairs to train on, where `cpu` compares 100 with 800."""
+    shipped = experiments.CHAPTERS["full_scale"].profiles["cpu"]
+    own = replace(shipped, options=(*shipped.options, ("prepared", str(tmp_path))))
+    (tmp_path / f"policy-{own.policies[1]}").mkdir()
+    (tmp_path / f"policy-{own.policies[0]}").mkdir()
+
+    def subsets(train):
+        split = ["train"] * train + ["validation"] * 20
+        pd.DataFrame({"split": split}).to_parquet(tmp_path / "similar.parquet")
+        found = [dict(s.options) for s in experiments.settings("full_scale", own)]
+        assert found.count({}) == 5  # the pilots: two offline methods, three on-policy ones
+        return {options["subset"] for options in found if "subset" in options}
+
+    assert (own.few, own.many) == (100, 800)
+    assert [subsets(train) for train in (99, 100, 800)] == [set(), {100}, {100, 800}]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
 
 from lib import footprint
 from lib.bandit.network import GPT_NANO
 from lib.bandit.reference import load
 from lib.footprint import GIB, MACHINES, PRESETS, Machine, Preset, Shape
+from lib.lengths import Prepared
 from lib.lm import lora
 from lib.lm.config import DTYPES, TINY, length_run
 from lib.lm.engine import LengthEngine
@@ -52,6 +53,21 @@ def test_sizes_are_those_of_the_configurations():
     assert Shape.of("GPT-2", on_paper(GPT2Config())) == Shape(
         "GPT-2", 124_439_808, 768, 12, 3072, 768, 50_257, sides, tied=True
     )
+
+
+def test_a_gate_that_lies_in_one_matrix_with_what_it_gates_is_seen():
+    config = Phi3Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    assert Shape.of("Phi-3", on_paper(config)).gated
+    assert not Shape.of("GPT-2", on_paper(GPT2Config(n_layer=1))).gated
+
+
+def test_the_sizes_of_a_folder_are_those_of_its_own_models():
+    found = footprint.of_folder(Prepared())
+    for shape, known in ((found.policy, footprint.TINY), (found.reward, footprint.TINY_REWARD)):
+        for name in ("parameters", "width", "layers", "inner", "vocabulary"):
+            assert getattr(shape, name) == getattr(known, name), name
+    assert found.response == PRESETS["tiny"].response
 
 
 def test_a_layers_activations_by_hand():
@@ -291,6 +307,6 @@ def test_a_run_is_measured_beside_its_estimate(tmp_path):
     took, tokens = footprint.measured(str(folder), updates=2, max_tokens=12)
     assert set(took) == {"sampling", "scoring", "training"} and min(took.values()) > 0
     assert 0 <= tokens <= 12
-    table = footprint.beside(PRESETS["tiny"], footprint.this_core(size=64), took)
+    table = footprint.beside(PRESETS["tiny"], footprint.this_machine(), took)
     assert table["phase"].tolist() == [*took, "together"]
     assert table["measured, s"].iloc[-1] == pytest.approx(sum(took.values()))

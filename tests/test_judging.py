@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib import judging, stats
+from lib import experiments, judging, stats
 
 SEEDS = range(5, 10)
 
@@ -45,11 +46,20 @@ def test_the_interval_is_that_of_the_seeds():
                                                      abs=1e-2)  # fmt: skip
 
 
-def test_a_missing_cell_is_named():
+def test_without_all_eight_cells_there_are_no_effects():
     cells = made(lambda *_: 0)
+    assert len(judging.effects(cells)) == 7
     del cells[0, 1, 0]
-    with pytest.raises(ValueError, match="8 cells, got"):
-        judging.effects(cells)
+    assert judging.effects(cells).empty
+
+
+def test_policies_of_one_size_are_one_level_and_not_two_equal_ones():
+    profile = experiments.profile_named("full_scale", "paper")
+    assert len({*profile.policies}) == 1
+    asked = SimpleNamespace(profile=profile, has=lambda name: True,
+                            reported=lambda name: curve())  # fmt: skip
+    found = judging.cells(asked, "dpo_offline", "final reward")
+    assert set(found) == {(0, j, k) for j in (0, 1) for k in (0, 1)}
 
 
 def test_the_judge_puts_its_own_answer_first_and_repetition_far_below():

@@ -82,6 +82,19 @@ def test_break_even_is_where_the_books_own_loss_changes_sign():
     assert optima.break_even(1.0, 10) == 5
 
 
+@pytest.mark.parametrize("reward", REWARDS)
+def test_rwrs_optimum_is_the_product_of_its_tokens(reward):
+    """Its weight exp(r / deviation / temperature) is a product over tokens, and so is the policy:
+    q(a) proportional to pi_ref(a) exp(R(a) / (9 deviation temperature)), here without any grid."""
+    policy, table = histogram(), reward_table(reward).double().numpy()
+    variance = (policy @ table**2 - (policy @ table) ** 2) / 9  # of a mean of 9 tokens
+    tilted = policy * np.exp(table / (9 * np.sqrt(variance) * 0.1))
+    tilted /= tilted.sum()
+    row = optima.optima(9).set_index(["method", "reward_function"]).loc["rwr_offline", reward]
+    assert row["reward"] == pytest.approx(tilted @ table, abs=1e-3)
+    assert row["kl"] == pytest.approx(9 * tilted @ np.log(tilted / policy), abs=0.02)
+
+
 def test_optima_table_is_ordered_and_finite():
     table = optima.optima(9)
     assert len(table) == 6 and np.isfinite(table[["reward", "kl"]]).all(axis=None)

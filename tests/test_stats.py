@@ -21,6 +21,16 @@ def table(seeds=(7,), **changed):
     return pd.concat(parts, ignore_index=True)
 
 
+def test_a_limit_between_two_rows_is_read_off_the_line_between_them():
+    """A row every 4 updates: 512 samples, then 1,024; 0.3, 0.5 and 0.9 there."""
+    rows = pd.DataFrame({"update": [0, 4, 8], "samples": [0, 512, 1024], "reward": [0.3, 0.5, 0.9],
+                         "run": "a", "seed": 7})  # fmt: skip
+    found = stats.per_run(rows, "mean reward over the first 768 samples")[7]
+    assert found == pytest.approx((512 * 0.4 + 256 * 0.6) / 768)
+    found = stats.per_run(rows, "mean reward over the first 384 samples")[7]
+    assert found == pytest.approx((0.3 + 0.45) / 2)
+
+
 @pytest.mark.parametrize(("statistic", "value"), [
     ("final reward", 1.0),
     ("mean reward over updates", (0.4 + 0.7 + 0.75 + 0.9 + 0.95) / 5),

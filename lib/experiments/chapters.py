@@ -80,8 +80,10 @@ def check_runs(
     if not settings(chapter, profile):
         maker = "prepare_full" if chapter in full_scale.CHAPTERS else "prepare"
         folder = dict(profile.options).get("prepared", "tiny")
+        policies = getattr(profile, "policies", ())
+        named = f" and policies named {', '.join(dict.fromkeys(policies))}" if policies else ""
         raise ValueError(f"the prepared folder {folder!r} has nothing that {chapter} runs on: make "
-                         f"one with lib.lm.{maker}")  # fmt: skip
+                         f"one with lib.lm.{maker}{named}")  # fmt: skip
     try:
         built = [s.run(profile, profile.rates[0], max(seeds, default=0))
                  for s in settings(chapter, profile, only)]  # fmt: skip

@@ -7,9 +7,12 @@ not reported, for the base policy and all pairs. Everything else keeps that rate
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from lib.experiments.length import (
     PAPER_RATES,
@@ -78,6 +81,21 @@ class FullScaleProfile(PilotProfile):
         """Whether the runs' folder has a file; one that is not prepared yet will have it."""
         return self.folder is None or not self.folder.is_dir() or (self.folder / file).exists()
 
+    def can_run(self, setting: Setting) -> bool:
+        """Whether the folder has the setting's pairs, as many as it compares, and its policy."""
+        options, pairs = dict(setting.options), f"{setting.reward_function}.parquet"
+        if not (self.has(pairs) and self.has(f"policy-{options.get('policy', self.policies[1])}")):
+            return False
+        if self.folder is None or not (file := self.folder / pairs).is_file():
+            return True
+        return options.get("subset", 0) <= _training_pairs(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _training_pairs(file: Path, changed: int) -> int:
+    """How many pairs a file has to train on, at its last change."""
+    return int((pd.read_parquet(file, columns=["split"])["split"] == "train").sum())
+
 
 FULL = FullScaleProfile(
     **{**SHARED["full"], "rates": (1e-3, 3e-4)}, updates=48, options=(("evaluations", 4),)
@@ -126,16 +144,14 @@ PROFILES: dict[str, FullScaleProfile] = {
 def settings(p: FullScaleProfile) -> list[Setting]:
     """Pilots; judged runs, on-policy ones by B; size of the policy by data by kind of pair.
 
-    Without what the runs' folder does not have.
+    Without those that the runs' folder does not have the pairs or the policy for.
     """
     base = [Setting(name, kind, seeds="none") for kind in KINDS for name in OFFLINE]
     base += [Setting(name, KINDS[0], seeds="none") for name in ON_POLICY]
     judged = [_kept(s, judged=True) for s in base]
     judged += [_kept(Setting(name, KINDS[0]), judged=True, sets=k)
                for name in BATCHED for k in p.sets]  # fmt: skip
-    return [s for s in base + judged + factorial(p)
-            if p.has(f"{s.reward_function}.parquet")
-            and p.has(f"policy-{dict(s.options).get('policy', p.policies[1])}")]  # fmt: skip
+    return [s for s in base + judged + factorial(p) if p.can_run(s)]
 
 
 def factorial(p: FullScaleProfile) -> list[Setting]:

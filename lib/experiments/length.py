@@ -112,7 +112,7 @@ PROFILES: dict[str, LengthProfile] = {
         options=(("evaluations", 6),),
     ),
     "full": FULL,
-    # SmolLM2-135M-Instruct on one GPU; then the paper's policy, reward model and grid.
+    # SmolLM2-135M-Instruct on one GPU; then the paper's policy, reward model and rates.
     "gpu": replace(
         FULL,
         rates=GPU_RATES,

@@ -131,6 +131,12 @@ def final(results: pd.DataFrame) -> pd.DataFrame:
     return results.loc[results.groupby("run", sort=False, observed=True)["update"].idxmax()]
 
 
+def at_best(results: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The row of every run at which a column is largest, as of one who stops there."""
+    known = results.dropna(subset=[column])
+    return known.loc[known.groupby("run", sort=False, observed=True)[column].idxmax()]
+
+
 def matching(results: pd.DataFrame, setting: Setting, profile: Profile) -> pd.DataFrame:
     """The rows of a setting, at every learning rate and seed."""
     runs = results.drop_duplicates("run")  # a thirtieth of the rows: compared field by field

@@ -26,7 +26,7 @@ def phases(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             axis.barh(table["method"].map(style.short), table[phase], left=left, label=phase,
                       color=SHADES[phase], hatch=HATCHES[phase], edgecolor="white")  # fmt: skip
             left += table[phase].to_numpy()
-        axis.set(xlabel="seconds of 100 updates, one run alone")
+        axis.set(xlabel="seconds of a whole run, alone")
         axis.grid(False, axis="y")
         style.legend_below(figure, [axis])
     return figure, table
@@ -47,12 +47,13 @@ def prices(
             cheapest = table.groupby("price")["cost"].transform("min")
             table = table.assign(panel=title, relative=table["cost"] / cheapest)
             absent = [label for label in looks if not _price_line(axis, table, label, looks[label])]
-            axis.set(xscale="log", ylim=(0.8, 6.2))
+            axis.set(xscale="log")
             style.label(axis, "seconds per judgement", "cost, times the cheapest", title)
             if absent:
                 words = "\n".join(["not reached:", *map(style.short, absent)])
                 axis.text(0.03, 0.97, words, va="top", transform=axis.transAxes)
             drawn.append(table)
+        axes[0, 0].set_ylim(bottom=0.8)  # now that the largest is known: all panels share it
         style.outer_labels(axes)
         style.legend_below(figure, axes.flat, looks)
     return figure, pd.concat(drawn)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.figures.style import legend_below, panels
+from lib.figures.style import WIDTH, legend_below, panels
 from lib.theory import early, regions
 
 # Objectives are no methods: no colour is one of theirs.
@@ -27,19 +27,20 @@ def _line(objective: str, **more) -> dict:
 
 def steps(table: pd.DataFrame, shown: Sequence[int] = (0, 2, 6, 20)) -> Figure:
     """p (bars) and its target q (outlines), by objective and step: of `scenes.step_by_step`."""
-    with panels(len(shown), 2, sharex=True, sharey=True) as (figure, axes):
-        figure.set_size_inches(6.2, 3.9)
-        for row, (objective, part) in zip(axes, table.groupby("objective", sort=False),
-                                          strict=True):  # fmt: skip
-            for panel, step in zip(row, shown, strict=True):
+    with panels(2, len(shown), sharex=True, sharey=True) as (figure, axes):
+        figure.set_size_inches(WIDTH, 1.5 * len(shown))
+        for column, (objective, part) in zip(axes.T, table.groupby("objective", sort=False),
+                                             strict=True):  # fmt: skip
+            for panel, step in zip(column, shown, strict=True):
                 now = part[part["step"] == step]
                 panel.bar(now["category"], now["p"], color=LOOKS[objective]["color"], alpha=0.75)
                 panel.bar(now["category"], now["q"], color="none", edgecolor="black", width=0.9)
                 panel.set_title(f"{objective} KL: start" if step == 0 else f"{step} steps")
                 panel.set_xticks(range(1, 7))
                 panel.grid(axis="x", visible=False)
-            row[0].set_ylabel("probability")
-        for panel in axes[1]:
+        for panel in axes[:, 0]:
+            panel.set_ylabel("probability")
+        for panel in axes[-1]:
             panel.set_xlabel("category")
     return figure
 
@@ -49,9 +50,9 @@ def pushes(table: pd.DataFrame) -> Figure:
     with panels(2, sharey=True) as (figure, axes):
         for panel, objective in zip(axes[0], LOOKS, strict=True):
             grid = table.pivot(index="q", columns="p", values=objective)
-            lines = panel.contour(grid.columns, grid.index, grid, np.arange(-0.5, 0.61, 0.1),
+            lines = panel.contour(grid.columns, grid.index, grid, np.arange(-5, 7) / 10,
                                   colors=LOOKS[objective]["color"], linewidths=1.2)  # fmt: skip
-            panel.clabel(lines, fontsize=8, fmt="%.1f")
+            panel.clabel(lines, fmt="%.1f")
             panel.plot([0, 0.6], [0, 0.6], color=GREY, linestyle=":", linewidth=1)
             panel.set(title=f"{objective} KL", xlabel="mass now, p", xlim=(0, 0.6), ylim=(0, 0.6))
         axes[0, 0].set_ylabel("target, q")
@@ -68,7 +69,7 @@ def case1(tables: Mapping[float, pd.DataFrame]) -> Figure:
             least = regions.smallest_delta1(beta)
             panel.axvline(least, color=GREY, linestyle=":")
             panel.text(least - 0.01, beta + 0.03 * (1 - beta), rf"$\delta_1={least:.3f}$",
-                       ha="right", fontsize=9)  # fmt: skip
+                       ha="right")  # fmt: skip
             low, high = grid.index.min(), grid.index.max()
             panel.text(0.11, low + 0.6 * (high - low), r"$\Delta^r<\Delta^f$", ha="center")
             panel.text(0.33, low + 0.16 * (high - low), r"$\Delta^r>\Delta^f$", ha="center")
@@ -82,10 +83,10 @@ def case23(lines: pd.DataFrame, cloud: pd.DataFrame, c1: float) -> Figure:
 
     Args: of `scenes.case23_lines` and `scenes.case3_cloud`.
     """
-    with panels(2) as (figure, axes):
-        figure.set_size_inches(6.2, 3.2)
+    with panels(1, 2) as (figure, axes):
+        figure.set_size_inches(WIDTH, 6.4)
         _plane(axes[0, 0], lines, c1)
-        _boundary(axes[0, 1], cloud, c1)
+        _boundary(axes[1, 0], cloud, c1)
     return figure
 
 
@@ -98,11 +99,11 @@ def _plane(panel: Axes, lines: pd.DataFrame, c1: float) -> None:
     panel.plot(x, x.where(x < 0.5), color=GREY, linestyle="--")
     panel.plot(x[inside], lines["e p1"][inside], color=LOOKS["reverse"]["color"])
     panel.plot(x, c1 * lines["p2"], color=GREY, linestyle=":")
-    panel.text(0.31, 0.36, r"$q=p_1$", rotation=48, fontsize=9)
-    panel.text(0.045, 0.27, r"$q=e\,p_1$", rotation=72, fontsize=9)
-    panel.text(0.42, 0.045, rf"$q={c1:g}\,p_2$", fontsize=9)
-    panel.text(0.2, 0.46, r"always $\Delta^r>\Delta^f$", fontsize=9)
-    panel.text(0.36, 0.15, "depends on the\nother categories", fontsize=9)
+    panel.text(0.31, 0.36, r"$q=p_1$", rotation=48)
+    panel.text(0.045, 0.27, r"$q=e\,p_1$", rotation=72)
+    panel.text(0.42, 0.045, rf"$q={c1:g}\,p_2$")
+    panel.text(0.2, 0.46, r"always $\Delta^r>\Delta^f$")
+    panel.text(0.36, 0.15, "depends on the\nother categories")
     panel.set(xlabel=r"$p_1$  ($p_2=p_1/2$)", ylabel=r"$q_1=q_2=q$", xlim=(0, 0.66), ylim=(0, 0.5))
 
 
@@ -117,18 +118,18 @@ def _boundary(panel: Axes, cloud: pd.DataFrame, c1: float) -> None:
         panel.plot(part["kl"], part["height"], marker, color=colour, markersize=3, label=label,
                    markerfacecolor="none", markeredgewidth=0.8)  # fmt: skip
     panel.axhline(c1, color=GREY, linestyle=":")
-    panel.text(15.7, c1 * 1.25, rf"$c_1={c1:g}$", ha="right", fontsize=9)
-    panel.text(10.5, 1e-4, r"$\Delta^r>\Delta^f$", fontsize=9)
-    panel.text(0.6, 2e-5, r"$\Delta^r<\Delta^f$", fontsize=9)
+    panel.text(15.7, c1 * 1.25, rf"$c_1={c1:g}$", ha="right")
+    panel.text(10.5, 1e-4, r"$\Delta^r>\Delta^f$")
+    panel.text(0.6, 2e-5, r"$\Delta^r<\Delta^f$")
     panel.set(yscale="log", xlim=(0, 16), ylim=(1e-5, 10), xlabel=r"KL$(p\,\|\,q)$, nats",
               ylabel=r"$q\,/\,I(p_1,p_2)$")  # fmt: skip
-    panel.legend(loc="upper right", fontsize=9, handletextpad=0.2)
+    panel.legend(loc="upper right", handletextpad=0.2)
 
 
 def toward(table: pd.DataFrame) -> Figure:
     """Distance to pi*, by what is followed: of `scenes.toward_optimum`."""
     with panels(1) as (figure, axes):
-        figure.set_size_inches(4.6, 3.0)
+        figure.set_size_inches(WIDTH, 3.0)
         panel = axes[0, 0]
         panel.plot(table["update"] + 1, table["reverse KL"], label="reverse KL", **_line("reverse"))
         panel.plot(table["update"] + 1, table["weighted likelihood"], color="#44AA99",
@@ -148,9 +149,9 @@ def lift(table: pd.DataFrame) -> Figure:
             panel.contourf(grid.columns, grid.index, grid, [-9, 0, 9], colors=[FALSE, TRUE])
             panel.contour(grid.columns, grid.index, grid, [0], colors="black", linewidths=1.5)
             panel.set(title=title, xlabel=r"$p_w$")
-            panel.text(0.4, 0.3, r"$y_w$ rises", fontsize=9)
-        axes[0, 0].text(0.06, 0.06, r"$y_w$ falls", fontsize=9)
-        axes[0, 1].annotate(r"$y_w$ falls", (0.05, 0.05), (0.42, 0.75), fontsize=9,
+            panel.text(0.4, 0.3, r"$y_w$ rises")
+        axes[0, 0].text(0.06, 0.06, r"$y_w$ falls")
+        axes[0, 1].annotate(r"$y_w$ falls", (0.05, 0.05), (0.42, 0.75),
                             arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
         axes[0, 0].set_ylabel(r"$p_l$")
     return figure
@@ -178,7 +179,7 @@ def freed(table: pd.DataFrame) -> Figure:
 def weights(table: pd.DataFrame, tau: float = 0.05) -> Figure:
     """DPO's and IPO's weight against the margin: of `scenes.weights`."""
     with panels(1) as (figure, axes):
-        figure.set_size_inches(4.6, 3.0)
+        figure.set_size_inches(WIDTH, 3.0)
         panel = axes[0, 0]
         panel.plot(table["margin"], table["DPO"], color="#CC79A7", label=r"DPO, $\beta=0.1$")
         panel.plot(table["margin"], table["IPO"], color="#D55E00", linestyle="--",
@@ -194,7 +195,7 @@ def weights(table: pd.DataFrame, tau: float = 0.05) -> Figure:
 def resting(table: pd.DataFrame, tau: float = 0.05) -> Figure:
     """IPO's optimum on ranked completions, by the pairs it sees: of `scenes.resting`."""
     with panels(1) as (figure, axes):
-        figure.set_size_inches(4.6, 3.0)
+        figure.set_size_inches(WIDTH, 3.0)
         panel = axes[0, 0]
         panel.plot(table["rank"], table["neighbours only"], "o--", color="#E69F00",
                    label="neighbours only")  # fmt: skip
@@ -209,18 +210,19 @@ def resting(table: pd.DataFrame, tau: float = 0.05) -> Figure:
 
 def distances(table: pd.DataFrame) -> Figure:
     """Mass left to move along whole trajectories, a panel for each start: of `early.curves`."""
-    with panels(3, sharey=True) as (figure, axes):
-        figure.set_size_inches(6.2, 2.7)
-        for panel, (name, part) in zip(axes[0], table.groupby("start", sort=False), strict=True):
+    with panels(1, 3, sharex=True) as (figure, axes):
+        figure.set_size_inches(WIDTH, 5.6)
+        for panel, (name, part) in zip(axes[:, 0], table.groupby("start", sort=False), strict=True):
             for objective, rows in part.groupby("objective", sort=False):
                 panel.plot(rows["time"], rows["median"], label=f"{objective} KL",
                            **_line(objective))  # fmt: skip
                 panel.fill_between(rows["time"], rows["low"], rows["high"], alpha=0.18,
                                    color=LOOKS[objective]["color"], linewidth=0)  # fmt: skip
             panel.axhline(0.5, color=GREY, linestyle=":")
-            panel.set(title=f"{name} start", xscale="log", xlabel=r"time $\eta t$", ylim=(0, 1.05))
+            panel.set(title=f"{name} start", xscale="log", ylim=(0, 1.05),
+                      ylabel="mass left to move\n(start = 1)")  # fmt: skip
             panel.set_xticks([1, 10, 100], ["1", "10", "100"])
-        axes[0, 0].set_ylabel("mass left to move\n(start = 1)")
+        axes[-1, 0].set_xlabel(r"time $\eta t$")
         legend_below(figure, [axes[0, 0]])
     return figure
 
@@ -230,23 +232,24 @@ STARTS = {"flat": ("o", "#332288"), "uneven": ("^", "#DDAA33"), "peaked": ("x", 
 
 def halves(table: pd.DataFrame) -> Figure:
     """Time to half of the mass, and how far apart likely categories then are: `early.compared`."""
-    with panels(2) as (figure, axes):
-        figure.set_size_inches(6.2, 3.0)
+    with panels(1, 2) as (figure, axes):
+        figure.set_size_inches(WIDTH, 6.2)
+        (upper,), (lower,) = axes
         limit = early.RATE * early.STEPS
         for name, (marker, colour) in STARTS.items():
             part = table[table["start"] == name]
             look = {"color": colour, "markersize": 3, "markerfacecolor": "none", "alpha": 0.7}
-            axes[0, 0].plot(part["time_forward"], part["time_reverse"].clip(upper=limit), marker,
+            upper.plot(part["time_forward"], part["time_reverse"].clip(upper=limit), marker,
                             label=f"{name} start", **look)  # fmt: skip
             spread = [part[f"most_{o}"] - part[f"least_{o}"] for o in ("forward", "reverse")]
-            axes[0, 1].plot(*spread, marker, **look)
-        _diagonal(axes[0, 0], (1, limit))
-        _diagonal(axes[0, 1], (0, 3))
-        axes[0, 0].set(xscale="log", yscale="log", title="time to half of the mass",
+            lower.plot(*spread, marker, **look)
+        _diagonal(upper, (1, limit))
+        _diagonal(lower, (0, 3))
+        upper.set(xscale="log", yscale="log", title="time to half of the mass",
                        xlabel="forward KL", ylabel="reverse KL")  # fmt: skip
-        axes[0, 1].set(title="spread of progress there", xlabel="forward KL",
+        lower.set(title="spread of progress there", xlabel="forward KL",
                        ylabel="reverse KL", xlim=(0, 3), ylim=(0, 3))  # fmt: skip
-        axes[0, 0].legend(loc="lower right", fontsize=9, handletextpad=0.2)
+        upper.legend(loc="lower right", handletextpad=0.2)
     return figure
 
 

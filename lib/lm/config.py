@@ -199,7 +199,7 @@ class LengthRun:
 
 def prepared_folder(name: str) -> Path:
     """The folder of a preset, or a folder by its path."""
-    return {"tiny": TINY, **{p: PREPARED / p for p in PRESETS}}.get(name, Path(name))
+    return {"tiny": TINY, **{p: PREPARED / p for p in PRESETS}}.get(name, Path(name).expanduser())
 
 
 def prepared_tasks(name: str) -> tuple[str, ...]:
@@ -216,6 +216,11 @@ def weights(folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no .safetensors in {folder}: prepare it with lib.lm.prepare")
     return [*found, folder / "config.json"]
+
+
+def weight_bytes(folder: Path) -> int:
+    """How large a model is on disk; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 
-from lib.lm.config import LengthRun
+from lib.lm.config import TINY, LengthRun, weight_bytes
 from lib.lm.policy import has_dtype
 from lib.lm.problem import LengthProblem
 from lib.training import Training, run
@@ -33,10 +33,12 @@ class LengthEngine:
         return sum(map(self.seconds, block))
 
     def seconds(self, config: LengthRun) -> float:
-        """Seconds of one run of the tiny policy on one core."""
+        """Seconds of one run on one core: the shipped policy's, times how much larger this one is
+        (which overstates it: larger products are the quicker ones)."""
         schedule = config.schedule
         drawn = schedule.iterations * schedule.batch / 64
-        return 0.3 * drawn + 0.3 * schedule.updates + 0.8 * config.evaluations
+        shipped = 0.3 * drawn + 0.3 * schedule.updates + 0.8 * config.evaluations
+        return shipped * weight_bytes(config.policy_folder) / weight_bytes(TINY / "policy")
 
     def run(self, configs: Sequence[LengthRun], checkpoint) -> list[pd.DataFrame]:
         """Trains `configs` (one run) and returns its table.

@@ -195,7 +195,8 @@ def as_pair(row: Mapping[str, Any], where: str) -> Pair:
     if isinstance(better, str):
         if "prompt" not in row:
             raise TextError(f"{where}: chosen and rejected are text, and there is no prompt "
-                            f"({'/'.join(COLUMNS['prompt'])}): name its column")  # fmt: skip
+                            f"({'/'.join(COLUMNS['prompt'])}): give it a column. Transcripts in "
+                            "one text, as HH-RLHF has them, must be message lists")  # fmt: skip
         prompt = as_prompt(row["prompt"], where)
     else:
         prompt, better, worse = _from_messages(row.get("prompt"), better, worse, where)

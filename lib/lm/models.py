@@ -275,7 +275,10 @@ def _ids(
     more = generation if isinstance(generation, (list, tuple)) else [generation]
     eos = dict.fromkeys([tokenizer.eos_token_id, *(i for i in more if i is not None)])
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    largest = max(*tokenizer.get_vocab().values(), *eos, pad)
+    # of added tokens only those that a text is given: Gemma 3's text models have no row for images
+    template, given = str(tokenizer.chat_template), {*eos, pad, tokenizer.bos_token_id}
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token) not in template}
+    largest = max({*tokenizer.get_vocab().values(), *eos, pad} - (added - given))
     if largest >= rows:
         raise TokenizerError(
             f"the tokenizer has token id {largest}, the model's embedding only {rows} rows: give "

@@ -22,12 +22,14 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lib.allowed import between, one_of
@@ -37,6 +39,7 @@ from lib.lm.config import DECODERS, DTYPES
 from lib.lm.decode import Samples
 from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
 from lib.lm.models import (
+    FILES,
     Source,
     TokenIds,
     file_digest,
@@ -78,6 +81,9 @@ RANGES = {
 CUT = ("max_tokens", "max_prompt", "seed")
 PAIRS = ("prompts", "preferences", "column", "config", "split", "prompts_revision", "limit", "eos")
 REWARD = ("reward_model", "rate", "epochs")
+COPIED = (*FILES, "training.json", "LICENSE*", "*.md")  # of a policy's folder
+EOS_HELP = ("token that ends a response, where the tokenizer names none, or another one than its "
+            "chat template (Gemma, Phi-3)")  # fmt: skip
 ROOM = 4 * 2**30  # bytes of keys and values at once on a CPU; on a GPU half of what is free
 
 
@@ -95,7 +101,8 @@ def command(
     options = parser.parse_args(arguments)
     try:
         work(options)
-    except (ValueError, OSError, RuntimeError) as error:  # the last: of a loss that is not finite
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        # the third: of a full disk; the last: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -106,14 +113,16 @@ def prepare(options: argparse.Namespace) -> None:
     _settle_tasks(options)
     settle(options)
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
+    warn_of_another_end(tokenizer)
     check_reward_model(options, tokenizer, options.policy)
     out: Path = options.out
     record = read_record(out)
     folder, _ = resolve(options.policy, options.revision)
     check_policy(out / "policy", folder, options.policy, record.get("policy"))
     _check_kept(options, record)
-    out.mkdir(parents=True, exist_ok=True)
     model, source = load_policy(options.policy, options.revision, device=options.device)
+    check_model(model, options)
+    out.mkdir(parents=True, exist_ok=True)
     record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
     write_record(out, record)  # so that a killed copy says whose it was
@@ -241,6 +250,33 @@ def check_reward_model(options: argparse.Namespace, tokenizer: Any, policy: str)
         )
 
 
+def check_model(model: Any, options: argparse.Namespace) -> None:
+    """Raises: ValueError for a policy that the loop cannot train, or whose positions end before
+    those of a prompt and a response: before pairs are sampled and reward models trained."""
+    Network(model)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and options.max_prompt + options.max_tokens > longest:
+        raise ValueError(f"--max-prompt {options.max_prompt} and --max-tokens {options.max_tokens} "
+                         f"are more than the {longest} tokens that the policy takes")  # fmt: skip
+
+
+def warn_of_another_end(tokenizer: Any) -> None:
+    """Says so where the chat template ends an answer otherwise than by the tokenizer's EOS, as
+    Gemma's and Phi-3's do: responses that are given would end as the policy's own never do."""
+    if tokenizer.chat_template is None:
+        return
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzq"}]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+    except Exception:  # a template may raise whatever it likes; it is told with the prompts
+        return
+    end = text.rpartition("qzq")[2].strip()
+    if end in tokenizer.get_vocab() and end != tokenizer.eos_token:
+        print(f"warning: the chat template ends an answer with {end!r}, and the tokenizer's EOS is "
+              f"{tokenizer.eos_token!r}. With --eos {end!r} responses that are given end as the "
+              "policy's own do", file=sys.stderr)  # fmt: skip
+
+
 def check_policy(there: Path, folder: Path, name: str, source: dict[str, Any] | None) -> None:
     """Raises: ValueError if a prepared folder holds another policy than the one that is given.
 
@@ -260,8 +296,12 @@ def check_policy(there: Path, folder: Path, name: str, source: dict[str, Any] | 
 def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
     """A copy of a policy, unless it is there; with `tokenizer` in place of its own, if given."""
 
+    def others(_: str, names: list[str]) -> list[str]:
+        """What stays: checkpoints, weights in other formats, and `to`, if it lies in `folder`."""
+        return [name for name in names if not any(fnmatch(name, kept) for kept in COPIED)]
+
     def copied(new: Path) -> None:
-        shutil.copytree(folder, new, symlinks=False)
+        shutil.copytree(folder, new, symlinks=False, ignore=others)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)  # with the EOS that was named, if one was
 
@@ -549,7 +589,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lib.lm.prepare", description=__doc__)
     parser.add_argument("--policy", required=True, help="folder in the hub's format, or a hub name")
     parser.add_argument("--revision", help="of the policy on the hub (default: newest, recorded)")
-    parser.add_argument("--eos", help="token that ends a response, for a tokenizer without one")
+    parser.add_argument("--eos", help=EOS_HELP)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--prompts", help="JSONL, CSV or parquet file, or a data set")
     data.add_argument("--preferences", help="the same with pairs of your own in place of prompts")

@@ -42,9 +42,11 @@ from lib.lm.models import ids, load_policy, load_tokenizer, resolve
 from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.prepare import (
     CUT,
+    EOS_HELP,
     REWARD,
     Sampler,
     add_shared,
+    check_model,
     check_policy,
     check_reward_model,
     command,
@@ -60,6 +62,7 @@ from lib.lm.prepare import (
     source_of,
     split_of,
     train_reward,
+    warn_of_another_end,
     write_record,
 )
 from lib.lm.text import (
@@ -78,8 +81,8 @@ BATCH = 64  # prompts answered, and responses judged, at once
 STRONG, SPLIT = 1, 2  # streams of random numbers
 ANSWERERS = {"similar": ("first", "second"), "distinct": ("strong", "first")}
 # Settings that pairs depend on: those made here, and those that were read.
-MADE = ("prompts", "strong", "strong_temperature", "judge", "pairs", "held_out")
-READ = ("split", "revision")
+MADE = ("prompts", "strong", "strong_temperature", "judge", "pairs", "held_out", "eos")
+READ = ("split", "revision", "eos")
 SHORT = "You are a helpful assistant who gives short answers in plain English."
 
 
@@ -95,9 +98,12 @@ def prepare(options: argparse.Namespace) -> None:
     if all(made) == any(given) or (any(made) and not all(made)):
         raise ValueError("give --prompts, --strong and --judge to make pairs, or --similar and/or "
                          "--distinct to read them")  # fmt: skip
+    if options.eos and not options.copy:
+        raise ValueError("--eos is written into the copies of the policies: not with --no-copy")
     settle(options)
     weak, out = options.policy[0][1], options.out
-    tokenizer, _ = load_tokenizer(weak)
+    tokenizer, _ = load_tokenizer(weak, eos=options.eos)
+    warn_of_another_end(tokenizer)
     _check_tokenizers(options)
     check_reward_model(options, tokenizer, weak)
     folders = {name: resolve(source)[0] for name, source in options.policy}
@@ -105,13 +111,15 @@ def prepare(options: argparse.Namespace) -> None:
         check_policy(out / f"policy-{name}", folders[name], source, None)
     record = read_record(out)
     _check_kept(options, record)
+    model, source = load_policy(weak, device=options.device)
+    check_model(model, options)
     out.mkdir(parents=True, exist_ok=True)
     record |= {"commit": provenance.commit(), "arguments": _arguments(options, record)}
-    model, source = load_policy(weak, device=options.device)
     if not _are_made(out):  # else it is the one that answered then
         record["policy"] = asdict(source)
     for name, folder in folders.items() if options.copy else ():
-        copy_policy(folder, out / f"policy-{name}")
+        own = load_tokenizer(folder, eos=options.eos)[0] if options.eos else None
+        copy_policy(folder, out / f"policy-{name}", own)
     if all(made):
         _make(options, model, tokenizer, record)
     else:
@@ -162,19 +170,19 @@ def _check_tokenizers(options: argparse.Namespace) -> None:
     """Raises: ValueError for a policy, of the options or of the folder, that would read the pairs'
     token ids as another text than the first one does."""
     (_, weak), *others = options.policy
-    expected = _reading(weak)
+    expected = _reading(weak, options.eos)
     there = sorted((folder.name, str(folder)) for folder in options.out.glob("policy-*"))
     for name, source in (*others, *there):
-        if _reading(source) != expected:
+        if _reading(source, options.eos) != expected:
             raise ValueError(
                 f"{name} ({source!r}) has another tokenizer than {weak!r}, and the pairs of a "
                 "folder are token ids: prepare a folder of its own"
             )
 
 
-def _reading(source: str) -> tuple[dict[str, int], list[list[int]], int]:
+def _reading(source: str, eos: str | None) -> tuple[dict[str, int], list[list[int]], int]:
     """What the tokenizer of a policy reads: its vocabulary, a formatted prompt, and its EOS."""
-    tokenizer, _ = load_tokenizer(source)
+    tokenizer, _ = load_tokenizer(source, eos=eos)
     return ordinary(tokenizer), encode_prompts(tokenizer, ["a"], 10_000).ids, tokenizer.eos_token_id
 
 
@@ -390,6 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-copy", dest="copy", action="store_false",
                         help="the policies stay where they are")
     # fmt: on
+    parser.add_argument("--eos", help=EOS_HELP)
     parser.add_argument("--prompts", help="JSONL, CSV or parquet file, or a data set")
     parser.add_argument("--strong", help="the stronger model: folder or hub name")
     parser.add_argument("--strong-temperature", type=float, default=0.8)

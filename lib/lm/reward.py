@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def train(
         save_only_model=True, disable_tqdm=True,
     )  # fmt: skip
     padding = copy.deepcopy(tokenizer)
-    padding.pad_token = _pad_that_ends_nothing(tokenizer)
+    padding.pad_token = _pad_that_ends_nothing(tokenizer, pairs["train"].eos)
     trainer = RewardTrainer(
         model, args=on_one_gpu(arguments), processing_class=padding, train_dataset=data["train"],
         eval_dataset=data["validation"],
@@ -159,11 +160,11 @@ def _ids(pairs: Pairs, preferred: np.ndarray) -> Any:
     return Dataset.from_list(rows)
 
 
-def _pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> str:
+def _pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> str:
     """transformers looks for a text's last token from the right, past all that equals the padding:
-    a padding token that is EOS would hide every EOS."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    a padding token that is one of the EOS would hide every such EOS."""
+    ends = {tokenizer.eos_token_id, *eos}
+    if tokenizer.pad_token_id not in (None, *ends):
         return tokenizer.pad_token
-    ends = {tokenizer.eos_token_id}
     return next(t for t, i in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
                 if i not in ends)  # fmt: skip

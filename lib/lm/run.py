@@ -37,6 +37,8 @@ from lib.runs.configurations import checked
 from lib.runs.store import read_checkpoint
 
 OWN = ("method", "task", "learning_rate", "seed")  # fields that have an option of their own
+SAID = {"iterations"}  # by --updates; and by an offline method, which draws once, and by its pairs
+SAID_OFFLINE = SAID | {"batch", "completions", "inner_steps"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,6 +164,10 @@ def configuration(options: argparse.Namespace) -> LengthRun:
     fields["prepared"] = spelled(check_prepared(fields["prepared"]))
     if "minibatch" in fields:
         between("minibatch", fields["minibatch"], 1, 10**9)  # which others are divided by
+    said = SAID if methods.get(options.method).on_policy else SAID_OFFLINE
+    if refused := sorted(said & fields.keys()):
+        raise ValueError(f"--option {', '.join(refused)}: for {options.method} it follows from "
+                         "--updates and minibatch")  # fmt: skip
     return length_run(options.method, options.task, options.rate, options.seed,
                       updates=options.updates, **fields)  # fmt: skip
 

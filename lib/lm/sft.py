@@ -164,12 +164,14 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
 
 def set_dropout(model, rate: float) -> None:
     """The same dropout everywhere in a model, in its modules and its configuration."""
+    held = ("dropout", "hidden_dropout", "attention_dropout")  # by layers that apply it themselves
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = rate
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = rate
-    for name in ("hidden_dropout", "attention_dropout"):
+        for name in held:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+    for name in held:
         if hasattr(model.config, name):
             setattr(model.config, name, rate)
 

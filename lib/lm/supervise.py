@@ -23,7 +23,17 @@ from lib.allowed import between, one_of
 from lib.lm.layouts import COLUMNS, as_prompt, last, table
 from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.pairs import SPLITS
-from lib.lm.prepare import RANGES, SPLIT, check_device, command, drawn, named, split_names
+from lib.lm.prepare import (
+    EOS_HELP,
+    RANGES,
+    SPLIT,
+    check_device,
+    command,
+    drawn,
+    named,
+    split_names,
+    warn_of_another_end,
+)
 from lib.lm.reading import TextError, read_rows
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
 from lib.lm.text import as_text, encode_prompts, encode_responses
@@ -49,6 +59,7 @@ def supervise(options: argparse.Namespace) -> Trained:
     run = replace(RUN, learning_rate=options.rate, epochs=options.epochs, batch=options.batch,
                   seed=options.seed, device=options.device)  # fmt: skip
     tokenizer, _ = load_tokenizer(options.policy, options.revision, eos=options.eos)
+    warn_of_another_end(tokenizer)
     data, read = examples(options, tokenizer)
     model, source = load_policy(options.policy, options.revision, device=options.device)
     ids(tokenizer, model)  # which must fit together
@@ -131,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--policy", required=True, help="folder in the hub's format, or a hub name")
     parser.add_argument("--revision", help="of the policy on the hub (default: newest, recorded)")
-    parser.add_argument("--eos", help="token that ends a response, for a tokenizer without one")
+    parser.add_argument("--eos", help=EOS_HELP)
     parser.add_argument("--responses", required=True, help="JSONL, CSV or parquet file, or a data "
                         "set, with the columns prompt and response")  # fmt: skip
     parser.add_argument("--config", help="of a data set that has several")

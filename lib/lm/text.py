@@ -299,8 +299,9 @@ def example(
                   _shortened(tokenizer.decode(ids[index]))]  # fmt: skip
     lines.append(f"--- tokens of the first {len(prompts.ids)} that fit: median (5% to 95%)")
     lines += [f"{side}: {_spread(lengths)}" for side, (_, lengths) in sides.items()]
-    lines.append(f"{prompts.too_long} prompts of more than {max_prompt_tokens} tokens dropped, "
-                 f"{capped} responses cut at {max_response_tokens} (no EOS)")  # fmt: skip
+    lines.append(f"of the first {min(SHOWN, len(data))} rows: {prompts.too_long} prompts of more "
+                 f"than {max_prompt_tokens} tokens dropped, {capped} responses cut at "
+                 f"{max_response_tokens} (no EOS)")  # fmt: skip
     return "\n".join(lines)
 
 

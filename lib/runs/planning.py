@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,7 +37,7 @@ class Engine(Protocol):
         """Hashable; runs of equal keys may train together."""
 
     def cost(self, block: Sequence[Any]) -> float:
-        """Estimated seconds of a block of runs, which may not be full, on one process."""
+        """Estimated seconds of a block of runs, which may not be full, on one core."""
 
     def run(self, configs: Sequence[Any], checkpoint: Checkpoint) -> Sequence[pd.DataFrame]:
         """The tables of the runs, in their order: one row per evaluated update, metrics only.
@@ -62,7 +63,7 @@ class Plan:
 
     runs: tuple[Run, ...]
     jobs: int
-    seconds: float  # estimated, on `jobs` processes
+    seconds: float  # estimated, on `jobs` processes; NaN on a GPU
     bytes: float  # to be added to the store
 
     @property
@@ -94,9 +95,12 @@ class Plan:
         if not self.todo:
             return f"{text} Nothing to compute."
         processes = f"{self.jobs} process{'es' if self.jobs > 1 else ''}"
+        time = f"about {duration(self.seconds)}"
+        if math.isnan(self.seconds):
+            time = "how long is known for CPUs only,"
         return (
-            f"{text} To compute: {len(self.todo):,} runs = {self.updates_todo:,} run-steps, about "
-            f"{duration(self.seconds)} on {processes}, {size(self.bytes)}."
+            f"{text} To compute: {len(self.todo):,} runs = {self.updates_todo:,} run-steps, "
+            f"{time} on {processes}, {size(self.bytes)}."
         )
 
 
@@ -124,7 +128,7 @@ def plan(
     todo = [run.config for run in runs if run.status.kind not in REUSED]
     blocks = group(todo, engine)
     jobs = max(1, min(jobs or default_jobs(engine), len(blocks) or 1))
-    costs = [engine.cost(block) for block in blocks]
+    costs = [engine.cost(block) if _on_cpu(engine) else math.nan for block in blocks]
     seconds = max([sum(costs) / jobs, *costs])
     return Plan(runs, jobs, seconds, len(todo) * store.record_bytes())
 
@@ -144,7 +148,11 @@ def group(configs: Sequence[Any], engine: Engine) -> list[list[Any]]:
 
 def default_jobs(engine: Engine) -> int:
     """One process per available core, or one in all when the engine computes on another device."""
-    return joblib.cpu_count() if getattr(engine, "device", "cpu") == "cpu" else 1
+    return joblib.cpu_count() if _on_cpu(engine) else 1
+
+
+def _on_cpu(engine: Engine) -> bool:
+    return getattr(engine, "device", "cpu") == "cpu"
 
 
 def duration(seconds: float) -> str:

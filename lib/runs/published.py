@@ -163,10 +163,11 @@ class Published:
         """Take the present code as these results' own after a sample was verified against it.
 
         Args: modules: those that its runs execute now, as their engine names them.
+        Raises: RuntimeError for code that changed while the sample was computed.
         """
         meta = {
             **self.meta,
-            "code": fingerprint.code_fingerprint(*modules),
+            "code": fingerprint.fingerprint_as_loaded(*modules),
             "verified": [*self.meta["verified"], verification],
         }
         _write_json(self.path.with_suffix(".json"), meta)

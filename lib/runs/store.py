@@ -174,7 +174,8 @@ class Store:
             raise StoreFullError(
                 f"{self.root} has less free space than the {needed:.0f} bytes needed"
             )
-        (self.root / ".gitignore").write_text("*\n")
+        if not (ignored := self.root / ".gitignore").exists():
+            ignored.write_text("*\n")
 
     @contextlib.contextmanager
     def locked(self, runs: Sequence[str], wait: bool) -> Iterator[bool]:

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
+from lib.figures import style
 from lib.figures import theory as figures
 from lib.theory import early, scenes
 
@@ -11,7 +13,7 @@ def test_steps_draws_model_and_target():
     table = scenes.step_by_step()
     figure = figures.steps(table)
     assert len(figure.axes) == 8
-    bars = [bar.get_height() for bar in figure.axes[4].patches]  # reverse KL, start
+    bars = [bar.get_height() for bar in figure.axes[1].patches]  # reverse KL, start
     assert bars[:6] == pytest.approx(scenes.START) and bars[6:] == pytest.approx(scenes.TARGET)
     late = table[(table["step"] == 200)]
     assert np.allclose(late["p"], late["q"], atol=0.01)
@@ -78,6 +80,23 @@ def test_early_figures():
     left, right = figures.halves(table).axes
     assert sum(len(line.get_xdata()) for line in left.lines[:3]) == len(table)
     assert len(figures.distances(early.curves(2, 0, points=5)).axes) == 3
+
+
+def test_text_is_as_large_as_in_every_figure_of_the_book():
+    cloud, table = scenes.case3_cloud(c1=0.1, n=10), early.compared(1, 0)
+    made = [
+        figures.steps(scenes.step_by_step()), figures.pushes(scenes.push_grid(points=11)),
+        figures.case1({0.5: scenes.case1_grid(0.5, points=21)}),
+        figures.case23(scenes.case23_lines(points=50), cloud, 0.1),
+        figures.toward(scenes.toward_optimum(steps=20)), figures.lift(scenes.lift_grid(points=21)),
+        figures.freed(scenes.freed()), figures.weights(scenes.weights()),
+        figures.resting(scenes.resting()), figures.halves(table),
+        figures.distances(early.curves(1, 0, points=5)),
+    ]  # fmt: skip
+    for figure in made:
+        assert figure.get_figwidth() <= style.WIDTH
+        texts = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text())
+        assert min(text.get_fontsize() for text in texts) >= 10
 
 
 def test_masses_are_checked():

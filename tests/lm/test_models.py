@@ -27,6 +27,7 @@ from tests.tiny_lm import (
     PAD,
     SIZE,
     TEMPLATE,
+    TURN,
     save_tiny_policy,
     save_tiny_reward_model,
     tiny_config,
@@ -262,7 +263,7 @@ def test_special_tokens_of_a_stored_model_are_those_of_the_loaded_one(tmp_path, 
 def test_a_stored_model_too_small_for_its_tokenizer_is_refused(tmp_path):
     folder = save_tiny_policy(tmp_path, vocab=258, eos_token_id=256)
     with pytest.raises(models.TokenizerError, match="token id 258, the model's embedding only 258"):
-        models.stored_ids(tiny_tokenizer(), folder)
+        models.stored_ids(tiny_tokenizer(template=TEMPLATE), folder)
     with pytest.raises(ModelTypeError, match="is a GPTNeoXForSequenceClassification"):
         models.stored_ids(tiny_tokenizer(), save_tiny_reward_model(tmp_path / "reward"))
 
@@ -337,7 +338,10 @@ def test_ordinary_token_as_eos(copy):
 def test_tokenizer_larger_than_the_embedding(tmp_path):
     model, _ = models.load_policy(save_tiny_policy(tmp_path, vocab=258, eos_token_id=256))
     with pytest.raises(TokenizerError, match="token id 258, the model's embedding only 258 rows"):
-        models.ids(tiny_tokenizer(), model)
+        models.ids(tiny_tokenizer(template=TEMPLATE), model)  # which writes token 258
+    with pytest.raises(TokenizerError, match="token id 258, the model's embedding only 258 rows"):
+        models.ids(tiny_tokenizer(eos=TURN), model)
+    assert models.ids(tiny_tokenizer(), model).eos == (256,)  # in no text: as Gemma 3's for images
     assert SIZE > 259  # rows to spare, as real models have, are no error
 
 

@@ -359,10 +359,11 @@ def test_a_model_that_continues_otherwise_reads_whole_rows(model, monkeypatch):
     assert Network(model).continues and not Network(model, checkpointing=True).continues
 
 
-def test_pairs_that_are_all_tied_leave_the_policy_as_it_is(folder):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pairs_that_are_all_tied_leave_the_policy_as_it_is(folder, dtype):
     method = METHODS["dpo"]
     batch = replace(rollout(), rewards=torch.ones(len(PROMPTS), 3))
-    policy, _, results = updated(folder, method, batch=batch, steps=1)
+    policy, _, results = updated(folder, method, batch=batch, steps=1, dtype=dtype)
     for (_, p), q in zip(AutoModelForCausalLM.from_pretrained(folder).named_parameters(),
                          policy.parameters, strict=True):  # fmt: skip
         assert torch.equal(p, q)

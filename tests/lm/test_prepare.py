@@ -9,7 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+)
 
 from lib.lm import pairs, prepare
 from lib.lm.config import TINY, length_run
@@ -20,7 +25,7 @@ from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem
 from lib.lm.text import load_preferences, load_prompts
 from lib.untracked import Untracked
-from tests.tiny_lm import save_tiny_policy, tiny_tokenizer
+from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -253,12 +258,58 @@ def test_a_reward_model_learns_which_of_two_is_shorter(prepared):
     assert right.mean().item() == pytest.approx(kept["accuracy"], abs=1e-6)
 
 
+def test_a_folder_inside_the_policys_own_holds_the_policy_alone(tmp_path):
+    policy = save_tiny_policy(tmp_path / "p")
+    (policy / "checkpoint-9").mkdir()
+    (policy / "checkpoint-9" / "optimizer.pt").write_text("large")
+    prepare.copy_policy(policy, policy / "out" / "policy")
+    made = {file.name for file in (policy / "out" / "policy").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= made
+    assert not made & {"out", "checkpoint-9"}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [({}, ["--max-tokens", "97"], "--max-prompt 160 and --max-tokens 97 are more than the 256"),
+     ({"architecture": "scaled"}, [], "logits")],
+)  # fmt: skip
+def test_a_policy_that_the_loop_cannot_train_is_refused_before_any_work(
+    tmp_path, capsys, config, options, said
+):
+    if config:
+        policy = tmp_path / "p"
+        CohereForCausalLM(
+            CohereConfig(vocab_size=264, hidden_size=16, num_hidden_layers=1, intermediate_size=32,
+                         num_attention_heads=2, num_key_value_heads=2, logit_scale=0.5,
+                         bos_token_id=None, eos_token_id=256, pad_token_id=257)
+        ).save_pretrained(policy)  # fmt: skip
+        tiny_tokenizer().save_pretrained(policy)
+    else:
+        policy = save_tiny_policy(tmp_path / "p")
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(40)]
+    pairs_file = written(rows, tmp_path / "pairs.jsonl")
+    assert prepare.main(["--policy", str(policy), "--preferences", str(pairs_file), "--out",
+                         str(tmp_path / "out"), *options]) == 2  # fmt: skip
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_template_that_ends_answers_otherwise_than_by_eos_is_told(capsys):
+    prepare.warn_of_another_end(tiny_tokenizer(template=TEMPLATE))
+    said = capsys.readouterr().err
+    assert "ends an answer with '<turn>', and the tokenizer's EOS is '<eos>'" in said
+    prepare.warn_of_another_end(tiny_tokenizer(template=TEMPLATE, eos="<turn>"))
+    prepare.warn_of_another_end(tiny_tokenizer())
+    assert not capsys.readouterr().err
+
+
 def test_padding_that_is_eos_is_replaced_for_training(tmp_path):
     from lib.lm.reward import _pad_that_ends_nothing
 
-    assert _pad_that_ends_nothing(tiny_tokenizer()) == "<pad>"
+    assert _pad_that_ends_nothing(tiny_tokenizer(), [256]) == "<pad>"
     same = tiny_tokenizer(pad="<eos>")
-    assert same.convert_tokens_to_ids(_pad_that_ends_nothing(same)) != same.eos_token_id
+    assert same.convert_tokens_to_ids(_pad_that_ends_nothing(same, [256])) != same.eos_token_id
+    second = _pad_that_ends_nothing(tiny_tokenizer(), [256, 257])  # as Qwen's instruct models
+    assert tiny_tokenizer().convert_tokens_to_ids(second) not in (256, 257)
 
 
 @pytest.mark.parametrize(

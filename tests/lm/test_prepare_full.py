@@ -48,6 +48,19 @@ def test_a_policy_of_another_tokenizer_is_refused_before_any_work(pairs, capsys,
     assert not (root / "out").exists()
 
 
+def test_an_eos_that_is_named_ends_the_responses_and_stays_with_the_policies(pairs, capsys):
+    root, arguments = pairs
+    named = [*arguments, "--eos", "<turn>"]
+    assert "not with --no-copy" in refused([*named, "--no-copy"], capsys)
+    assert prepare_full.main(named) == 0
+    tokenizer, _ = load_tokenizer(root / "out" / "policy-a")
+    assert tokenizer.eos_token == "<turn>"
+    table = pd.read_parquet(root / "out" / "distinct.parquet")
+    assert {ids[-1] for ids in table["first"]} == {tokenizer.eos_token_id}
+    assert "has another tokenizer" in refused(arguments, capsys)  # now without the option
+    assert prepare_full.main(named) == 0
+
+
 def test_a_folder_takes_no_second_policy_of_another_tokenizer(pairs, capsys):
     root, arguments = pairs
     assert prepare_full.main(arguments) == 0
@@ -119,7 +132,7 @@ def test_what_was_written_in_part_is_written_again(pairs, monkeypatch):
 
 def test_the_policies_that_ship_read_alike():
     folders = (TINY / "policy", DATA / "policy-64", DATA / "policy-256")
-    first, *others = (prepare_full._reading(str(folder)) for folder in folders)
+    first, *others = (prepare_full._reading(str(folder), None) for folder in folders)
     assert all(reading == first for reading in others)
 
 

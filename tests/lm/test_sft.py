@@ -7,7 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+)
 
 from lib.lm import sft, tiny
 from lib.lm.sft import IGNORED, Example, SFTRun
@@ -111,6 +117,20 @@ def test_same_seed_same_policy_other_seed_another(tokenizer):
         run = dataclasses.replace(FAST, epochs=2, seed=seed)
         losses.append(sft.sft(policy(), tokenizer, TOY, TOY, run).losses[-1]["validation"])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_dropout_reaches_layers_that_apply_it_themselves():
+    """OPT's and Bloom's hold a number, and no module."""
+    opt = OPTConfig(vocab_size=264, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, dropout=0.5,
+                    num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5)  # fmt: skip
+    bloom = BloomConfig(vocab_size=264, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5,
+                        attention_dropout=0.5)  # fmt: skip
+    for config in (opt, bloom):
+        torch.manual_seed(0)
+        model, tokens = AutoModelForCausalLM.from_config(config).train(), torch.arange(8)[None]
+        assert not torch.equal(model(tokens).logits, model(tokens).logits)
+        sft.set_dropout(model, 0.0)
+        assert torch.equal(model(tokens).logits, model(tokens).logits)
 
 
 def test_dropout_is_for_training_only(tokenizer):

@@ -143,6 +143,15 @@ def test_a_plan_counts_and_estimates_without_computing(store, engine):
         runs.plan([], store, engine)
 
 
+class OnGPU(WalkEngine):
+    device = "cuda"
+
+
+def test_a_cpus_estimate_is_not_given_for_a_gpu(store, engine):
+    made = runs.plan(grid(), store, OnGPU(engine.log))
+    assert made.jobs == 1 and "how long is known for CPUs only, on 1 process" in str(made)
+
+
 def test_estimates_read_well():
     assert [duration(s) for s in (12.3, 840, 9000)] == ["12 s", "14 min", "2.5 h"]
     assert [size(b) for b in (2e4, 1.2e7, 2.5e9)] == ["20 kB", "12 MB", "2.5 GB"]

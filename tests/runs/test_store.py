@@ -167,6 +167,15 @@ def test_a_store_without_space_says_so_before_work(store):
     assert not (store.root / ".gitignore").exists()  # nothing is written where there is no room
 
 
+def test_a_store_in_a_folder_of_ones_own_leaves_its_gitignore_alone(store):
+    store.prepare(needed=0)
+    ignored = store.root / ".gitignore"
+    assert ignored.read_text() == "*\n"
+    ignored.write_text("*.tmp\n")
+    store.prepare(needed=0)
+    assert ignored.read_text() == "*.tmp\n"
+
+
 def test_a_checkpoint_comes_back_to_its_own_runs_and_code_only(store):
     saved = store.checkpoint([RUN], CODE)
     tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "n": torch.tensor(3, dtype=torch.uint8)}

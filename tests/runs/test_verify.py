@@ -147,6 +147,14 @@ def test_uncommitted_code_is_not_stamped(published, repository, monkeypatch, cap
     assert runs.Published.load(published.path).stale() == ["lib/helper.py"]
 
 
+def test_code_that_was_committed_meanwhile_is_not_stamped(published, repository, capsys):
+    """While the sample was computed, by the code that this process had loaded."""
+    edit_code(repository)
+    verify._stamp(published, [], 1, ["lib.core"])
+    assert "not stamped: lib/helper.py changed since" in capsys.readouterr().out
+    assert runs.Published.load(published.path).stale() == ["lib/helper.py"]
+
+
 def test_other_numbers_on_the_same_machine_fail_by_name(published, repository, monkeypatch, capsys):
     experiments(published, monkeypatch, shift=1e-4)
     edit_code(repository)
