@@ -190,7 +190,8 @@ def numbers(chapter: Chapter) -> None:
         fresh, old = (f"{method}@similar[judged=True{dial}]" for dial in ("", ",sets=4"))
         chapter.number(f"fs_batch_{method}", f"{fresh} - {old}", "final gold")
     profile: FullScaleProfile = chapter.profile
-    glue("fs_mid_gap", _mid_gap(chapter), display=False)
+    for name, text in _looks(chapter).items():
+        glue(f"fs_{name}", text, display=False)
     glue("fs_pilot_gain", _pilot_gain(chapter), display=False)
     for kind in KINDS:
         run, better = f"dpo_offline@{kind}[judged=True]", held_out(kind)["first"]
@@ -217,15 +218,26 @@ def numbers(chapter: Chapter) -> None:
         glue(f"fs_{name}", text, display=False)
 
 
-def _mid_gap(chapter: Chapter) -> str:
-    """RWR with fresh samples less RWR with old ones: gold reward in the middle of the run."""
-    names = [f"rwr@similar[judged=True{dial}]" for dial in ("", ",sets=4")]
-    if not chapter.has(*names):
-        return NOT_RUN
-    looks = [rows[rows["update"] == chapter.profile.updates // 2].set_index("seed")["gold"]
-             for rows in map(chapter.reported, names)]  # fmt: skip
-    gap = (looks[0] - looks[1]).dropna()
-    return NOT_RUN if gap.empty else tables.interval_text(gap, signed=True)
+def _looks(chapter: Chapter) -> dict[str, str]:
+    """`mid_gap`, RWR's gold reward from fresh samples less that from old ones in the middle of the
+    run; `late_rwr`, `late_rwr_old` and so on, what the gold reward gains from there to the end;
+    `worse`, how many runs of RWR end worse from fresh samples."""
+    names = {m: f"{m}@similar[judged=True]" for m in ON_POLICY}
+    names |= {f"{m}_old": f"{m}@similar[judged=True,sets=4]" for m in BATCHED}
+    end = chapter.profile.updates
+    looks: dict[tuple[str, int], pd.Series] = {}
+    for name, setting in names.items():
+        rows = chapter.reported(setting) if chapter.has(setting) else pd.DataFrame()
+        for update in (end // 2, end):
+            gold = rows[rows["update"] == update].set_index("seed")["gold"] if "gold" in rows \
+                else pd.Series(dtype=float)  # fmt: skip
+            looks[name, update] = gold
+    found = {"mid_gap": looks["rwr", end // 2] - looks["rwr_old", end // 2]}
+    found |= {f"late_{name}": looks[name, end] - looks[name, end // 2] for name in names}
+    said = {name: tables.interval_text(gap, signed=True) if len(gap := by_seed.dropna())
+            else NOT_RUN for name, by_seed in found.items()}  # fmt: skip
+    gap = (looks["rwr", end] - looks["rwr_old", end]).dropna()
+    return said | {"worse": f"{(gap < 0).sum()} of {len(gap)}" if len(gap) else NOT_RUN}
 
 
 def _pilot_gain(chapter: Chapter) -> str:

@@ -47,15 +47,16 @@ def steps(table: pd.DataFrame, shown: Sequence[int] = (0, 2, 6, 20)) -> Figure:
 
 def pushes(table: pd.DataFrame) -> Figure:
     """Lines of equal push in the (p, q) plane: of `scenes.push_grid`."""
-    with panels(2, sharey=True) as (figure, axes):
-        for panel, objective in zip(axes[0], LOOKS, strict=True):
+    with panels(1, 2, sharex=True) as (figure, axes):
+        figure.set_size_inches(WIDTH, 6.2)
+        for panel, objective in zip(axes[:, 0], LOOKS, strict=True):
             grid = table.pivot(index="q", columns="p", values=objective)
             lines = panel.contour(grid.columns, grid.index, grid, np.arange(-5, 7) / 10,
                                   colors=LOOKS[objective]["color"], linewidths=1.2)  # fmt: skip
             panel.clabel(lines, fmt="%.1f")
             panel.plot([0, 0.6], [0, 0.6], color=GREY, linestyle=":", linewidth=1)
-            panel.set(title=f"{objective} KL", xlabel="mass now, p", xlim=(0, 0.6), ylim=(0, 0.6))
-        axes[0, 0].set_ylabel("target, q")
+            panel.set(title=f"{objective} KL", ylabel="target, q", xlim=(0, 0.6), ylim=(0, 0.6))
+        axes[-1, 0].set_xlabel("mass now, p")
     return figure
 
 
@@ -72,7 +73,7 @@ def case1(tables: Mapping[float, pd.DataFrame]) -> Figure:
                        ha="right")  # fmt: skip
             low, high = grid.index.min(), grid.index.max()
             panel.text(0.11, low + 0.6 * (high - low), r"$\Delta^r<\Delta^f$", ha="center")
-            panel.text(0.33, low + 0.16 * (high - low), r"$\Delta^r>\Delta^f$", ha="center")
+            panel.text(0.36, low + 0.3 * (high - low), r"$\Delta^r>\Delta^f$", ha="center")
             panel.set(title=rf"$q_2=q_1-{beta:g}$", xlabel=r"$p_1=p_2$", xlim=(0, 0.5))
         axes[0, 0].set_ylabel(r"$q_1$")
     return figure
@@ -142,7 +143,7 @@ def toward(table: pd.DataFrame) -> Figure:
 
 def lift(table: pd.DataFrame) -> Figure:
     """Where a push on y_l raises y_w: of `scenes.lift_grid`."""
-    titles = {"one": "the rest: one answer", "four": "the rest: four equal answers"}
+    titles = {"one": "rest: one answer", "four": "rest: four answers"}
     with panels(2, sharey=True) as (figure, axes):
         for panel, (column, title) in zip(axes[0], titles.items(), strict=True):
             grid = table.pivot(index="p_l", columns="p_w", values=column)
@@ -150,7 +151,7 @@ def lift(table: pd.DataFrame) -> Figure:
             panel.contour(grid.columns, grid.index, grid, [0], colors="black", linewidths=1.5)
             panel.set(title=title, xlabel=r"$p_w$")
             panel.text(0.4, 0.3, r"$y_w$ rises")
-        axes[0, 0].text(0.06, 0.06, r"$y_w$ falls")
+        axes[0, 0].text(0.02, 0.06, r"$y_w$ falls")
         axes[0, 1].annotate(r"$y_w$ falls", (0.05, 0.05), (0.42, 0.75),
                             arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
         axes[0, 0].set_ylabel(r"$p_l$")
