@@ -202,7 +202,7 @@ def memory(
     With LoRA the matrices are frozen in 16 bits, only the adapters have gradients and moments, and
     the reference is the same model with the adapters off.
     Args: size: bytes of a number in products. micro_batch: tokens that pass through the network at
-        once, padding included (`TOKEN_BUDGET` of a GPU in the loop). batch: completions of an
+        once, rows times the longest (`TOKEN_BUDGET` of a GPU in the loop). batch: completions of an
         update, which are drawn together. compiled: whether the decoder is, as on a GPU.
     """
     policy, p, a = preset.policy, preset.policy.parameters, preset.policy.adapters
@@ -322,11 +322,13 @@ def written(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_folder(prepared: Prepared) -> Preset:
-    """The sizes of a prepared folder: its policy's and those of the first of its reward models."""
+    """The sizes of a prepared folder: of its policy, of its first reward model, and the mean length
+    of its prompts."""
     first = min(prepared.folder.glob("reward-*"))
     reward = Shape.of(f"reward model of {prepared.name}", load_reward_model(first)[0])
     policy = Shape.of(prepared.name, prepared.policy.network.model)
-    return Preset(policy, reward, 64, prepared.cap)
+    prompt = sum(map(len, prompts := prepared.data("min").prompts["train"])) / len(prompts)
+    return Preset(policy, reward, round(prompt), prepared.cap)
 
 
 def this_machine(device: str = "cpu") -> Machine:

@@ -141,12 +141,12 @@ def speed(chapters: Chapters) -> str:
 
 def unjudged(chapters: Chapters) -> str:
     """Which of the paper's claims the results shown say nothing about, or at what scale they do."""
+    never = "That the more on-policy runs are sometimes unstable on Mode Length is not judged."
     if "full_scale" in chapters:
         return ("Claims about AlpacaFarm and UltraFeedback are judged on pairs of the same two "
-                "kinds, at the scale that [full scale](full_scale.ipynb) states. That more "
-                "on-policy runs are sometimes unstable on Mode Length is not judged.")  # fmt: skip
+                f"kinds, at the scale that [full scale](full_scale.ipynb) states. {never}")
     return ("Claims about AlpacaFarm and UltraFeedback are not judged in this version; they need "
-            "larger language models.")  # fmt: skip
+            f"larger language models. {never}")  # fmt: skip
 
 
 def dashboard(chapters: Chapters) -> str:

@@ -70,6 +70,8 @@ def test_crossing_makes_both_cost_the_same():
     never = rows([99] * 3, 0.5, per_update=0)
     assert costs.crossing(never, many, 0.7) == math.inf
     assert costs.crossing(few, rows([99] * 3), 0.7) == 0
+    assert costs.crossing(rows([5] * 3, 0.1), rows([5] * 3, 0.2), 0.7) == 0
+    assert costs.crossing(rows([5] * 3, 0.2), rows([5] * 3, 0.1), 0.7) == math.inf
     with pytest.raises(ValueError, match="fewer"):
         costs.crossing(many, few, 0.7)
 

@@ -140,6 +140,15 @@ def test_a_run_below_the_untrained_model_by_more_than_the_margin_harms():
     assert leaf.found("Pref-FT (offline)") == []
 
 
+def test_a_run_is_held_against_where_it_began_itself():
+    """Judged pairs begin as far apart as several margins."""
+    rows = results({"dpo_offline": [0.4] * 6, "rwr_offline": [0.5] * 6},
+                   start=[0.5] * 3 + [0.1] * 3)  # fmt: skip
+    (found,) = decisions.leaf("fixed", APART, rows, [], ALL).standings
+    assert {e.method: e.harms for e in found.entries} == {
+        "dpo_offline": True, "rwr_offline": False}  # fmt: skip
+
+
 def test_the_cost_of_a_method_is_its_median():
     rows = results({"dpo_offline": [0.9] * 5, "rwr_offline": [0.3] * 5})
     rows["seconds"] = [1.0, 2.0, 3.0, 4.0, 90.0] * 2

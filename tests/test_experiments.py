@@ -11,6 +11,7 @@ from lib import claims, experiments, tables
 from lib.experiments import length
 from lib.experiments.settings import matching
 from lib.lm.config import PREPARED, TINY
+from lib.lm.full_scale import FullScaleRun
 from lib.publish import configurations
 from lib.runs import Store, code_fingerprint, columns, compute, identity, largest_published
 
@@ -258,6 +259,16 @@ def test_a_folder_without_what_the_chapter_runs_on_is_named(tmp_path):
     own = replace(shipped, options=(*shipped.options, ("prepared", str(tmp_path))))
     with pytest.raises(ValueError, match=f"'{tmp_path}' has nothing .*lib.lm.prepare_full"):
         experiments.check_runs("full_scale", own, None, (), {"prepared": str(tmp_path)})
+
+
+def test_a_larger_policy_is_expected_to_take_longer_whatever_its_dtype():
+    """The one of width 256 ships in 16 bits."""
+    small, base, large = (
+        experiments.engine("full_scale").seconds(FullScaleRun(
+            "dpo_offline", "given", 1e-3, 0, policy=policy, iterations=1, batch=64, completions=2))
+        for policy in ("64", "128", "256")
+    )  # fmt: skip
+    assert small < 0.5 * base and large > 3 * base
 
 
 def test_what_compares_more_pairs_than_a_file_has_is_left_out(tmp_path):

@@ -68,6 +68,7 @@ def test_the_sizes_of_a_folder_are_those_of_its_own_models():
         for name in ("parameters", "width", "layers", "inner", "vocabulary"):
             assert getattr(shape, name) == getattr(known, name), name
     assert found.response == PRESETS["tiny"].response
+    assert 8 < found.prompt < PRESETS["tiny"].prompt  # which is a round number above it
 
 
 def test_a_layers_activations_by_hand():

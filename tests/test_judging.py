@@ -62,6 +62,24 @@ def test_policies_of_one_size_are_one_level_and_not_two_equal_ones():
     assert set(found) == {(0, j, k) for j in (0, 1) for k in (0, 1)}
 
 
+def test_looks_in_the_middle_and_at_the_end_are_told_apart():
+    """RWR: from fresh samples -6 then -7 and -5, from old ones -5 then -4; nobody judged DPO."""
+
+    def rows(*ends):
+        return pd.concat([pd.DataFrame({"seed": seed, "update": [0, 24, 48], "gold": [-7, *both]})
+                          for seed, both in enumerate(ends)])  # fmt: skip
+
+    given = {"rwr@similar[judged=True]": rows((-6, -7), (-6, -5)),
+             "rwr@similar[judged=True,sets=4]": rows((-5, -4), (-5, -6)),
+             "dpo@similar[judged=True]": rows((0, 0)).drop(columns="gold")}  # fmt: skip
+    asked = SimpleNamespace(profile=SimpleNamespace(updates=48), has=given.__contains__,
+                            reported=given.__getitem__)  # fmt: skip
+    found = judging._looks(asked)
+    assert found["mid_gap"].startswith("-1.00") and found["worse"] == "1 of 2"
+    assert found["late_rwr"].startswith("0.00") and found["late_rwr_old"].startswith("0.00")
+    assert {found["late_dpo"], found["late_reinforce"]} == {judging.NOT_RUN}
+
+
 def test_the_judge_puts_its_own_answer_first_and_repetition_far_below():
     found = judging.calibration().set_index("label")
     assert found.index[0] == "own answer" and (found["n"] == 64).all()

@@ -193,6 +193,8 @@ def test_metrics_of_rwr_ppo_and_the_negative_gradient_by_hand():
     assert method.loss(weights, batch.logp, {})[1]["effective_samples"].item() == 1
     weights = batch.labelled({"weight": torch.ones(1, 1, 4)})
     assert method.loss(weights, batch.logp, {})[1]["effective_samples"].item() == 4
+    weights = batch.labelled({"weight": torch.tensor([[[4e-30, 0.0, 4e-30, 0.0]]])})  # squares: 0
+    assert method.loss(weights, batch.logp, {})[1]["effective_samples"].item() == 2
     method, shift = METHODS["ppo_sequence"], torch.tensor([0.5, -0.5, 0.1, -0.1])
     moved = batch.logp.clone()
     moved[..., 0] += shift

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from lib import methods
 from lib.allowed import check_fields
@@ -221,6 +223,15 @@ def weights(folder: Path) -> list[Path]:
 def weight_bytes(folder: Path) -> int:
     """How large a model is on disk; 0 where there is none."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers the weights of a model on disk are; 0 where there is none."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "np") as stored:
+            count += sum(prod(stored.get_slice(name).get_shape()) for name in [*stored.keys()])
+    return count
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 
-from lib.lm.config import TINY, LengthRun, weight_bytes
+from lib.lm.config import TINY, LengthRun, parameters
 from lib.lm.policy import has_dtype
 from lib.lm.problem import LengthProblem
 from lib.training import Training, run
@@ -34,11 +34,11 @@ class LengthEngine:
 
     def seconds(self, config: LengthRun) -> float:
         """Seconds of one run on one core: the shipped policy's, times how much larger this one is
-        (which overstates it: larger products are the quicker ones)."""
+        (of a larger one that overstates it: its products are the quicker ones)."""
         schedule = config.schedule
         drawn = schedule.iterations * schedule.batch / 64
         shipped = 0.3 * drawn + 0.3 * schedule.updates + 0.8 * config.evaluations
-        return shipped * weight_bytes(config.policy_folder) / weight_bytes(TINY / "policy")
+        return shipped * parameters(config.policy_folder) / parameters(TINY / "policy")
 
     def run(self, configs: Sequence[LengthRun], checkpoint) -> list[pd.DataFrame]:
         """Trains `configs` (one run) and returns its table.

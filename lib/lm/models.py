@@ -259,8 +259,8 @@ def ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenIds:
     """EOS and pad ids of a tokenizer and its model, which are checked to fit together.
 
     EOS: the tokenizer's, then those of the model's generation config. No pad: EOS is used.
-    Raises: TokenizerError for no EOS, an EOS that is an ordinary token, or a tokenizer with more
-        entries than the embedding has rows.
+    Raises: TokenizerError for no EOS, an EOS that is an ordinary token, or a tokenizer with an
+        entry beyond the embedding's rows, but for added ones that its chat template does not write.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     return _ids(tokenizer, getattr(model, "generation_config", None), rows)
@@ -275,10 +275,11 @@ def _ids(
     more = generation if isinstance(generation, (list, tuple)) else [generation]
     eos = dict.fromkeys([tokenizer.eos_token_id, *(i for i in more if i is not None)])
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # of added tokens only those that a text is given: Gemma 3's text models have no row for images
+    # Gemma 3's text models have no row for the token of images, which their template never writes
     template, given = str(tokenizer.chat_template), {*eos, pad, tokenizer.bos_token_id}
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token) not in template}
-    largest = max({*tokenizer.get_vocab().values(), *eos, pad} - (added - given))
+    idle = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token) not in template}
+    idle = idle - given if tokenizer.chat_template else set()  # else a prompt may be anything
+    largest = max({*tokenizer.get_vocab().values(), *eos, pad} - idle)
     if largest >= rows:
         raise TokenizerError(
             f"the tokenizer has token id {largest}, the model's embedding only {rows} rows: give "

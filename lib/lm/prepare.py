@@ -190,6 +190,8 @@ def _check_kept(options: argparse.Namespace, record: dict[str, Any]) -> None:
     source, then = record.get("pairs", {}).get("source"), record.get("arguments", {})
     kind = "prompts" if then.get("preferences") == "None" else "preferences"
     sources = {kind: source} if source else {}
+    if (options.out / "policy").exists():  # whose tokenizer has the EOS that was named
+        refuse_other(options, record, "a policy", ("eos",))
     if (options.out / "pairs.parquet").exists():
         refuse_other(options, record, "pairs", (*PAIRS, *CUT), sources)
     if any(is_trained(folder) for folder in options.out.glob("reward-*")):
@@ -270,8 +272,8 @@ def warn_of_another_end(tokenizer: Any) -> None:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
     except Exception:  # a template may raise whatever it likes; it is told with the prompts
         return
-    end = text.rpartition("qzq")[2].strip()
-    if end in tokenizer.get_vocab() and end != tokenizer.eos_token:
+    end = next(iter(tokenizer.tokenize(text.rpartition("qzq")[2].strip())), "")
+    if end in tokenizer.get_added_vocab() and end != tokenizer.eos_token:
         print(f"warning: the chat template ends an answer with {end!r}, and the tokenizer's EOS is "
               f"{tokenizer.eos_token!r}. With --eos {end!r} responses that are given end as the "
               "policy's own do", file=sys.stderr)  # fmt: skip
@@ -284,7 +286,7 @@ def check_policy(there: Path, folder: Path, name: str, source: dict[str, Any] | 
     Args: there: where the policy of the prepared folder is, or will be. folder: of the one that is
         given, whose `name` is said. source: what the record says of the one that is there.
     """
-    patterns = ("*.safetensors", "config.json")
+    patterns = ("model*.safetensors", "config.json")
     if there.exists() and folder_digest(there, patterns) != folder_digest(folder, patterns):
         holds = repr(source["name"]) if source else "another"
         raise ValueError(

@@ -172,8 +172,9 @@ def _check_tokenizers(options: argparse.Namespace) -> None:
     (_, weak), *others = options.policy
     expected = _reading(weak, options.eos)
     there = sorted((folder.name, str(folder)) for folder in options.out.glob("policy-*"))
-    for name, source in (*others, *there):
-        if _reading(source, options.eos) != expected:
+    given = [(*policy, options.eos) for policy in others]
+    for name, source, eos in (*given, *((*copy, None) for copy in there)):  # a copy has its own
+        if _reading(source, eos) != expected:
             raise ValueError(
                 f"{name} ({source!r}) has another tokenizer than {weak!r}, and the pairs of a "
                 "folder are token ids: prepare a folder of its own"

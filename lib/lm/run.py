@@ -167,7 +167,7 @@ def configuration(options: argparse.Namespace) -> LengthRun:
     said = SAID if methods.get(options.method).on_policy else SAID_OFFLINE
     if refused := sorted(said & fields.keys()):
         raise ValueError(f"--option {', '.join(refused)}: for {options.method} it follows from "
-                         "--updates and minibatch")  # fmt: skip
+                         "--updates, minibatch and the method")  # fmt: skip
     return length_run(options.method, options.task, options.rate, options.seed,
                       updates=options.updates, **fields)  # fmt: skip
 

@@ -341,7 +341,10 @@ def test_tokenizer_larger_than_the_embedding(tmp_path):
         models.ids(tiny_tokenizer(template=TEMPLATE), model)  # which writes token 258
     with pytest.raises(TokenizerError, match="token id 258, the model's embedding only 258 rows"):
         models.ids(tiny_tokenizer(eos=TURN), model)
-    assert models.ids(tiny_tokenizer(), model).eos == (256,)  # in no text: as Gemma 3's for images
+    with pytest.raises(TokenizerError, match="token id 258, the model's embedding only 258 rows"):
+        models.ids(tiny_tokenizer(), model)  # a prompt may hold it
+    other = tiny_tokenizer(template=TEMPLATE.replace("<turn>", "|"))
+    assert models.ids(other, model).eos == (256,)  # as Gemma 3's token for images
     assert SIZE > 259  # rows to spare, as real models have, are no error
 
 

@@ -269,14 +269,14 @@ def test_a_folder_inside_the_policys_own_holds_the_policy_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "said"),
-    [({}, ["--max-tokens", "97"], "--max-prompt 160 and --max-tokens 97 are more than the 256"),
-     ({"architecture": "scaled"}, [], "logits")],
+    ("scaled", "options", "said"),
+    [(False, ["--max-tokens", "97"], "--max-prompt 160 and --max-tokens 97 are more than the 256"),
+     (True, [], "logits")],
 )  # fmt: skip
 def test_a_policy_that_the_loop_cannot_train_is_refused_before_any_work(
-    tmp_path, capsys, config, options, said
+    tmp_path, capsys, scaled, options, said
 ):
-    if config:
+    if scaled:
         policy = tmp_path / "p"
         CohereForCausalLM(
             CohereConfig(vocab_size=264, hidden_size=16, num_hidden_layers=1, intermediate_size=32,
@@ -293,6 +293,31 @@ def test_a_policy_that_the_loop_cannot_train_is_refused_before_any_work(
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_policy_with_weights_of_another_form_beside_its_own_is_the_same_one(tmp_path):
+    """As Mistral's folder has them; they are not copied."""
+    policy = save_tiny_policy(tmp_path / "p", initializer_range=0.3)
+    shutil.copy(policy / "model.safetensors", policy / "consolidated.safetensors")
+    rows = [{"prompt": f"say {i}"} for i in range(200)]
+    arguments = ["--policy", str(policy), "--prompts", written(rows, tmp_path / "prompts.jsonl"),
+                 "--out", str(tmp_path / "out"), "--max-tokens", "16", "--max-prompt", "32",
+                 "--epochs", "1", "--tasks", "min"]  # fmt: skip
+    assert [prepare.main(arguments), prepare.main(arguments)] == [0, 0]
+    assert not (tmp_path / "out" / "policy" / "consolidated.safetensors").exists()
+
+
+def test_an_eos_that_is_named_later_than_the_policy_was_copied_is_refused(tmp_path, capsys):
+    policy = save_tiny_policy(tmp_path / "p")
+    rows = [{"prompt": f"say {i}"} for i in range(40)]
+    arguments = ["--policy", str(policy), "--prompts", written(rows, tmp_path / "prompts.jsonl"),
+                 "--out", str(tmp_path / "out"), "--max-tokens", "8", "--max-prompt", "32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_pairs", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        assert prepare.main(arguments) == 2
+    assert (tmp_path / "out" / "policy").exists()
+    assert prepare.main([*arguments, "--eos", "<turn>"]) == 2
+    assert "holds a policy made with --eos None, not <turn>" in capsys.readouterr().err
+
+
 def test_a_template_that_ends_answers_otherwise_than_by_eos_is_told(capsys):
     prepare.warn_of_another_end(tiny_tokenizer(template=TEMPLATE))
     said = capsys.readouterr().err
@@ -300,6 +325,9 @@ def test_a_template_that_ends_answers_otherwise_than_by_eos_is_told(capsys):
     prepare.warn_of_another_end(tiny_tokenizer(template=TEMPLATE, eos="<turn>"))
     prepare.warn_of_another_end(tiny_tokenizer())
     assert not capsys.readouterr().err
+    more = TEMPLATE.replace("{% endfor %}", "{% endfor %}{{ eos_token }}")  # as Phi-3's
+    prepare.warn_of_another_end(tiny_tokenizer(template=more))
+    assert "ends an answer with '<turn>'" in capsys.readouterr().err
 
 
 def test_padding_that_is_eos_is_replaced_for_training(tmp_path):

@@ -61,6 +61,15 @@ def test_an_eos_that_is_named_ends_the_responses_and_stays_with_the_policies(pai
     assert prepare_full.main(named) == 0
 
 
+def test_a_folder_without_a_named_eos_takes_none_later(pairs, capsys):
+    root, arguments = pairs
+    assert prepare_full.main(arguments) == 0
+    similar = [*arguments, "--similar", str(root / "pairs.jsonl"), "--eos", "<turn>"]
+    del similar[similar.index("--distinct") : similar.index("--distinct") + 2]
+    assert "has another tokenizer" in refused(similar, capsys)
+    assert not (root / "out" / "similar.parquet").exists()
+
+
 def test_a_folder_takes_no_second_policy_of_another_tokenizer(pairs, capsys):
     root, arguments = pairs
     assert prepare_full.main(arguments) == 0

@@ -175,7 +175,7 @@ def test_a_gpu_that_is_not_here_is_refused(folder, capsys, monkeypatch):
         ("seed=3", "--option seed=3: give --seed"),
         ("task=mode", "--option task=mode: give --task"),
         ("learning_rate=1", "give --rate"),
-        ("iterations=5", "--option iterations: for dpo it follows from --updates and minibatch"),
+        ("iterations=5", "--option iterations: for dpo it follows from --updates, minibatch"),
         ("run=x", "unknown option ['run']; choose from ['batch', "),
         ("prepared=nonexist", "there is no folder 'nonexist'; give one that lib.lm.prepare made, "
                               "or one of ('tiny', 'smollm2', 'pythia')"),
@@ -187,7 +187,7 @@ def test_options_that_are_none_are_said_in_one_line(folder, capsys, monkeypatch,
 
 def test_an_offline_method_takes_no_schedule_that_would_be_dropped(folder, capsys, monkeypatch):
     error = refused([*command(folder), "--method", "dpo_offline"], capsys, monkeypatch)
-    assert "--option batch: for dpo_offline it follows from --updates and minibatch" in error
+    assert "--option batch: for dpo_offline it follows from --updates, minibatch" in error
 
 
 def test_a_folder_is_one_however_it_is_written(folder, monkeypatch):
