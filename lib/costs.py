@@ -223,7 +223,19 @@ def numbers(lines: Lines, target: float) -> dict[str, str]:
     turn = {"turn_ms": _turn(lines, "dpo"), "turn_best_ms": _turn(lines, "best_of_n"),
             "rwr_saves": _saves(lines, "rwr", "dpo", target)}  # fmt: skip
     rounds = {"rounds": _rounds(lines, [target]), "rounds_any": _rounds(lines, [target, HALF])}
-    return ms | reached | turn | rounds
+    return ms | reached | turn | rounds | _dearer(lines)
+
+
+def _dearer(lines: Lines) -> dict[str, str]:
+    """How many times the seconds of offline IPO's update an on-policy one takes; best-of-N's apart,
+    which trains on fewer completions."""
+    took = {name: _ends(rows, "seconds").mean() for name, rows in lines.items()
+            if methods.get(name).on_policy or name == "ipo_offline"}  # fmt: skip
+    base = took.pop("ipo_offline", float("nan"))
+    best = took.pop("best_of_n", float("nan")) / base
+    ratios = [tables.number_text(s / base, digits=1) for s in sorted(took.values())] or ["-"]
+    return {"dearer": f"{ratios[0]} to {ratios[-1]}",
+            "dearer_best": tables.number_text(best, digits=1)}  # fmt: skip
 
 
 def _rounds(lines: Lines, targets: Sequence[float]) -> str:

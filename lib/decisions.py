@@ -301,6 +301,15 @@ def _memory(problem: Problem, profile: experiments.Profile) -> float:
     return MIB_PER_GIB * found["total"]
 
 
+def served(results: pd.DataFrame) -> dict[str, str]:
+    """For the prose: how many updates a rare drawing serves, on the bandit and elsewhere."""
+    rare = results[results["choice"] == "rare"]
+    bandit = rare["problem"].isin([p.name for p in PROBLEMS if p.sizes == "bandit"])
+    parts = {"rare_bandit": rare[bandit], "rare_models": rare[~bandit]}
+    return {name: f"{part['serves'].max():.0f}" if len(part) else NOT_YET
+            for name, part in parts.items()}  # fmt: skip
+
+
 # --- from tables to leaves ------------------------------------------------------------------------
 
 

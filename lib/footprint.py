@@ -335,8 +335,9 @@ def this_machine(device: str = "cpu") -> Machine:
     """This machine with the peak that float32 matrix products reach now, on torch's threads or on
     its GPU, whose memory is timed as well, by a copy."""
     cuda = device != "cpu"
-    a = torch.rand(2 * (8192 if cuda else 1024,), device=device)
-    peak = 2 * len(a) ** 3 / _timed(lambda: a @ a, cuda)
+    size = 8192 if cuda else 1024
+    a = torch.rand(size, size, device=device)
+    peak = 2 * size**3 / _timed(lambda: a @ a, cuda)
     if not cuda:
         return Machine("this CPU", float("inf"), peak, 2e10, "float32", LAUNCH)
     large = torch.empty(GIB, dtype=torch.uint8, device=device)

@@ -225,19 +225,22 @@ def _looks(chapter: Chapter) -> dict[str, str]:
     names = {m: f"{m}@similar[judged=True]" for m in ON_POLICY}
     names |= {f"{m}_old": f"{m}@similar[judged=True,sets=4]" for m in BATCHED}
     end = chapter.profile.updates
-    looks: dict[tuple[str, int], pd.Series] = {}
-    for name, setting in names.items():
-        rows = chapter.reported(setting) if chapter.has(setting) else pd.DataFrame()
-        for update in (end // 2, end):
-            gold = rows[rows["update"] == update].set_index("seed")["gold"] if "gold" in rows \
-                else pd.Series(dtype=float)  # fmt: skip
-            looks[name, update] = gold
-    found = {"mid_gap": looks["rwr", end // 2] - looks["rwr_old", end // 2]}
-    found |= {f"late_{name}": looks[name, end] - looks[name, end // 2] for name in names}
-    said = {name: tables.interval_text(gap, signed=True) if len(gap := by_seed.dropna())
-            else NOT_RUN for name, by_seed in found.items()}  # fmt: skip
-    gap = (looks["rwr", end] - looks["rwr_old", end]).dropna()
+    middle, last = ({name: _gold(chapter, setting, update) for name, setting in names.items()}
+                    for update in (end // 2, end))  # fmt: skip
+    gaps = {"mid_gap": middle["rwr"] - middle["rwr_old"]}
+    gaps |= {f"late_{name}": last[name] - middle[name] for name in names}
+    said = {name: tables.interval_text(gap.dropna(), signed=True) if gap.count() else NOT_RUN
+            for name, gap in gaps.items()}  # fmt: skip
+    gap = (last["rwr"] - last["rwr_old"]).dropna()
     return said | {"worse": f"{(gap < 0).sum()} of {len(gap)}" if len(gap) else NOT_RUN}
+
+
+def _gold(chapter: Chapter, setting: str, update: int) -> pd.Series:
+    """The gold reward by seed at an update; empty where the setting is not run or not judged."""
+    rows = chapter.reported(setting) if chapter.has(setting) else pd.DataFrame()
+    if "gold" not in rows:
+        return pd.Series(dtype=float)
+    return rows[rows["update"] == update].set_index("seed")["gold"]
 
 
 def _pilot_gain(chapter: Chapter) -> str:

@@ -103,6 +103,11 @@ def test_numbers_are_per_completion_and_per_update():
     found = costs.numbers({"ipo": rows([5, 5, 99])}, 0.7)
     assert (found["write_ms"], found["train_ms"], found["turn_ms"]) == ("0.5", "50", "-")
     assert found["ipo_reached"] == "2 of 3"
+    assert (found["dearer"], found["dearer_best"]) == ("- to -", "-")
+    lines = {"ipo": rows([5] * 3, 0.3), "dpo": rows([5] * 3, 0.4), "best_of_n": rows([5] * 3, 0.2),
+             "ipo_offline": rows([5] * 3, 0.2, per_update=0)}  # fmt: skip
+    found = costs.numbers(lines, 0.7)
+    assert (found["dearer"], found["dearer_best"]) == ("1.5 to 2.0", "1.0")
 
 
 def test_figures_of_costs_draw_who_gets_there_and_name_who_does_not():

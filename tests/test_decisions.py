@@ -149,6 +149,13 @@ def test_a_run_is_held_against_where_it_began_itself():
         "dpo_offline": True, "rwr_offline": False}  # fmt: skip
 
 
+def test_how_rare_sampling_was_is_read_off_the_results():
+    rare = pd.concat([results({"dpo": [1.0]}, "R1", "rare"),
+                      results({"dpo": [1.0]}, "min", "rare").assign(serves=4)])  # fmt: skip
+    assert decisions.served(rare) == {"rare_bandit": "50", "rare_models": "4"}
+    assert set(decisions.served(CLEAR).values()) == {NOT_YET}
+
+
 def test_the_cost_of_a_method_is_its_median():
     rows = results({"dpo_offline": [0.9] * 5, "rwr_offline": [0.3] * 5})
     rows["seconds"] = [1.0, 2.0, 3.0, 4.0, 90.0] * 2

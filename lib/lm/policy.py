@@ -347,9 +347,10 @@ class CausalPolicy(Scorer):
 
     def _step(self) -> Tensor:
         """Clips and applies the gradient; returns its norm before clipping. No host waits here."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if self.loss_scale is not None and grads:  # there are none where all pairs are tied
-            torch._foreach_div_(grads, self.loss_scale)
+        if self.loss_scale is not None:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            if grads:  # there are none where all pairs are tied
+                torch._foreach_div_(grads, self.loss_scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         taken = self.alive & norm.isfinite()
         if self.loss_scale is None:
