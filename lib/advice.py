@@ -51,6 +51,7 @@ class Record:
 
     name: str
     found: tuple[tuple[Standing, Entry], ...]
+    missed: tuple[Problem, ...] = ()  # those that count and did not run it
 
     @property
     def ran(self) -> tuple[Problem, ...]:
@@ -86,11 +87,13 @@ class Record:
 
     @property
     def record(self) -> str:
-        """ "DPO (5 of 6; behind on Mode Length: -13.43, the best -8.07 tokens)"."""
+        """ "DPO (5 of 6; behind on Mode Length: -13.43, the best -8.07 tokens)", and where it did not
+        run."""
         behind = [f"{s.problem.title}: {e.mean:.2f}, the best {max(o.mean for o in s.entries):.2f}"
                   + s.problem.unit for s, e in self.found if s.solved and not e.leads]  # fmt: skip
         parts = [f"{len(self.led)} of {len(self.ran)}"]
         parts += [f"behind on {'; '.join(behind)}"] if behind else []
+        parts += [f"not run on {_and([p.title for p in self.missed])}"] if self.missed else []
         return f"{self.name} ({'; '.join(parts)})"
 
     @property
@@ -125,8 +128,9 @@ def default(results: pd.DataFrame) -> str:
         return f"**One default?** {none if len(results) else overview.NOT_YET.capitalize()}."
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
-    head = ("**If you want one default**, by the problems (described below) on which a method is "
-            "*level with the best*, which is not shown to be ahead of it by a margin that matters:")
+    head = ("**If you want one default**, and no branch of the chart below fits: by the problems "
+            "(described below) on which a method is *level with the best*, which is not shown to be "
+            "ahead of it by a margin that matters,")
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
@@ -182,9 +186,17 @@ def _records(standings: Sequence[Standing], on_policy: bool) -> list[Record]:
         for e in s.entries:
             if methods.get(e.method).on_policy is on_policy:
                 ran.setdefault(overview.short(e.method), []).append((s, e))
-    found = [Record(name, tuple(of)) for name, of in ran.items() if 2 * len(of) > len(standings)]
+    found = [Record(name, tuple(of), _missed(of, standings)) for name, of in ran.items()
+             if 2 * len(of) > len(standings)]  # fmt: skip
     mostly = (record for record in found if 2 * len(record.led) > len(record.ran))
     return sorted(mostly, key=lambda record: record.order)
+
+
+def _missed(
+    found: Sequence[tuple[Standing, Entry]], standings: Sequence[Standing]
+) -> tuple[Problem, ...]:
+    ran = [s for s, _ in found]
+    return tuple(s.problem for s in standings if s.solved and s not in ran)
 
 
 def matrix(standings: Sequence[Standing]) -> pd.DataFrame:
@@ -225,7 +237,9 @@ def sampling(results: pd.DataFrame) -> str:
         } for p, gap in counted.items()
     ]  # fmt: skip
     notes = ("*Completions*: how many each kind of run labels or is given, offline first. The best "
-             "method of each kind is picked on the seeds shown, which flatters both.")  # fmt: skip
+             "method of each kind is picked on the seeds shown, which flatters both. On the length "
+             "problems the labels of on-policy methods are a reward model's, which learned from "
+             "more pairs than an offline run reads ([data](length.ipynb)).")  # fmt: skip
     told = " ".join(filter(None, [best, _labels(results, counted), _loss(counted, sides)]))
     return _answer(f"**{head}** {told}", _numbers(rows, gaps, notes))
 
@@ -239,7 +253,10 @@ def _labels(results: pd.DataFrame, counted: Iterable[Problem]) -> str:
             more.setdefault(on_policy / offline, []).append(p)
     times = [f"{ratio:,.0f} times the labels on {_and([p.title for p in found])}"
              for ratio, found in more.items()]  # fmt: skip
-    return f"On-policy runs had {_and(times)}." if times else ""
+    if not times:
+        return ""
+    return (f"On-policy runs had {_and(times)}. There DPO gets nearly as high from half as many, all "
+            "of the untrained model's answers ([on-policy](on_policy.ipynb)).")  # fmt: skip
 
 
 def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Values]]) -> str:
@@ -294,7 +311,8 @@ def old_samples(chapters: Chapters) -> str:
             key = serves[p], tuple(rare), tuple(map(overview.short, _extremes(rare))), slower
             groups.setdefault(key, []).append(p.title)
     order = [f"With one sampling for {n} updates, of {_listed(ran)}, {best} "
-             f"{'is slowed' if slower else 'ends lower'} least and {worst} most on {_and(titles)}."
+             f"{'is slowed less' if slower else 'loses less at the end'} than {worst} on "
+             f"{_and(titles)}."
              for (n, ran, (best, worst), slower), titles in groups.items()]  # fmt: skip
     gains: dict[tuple[str, bool], list[str]] = {}
     for p, rare in counted.items():
@@ -308,7 +326,7 @@ def old_samples(chapters: Chapters) -> str:
     rows = [
         {"problem": p.title, "updates per sampling": serves[p],
          "what old samples change in": _judged(p),
-         "loses least": _ends(p, rare, 0), "loses most": _ends(p, rare, 1)}
+         "surest to lose little": _ends(p, rare, 0), "surest to lose much": _ends(p, rare, 1)}
         for p, rare in counted.items()
     ]  # fmt: skip
     head = "**If sampling is slow:** no loss is told apart from another."
@@ -372,9 +390,10 @@ def _apart(problem: Problem, rare: Values) -> bool:
 
 
 def _ends(problem: Problem, rare: Values, which: int) -> str:
-    """ "RWR: -0.97 (-1.91 to -0.04) tokens": who bears it best (0) or worst (1)."""
+    """ "RWR: -0.97 (-1.91 to -0.04) tokens, n = 5": who bears it best (0) or worst (1)."""
     name = _extremes(rare)[which]
-    return f"{overview.short(name)}: {interval_text(rare[name], signed=True)}{problem.unit}"
+    lost = interval_text(rare[name], signed=True)
+    return f"{overview.short(name)}: {lost}{problem.unit}, n = {len(rare[name])}"
 
 
 def _extremes(rare: Values) -> tuple[str, str]:

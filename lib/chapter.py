@@ -155,9 +155,13 @@ class Chapter(Page):
         full = experiments.CHAPTERS[name].profiles["full"]
         self.extra_seeds = _checked_seeds(seeds, max(full.report_seeds) + 1)
         self.store = runs.Store(store or STORE)
+        self._begun = False  # to compute something
         self.published = None if recompute else _published(name, self.profile_name)
         if not self._elsewhere:
             experiments.check_runs(name, self.profile, self.methods, self.extra_seeds, given)
+        if profile == "auto" and not self._profile_as_named and not self.plan_only:
+            raise ValueError("prepared, learning_rates and options need a profile, which says how "
+                             f"much is run: {', '.join(experiments.PROFILES)}")  # fmt: skip
         if self.plan_only:
             print(self.plan())
             _skip_the_rest()
@@ -280,9 +284,13 @@ class Chapter(Page):
                 f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
             )
         runs.refuse_missing(self.engine, lambda: self._plan(self._planned()))
+        if not self._begun:
+            self._begun = True
+            print(self.plan())
         return runs.compute(
-            configs, self.store, self.engine, self.jobs, published=self.published, say=self._say
-        )
+            configs, self.store, self.engine, self.jobs, published=self.published, say=self._say,
+            progress=not BUILT,
+        )  # fmt: skip
 
     def _say(self, text: str) -> None:
         if "Nothing to compute" not in text:

@@ -155,8 +155,10 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
 
     def whole() -> runs.Plan:
         planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
-        return runs.plan([config for stage in planned for config in stage(None)], store, engine)
+        configs = [config for stage in planned for config in stage(None)]
+        return runs.plan(configs, store, engine, jobs)
 
+    print(f"all stages: {whole()}")
     runs.refuse_missing(engine, whole)
     table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)

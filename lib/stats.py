@@ -131,6 +131,7 @@ STATISTICS: dict[str, Callable[[Curve], float]] = {
     "final gold": lambda c: final(c, "gold"),
     "gain in gold": lambda c: change(c, "gold"),
     "final length": lambda c: final(c, "length"),
+    "final pair accuracy": lambda c: final(c, "held_out_accuracy"),
     "final margin": lambda c: final(c, "chosen_logratio") - final(c, "rejected_logratio"),
     "speed to target": speed,
 }
@@ -139,7 +140,8 @@ STATISTICS: dict[str, Callable[[Curve], float]] = {
 REWARDS = ("reward", "proxy")  # of which a policy that went non-finite has the lowest there is
 # The columns that a statistic may read.
 CURVE = ("update", "samples", "seconds", "target", "reward", "proxy", "gold", "length", "kl_ref",
-         "kl_gen", "chosen_logratio", "rejected_logratio", "support_share")  # fmt: skip
+         "kl_gen", "chosen_logratio", "rejected_logratio", "held_out_accuracy",
+         "support_share")  # fmt: skip
 
 
 def per_run(results: pd.DataFrame, statistic: str) -> pd.Series:

@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -27,6 +28,14 @@ from tests.minibook import FIGURE, MATH, write_chapter  # noqa: E402
 def root() -> Path:
     """The checkout under test."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes that start in milliseconds: a server has imported for them what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs.fake", "lib.lm.engine"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_strong_wording_with_the_numbers_behind_it():
     assert f"| bandit R2 | near | DPO 0.99 (0.98) | DPO 0.90 (0.89) | {gap}" in first
     assert "matters little" in first
     assert "take a loss with a negative gradient" in second
-    assert ("With one sampling for 50 updates, of DPO and RWR, DPO is slowed least and RWR most on "
+    assert ("With one sampling for 50 updates, of DPO and RWR, DPO is slowed less than RWR on "
             "bandit R1. Slowed is not worse") in second  # fmt: skip
     assert "| bandit R1 | 50 | mean reward over training | DPO: -0.04" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
@@ -118,7 +118,7 @@ def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
     assert "the rule was" not in text  # nothing of the two kinds of pairs is undecided
     assert ("against the best without: ahead on bandit R1; behind on Skew Length; "
             "alike on bandit R2.") in text  # fmt: skip
-    assert "DPO is slowed least and RWR most on bandit R1" in text
+    assert "DPO is slowed less than RWR on bandit R1" in text
     sentences = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
     assert text.count("<details>") == text.count("</details>") == 4
     assert "(+" in text and "(+" not in sentences

@@ -36,7 +36,7 @@ def test_the_published_full_results_are_those_the_prose_interprets(complementary
 
 @pytest.mark.parametrize("own", [
     {"profile": "smoke"}, {"profile": "full", "recompute": True}, {"methods": ["ipo"]},
-    {"seeds": [25]}, {"learning_rates": [0.01]},
+    {"seeds": [25]}, {"profile": "full", "learning_rates": [0.01]},
 ])  # fmt: skip
 def test_other_results_are_told_apart_from_the_prose(own, tmp_path):
     shown = Chapter("complementary", **own, store=tmp_path)
@@ -238,11 +238,14 @@ def test_a_plan_of_more_seeds_counts_those_alone(name, method, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_finds_what_the_store_has(tmp_path):
+def test_a_plan_finds_what_the_store_has(tmp_path, capsys):
+    """The whole plan is said before the first stage, and a bar with the time left is drawn."""
     asked = {"profile": "smoke", "methods": ["ipo"], "recompute": True, "store": tmp_path}
     before = Chapter("complementary", **asked)
     assert "8 missing" in before.plan()
     assert before.results["run"].nunique() == 8
+    said = capsys.readouterr()
+    assert said.out.startswith("complementary at profile smoke: 8 runs") and "<00:" in said.err
     assert "8 stored. Nothing to compute." in Chapter("complementary", **asked).plan()
 
 
@@ -267,6 +270,8 @@ def test_a_plan_finds_what_the_store_has(tmp_path):
     ({"profile": "smok"}, "profile must be one of .*'auto', 'smoke'"),
     ({"recompute": True}, "recompute needs a profile: smoke, cpu, full, gpu, paper"),
     ({"recompute": "true"}, "recompute must be True or False"),
+    ({"learning_rates": [0.01]}, "learning_rates and options need a profile, .*: smoke, cpu"),
+    ({"options": {"prompts": 3}}, "need a profile"),
 ])  # fmt: skip
 def test_a_bad_value_is_refused_by_name(own, said, tmp_path):
     with pytest.raises(ValueError, match=said):

@@ -19,7 +19,7 @@ from lib.experiments.settings import (
     selector,
     sweep_runs,
 )
-from lib.lm.places import check_prepared, spelled
+from lib.lm.places import check_prepared, cut_otherwise, spelled
 from lib.runs import PROFILES, Engine, identity
 from lib.runs.configurations import checked
 
@@ -72,7 +72,8 @@ def check_runs(
     seeds: Sequence[int],
     options: Mapping[str, Any],
 ) -> None:
-    """Builds a run of every setting, with the largest of `seeds`.
+    """Builds a run of every setting, with the largest of `seeds`; says so where a folder of your
+    own was made with another cap of responses.
 
     Raises: ValueError for a value that a run refuses, or an option that no run takes;
         FileNotFoundError where the data of a run are missing.
@@ -95,6 +96,9 @@ def check_runs(
         value = spelled(value) if name == "prepared" else value
         if all(getattr(run, name) != value for run in built):
             raise ValueError(f"no run of {chapter} takes {name}={value!r}: its settings set it")
+    if options.get("prepared", "tiny") != "tiny":
+        for said in {cut_otherwise(run) for run in built} - {None}:
+            print(f"warning: {said}")
 
 
 Rates = Callable[[Setting], float]

@@ -47,7 +47,9 @@ class LengthProfile(PilotProfile):
     """The length problems' dials beside what every profile has.
 
     Args:
-        batches: values of B as multiples of M. inner_steps: values of T. betas: DPO's.
+        batches: values of B as multiples of M. every_batch: all of them wherever B is varied, not
+            for PPO on Min alone and the ends elsewhere. inner_steps: values of T.
+        betas: of DPO, and temperatures: of RWR, beside their defaults.
         slowest: no rate below it is tried with on-policy methods. Fixed data need smaller rates:
             an offline run can leave them for good, an on-policy one sees where it went.
         extras: whether to run what no claim compares: IPO and REINFORCE beside the others, and
@@ -55,8 +57,10 @@ class LengthProfile(PilotProfile):
     """
 
     batches: tuple[int, ...] = (2, 3, 4)
+    every_batch: bool = False
     inner_steps: tuple[int, ...] = (2, 4, 8)
     betas: tuple[float, ...] = (0.02, 0.5)
+    temperatures: tuple[float, ...] = ()
     slowest: float = 0.0
     extras: bool = True
 
@@ -127,6 +131,9 @@ PROFILES: dict[str, LengthProfile] = {
         rates=PAPER_RATES,
         slowest=0.0,
         updates=72,
+        every_batch=True,
+        betas=(0.01, 0.05, 0.5),
+        temperatures=(1.0, 10.0, 20.0),
         device="cuda",
         options=(("prepared", "pythia"), ("dtype", "bfloat16"), ("max_tokens", 256)),
     ),
@@ -151,18 +158,20 @@ def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Seque
 
 
 def _on_policy(p: LengthProfile) -> list[Setting]:
-    """Dial B: all values for PPO on Min, its ends elsewhere; dial T on Min and Skew."""
-    ends, last = (min(p.batches), max(p.batches)), max(p.inner_steps)
+    """Dials of B and T, and of RWR's temperature on Min."""
+    ends, last = sorted({min(p.batches), max(p.batches)}), max(p.inner_steps)
+    two, one = (p.batches, p.batches) if p.every_batch else (ends, ends[-1:])
     staleness = _dial(("ppo_token",), "sets", p.batches, ("min",))
-    staleness += _dial(("ppo_token",), "sets", sorted(set(ends)), ("skew",))
-    staleness += _dial(("ppo_token",), "sets", ends[1:], ("mode",))
-    staleness += _dial(("rwr", "reinforce"), "sets", ends[1:], TASKS)
+    staleness += _dial(("ppo_token",), "sets", two, ("skew",))
+    staleness += _dial(("ppo_token",), "sets", one, ("mode",))
+    staleness += _dial(("rwr", "reinforce"), "sets", one, TASKS)
     reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, ("skew",))
     reuse += _dial(("best_of_n",), "inner_steps", sorted({min(p.inner_steps), last}), ("min",))
     reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew"))
+    sharper = _dial(("rwr",), "temperature", p.temperatures, ("min",))
     learned = ("rwr", "reinforce", "ppo_token")
     base = _base(learned) + _base(("best_of_n",), ("min", "skew", GIVEN))
-    return _present(base + staleness + reuse, p)
+    return _present(base + staleness + reuse + sharper, p)
 
 
 def _negative_gradient(p: LengthProfile) -> list[Setting]:

@@ -25,6 +25,11 @@ class LengthEngine:
     def __init__(self, device: str = "cpu"):
         self.device = device
 
+    def check(self, configs: Sequence[LengthRun]) -> None:
+        """Raises: ValueError for bfloat16 on a GPU that has none, before any run has begun."""
+        for dtype in {config.dtype for config in configs}:
+            _check_dtype(dtype, self.device)
+
     def block_key(self, config: LengthRun) -> LengthRun:
         return config
 
@@ -43,10 +48,10 @@ class LengthEngine:
     def run(self, configs: Sequence[LengthRun], checkpoint) -> list[pd.DataFrame]:
         """Trains `configs` (one run) and returns its table.
 
-        Raises: ValueError for several, or for bfloat16 on a GPU that has none.
+        Raises: ValueError for several, or what `check` raises.
         """
         (config,) = configs
-        _check_dtype(config.dtype, self.device)
+        self.check(configs)
         with _without_denormals():
             problem = self.problem(config, self.device)
             return run(Training(problem, config.schedule, config.hyper, config.points), checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -89,9 +89,10 @@ class FullScaleEngine(LengthEngine):
         on which responses are read with it, and those are the ones that are not known yet."""
         return FullScaleEngine(self.device, folder / "gold.sqlite")
 
-    def check(self, configs: Iterable[FullScaleRun]) -> None:
+    def check(self, configs: Sequence[FullScaleRun]) -> None:
         """Before anything is computed, not when it comes to it: FileNotFoundError for a judge that
-        is not there."""
+        is not there; and what `LengthEngine.check` raises."""
+        super().check(configs)
         for judged in {(c.judge, c.prepared): c for c in configs if c.judge}.values():
             judge_source(judged)
 

@@ -37,6 +37,7 @@ LAYOUTS = (
     ("prompt", "response_1", "response_2", "score_1", "score_2"),
 )
 INPUT = "input"  # further text of an `instruction`, which belongs to the prompt
+SYSTEM = ("system", "system_prompt")  # a message before it, as Orca's pairs have one
 ECHO = 20  # characters: a prompt this long is not repeated by chance
 
 
@@ -74,6 +75,7 @@ def table(
     Raises: TextError for a missing column, or rows of several layouts.
     """
     names = _names(list(rows[0]), asked, layouts, name)
+    system = next((column for column in SYSTEM if column in rows[0]), None)
     found = []
     for number, row in enumerate(rows, 1):
         where = f"{name!r}, row {number}"
@@ -84,10 +86,20 @@ def table(
         more = row.get(INPUT) if names.get("prompt") == "instruction" else None
         if more and isinstance(more, str) and isinstance(ours["prompt"], str):
             ours["prompt"] = f"{ours['prompt']}\n\n{more}"
+        if system and isinstance(ours.get("prompt"), str):
+            ours["prompt"] = _after(row.get(system), ours["prompt"])
         found.append((where, ours))
     for column in set(TEXT_COLUMNS) & set(names):
         _check_kinds(found, column, names[column])
     return found
+
+
+def _after(system: Any, prompt: str) -> Messages:
+    """A prompt as messages, behind that of the system if it has any text."""
+    messages = [{"role": "user", "content": prompt}]
+    if isinstance(system, str) and system.strip():
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
 
 
 def _names(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -307,8 +308,9 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, eos: str | None, name: str) -> 
         tokenizer.eos_token = eos
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
-            f"the tokenizer of {name!r} has no EOS: a response could not end. Name it with "
-            f"load_tokenizer(..., eos=TOKEN), one of its special tokens {_special(tokenizer)}"
+            f"the tokenizer of {name!r} has no EOS: a response could not end. Name it with --eos "
+            f"(in Python: load_tokenizer(..., eos=TOKEN)), one of its special tokens "
+            f"{_special(tokenizer)}"
         )
 
 
@@ -348,6 +350,12 @@ def _load(
         raise WeightsError(f"{origin.name!r} lacks weights of a {kind}, which would be random: "
                            f"{sorted(info['missing_keys'])[:5]}")  # fmt: skip
     return model.to(place).eval(), origin
+
+
+def positions(model: PreTrainedModel) -> float:
+    """The most tokens of a prompt and its response together that a model was made for."""
+    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return named or math.inf
 
 
 def _device(name: str) -> torch.device:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
-from lib.lm.config import PRESETS, prepared_folder
+from lib.lm.config import PRESETS, LengthRun, prepared_folder
 
 NAMES = ("tiny", *PRESETS)
 
@@ -28,3 +29,14 @@ def check_prepared(name: str) -> str:
         raise FileNotFoundError(f"prepared: there is no folder {name!r}; give one that "
                                 f"lib.lm.prepare made, or one of {NAMES}")  # fmt: skip
     return name
+
+
+def cut_otherwise(config: LengthRun) -> str | None:
+    """What to say where completions are cut at another length than the folder's pairs were."""
+    path = config.folder / "prepared.json"
+    made = json.loads(path.read_text()).get("arguments", {}) if path.exists() else {}
+    cap = made.get("max_tokens", str(config.max_tokens))
+    if cap == str(config.max_tokens):
+        return None
+    return (f"completions are cut at {config.max_tokens} tokens, the pairs of {config.prepared!r} "
+            f"at {cap}: the option max_tokens={cap} cuts both alike")  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from lib.lm.models import (
     load_policy,
     load_reward_model,
     load_tokenizer,
+    positions,
     resolve,
 )
 from lib.lm.network import Network
@@ -101,8 +103,8 @@ def command(
     options = parser.parse_args(arguments)
     try:
         work(options)
-    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
-        # the third: of a full disk; the last: of a loss that is not finite
+    except (ValueError, OSError, SafetensorError, RuntimeError, sqlite3.Error) as error:
+        # the third and the last: of a full disk; the fourth: of a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -209,7 +211,8 @@ def refuse_other(
     """
     then = record.get("arguments", {}) | {name: s["name"] for name, s in sources.items()}
     other = [
-        f"{named(name)} {then[name]}, not {now}"
+        f"{named(name)} {then[name]}" + (f", not {now}" if str(now) != then[name] else
+                                         " as it was then: it has changed since")
         for name in names if name in then
         if not _is_same(then[name], now := getattr(options, name), sources.get(name))
     ]  # fmt: skip
@@ -256,8 +259,8 @@ def check_model(model: Any, options: argparse.Namespace) -> None:
     """Raises: ValueError for a policy that the loop cannot train, or whose positions end before
     those of a prompt and a response: before pairs are sampled and reward models trained."""
     Network(model)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and options.max_prompt + options.max_tokens > longest:
+    longest = positions(model)
+    if options.max_prompt + options.max_tokens > longest:
         raise ValueError(f"--max-prompt {options.max_prompt} and --max-tokens {options.max_tokens} "
                          f"are more than the {longest} tokens that the policy takes")  # fmt: skip
 
@@ -624,7 +627,9 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", choices=[d for d in DECODERS if d], help="how keys and values "
                         "are kept (default: growing)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        choices=("cpu", "cuda"), help="the first GPU that is seen; another by "
+                        "CUDA_VISIBLE_DEVICES")  # fmt: skip
 
 
 if __name__ == "__main__":

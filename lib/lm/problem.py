@@ -14,7 +14,14 @@ from lib.finetune import State
 from lib.lm import length, lora
 from lib.lm.batches import padded
 from lib.lm.config import LengthRun
-from lib.lm.models import TokenIds, load_policy, load_reward_model, load_tokenizer, stored_ids
+from lib.lm.models import (
+    TokenIds,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    positions,
+    stored_ids,
+)
 from lib.lm.network import Network, halve
 from lib.lm.pairs import SPLITS, Pairs, as_tensors, load, of_task
 from lib.lm.policy import CausalPolicy, Scorer
@@ -99,11 +106,21 @@ class LengthProblem:
         self.method: Method = get(config.method)
         self.data = task_data(config.policy_folder, config.pairs_file, config.task)
         self.reference = self._scorer()
+        self._check_length()
         self.reward = None
         if config.label == "learned":
             model, _ = load_reward_model(config.reward_folder, device=device)
             self.reward = RewardModel(model, dtype=config.dtype)
         self.held_out = self._held_out()
+
+    def _check_length(self) -> None:
+        """Raises: ValueError where a completion may be longer than the policy has positions for."""
+        longest = positions(self.reference.network.model)
+        room = longest - max(map(len, chain(*self.data.prompts.values())))
+        if self.config.max_tokens > room:
+            raise ValueError(f"max_tokens must be at most {room}: the policy takes {longest} "
+                             "tokens, the longest prompt among them; got "
+                             f"{self.config.max_tokens}")  # fmt: skip
 
     def _scorer(self) -> Scorer:
         config = self.config
@@ -271,9 +288,10 @@ class LengthProblem:
         kl, spread = state.policy.divergences(batch, self.reference)
         long = self.lengths(batch).float()
         ended = torch.isin(batch.completions, self.reference.eos) & batch.mask
+        proxy = self.proxy(batch)
         return {
-            "reward": self.gold(batch).mean(),
-            "proxy": self.proxy(batch).mean(),
+            "reward": (proxy if config.task == length.GIVEN else self.gold(batch)).mean(),
+            "proxy": proxy.mean(),
             "length": long.mean(),
             "length_sd": long.std(),
             "ended": ended.any(-1).float().mean(),

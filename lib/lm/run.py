@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pandas as pd
@@ -29,11 +30,20 @@ from lib.lm.config import LABELS, LengthRun, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
-from lib.lm.places import check_prepared, spelled
+from lib.lm.places import check_prepared, cut_otherwise, spelled
 from lib.lm.prepare import check_device, command
 from lib.lm.problem import LengthProblem
-from lib.runs import Checkpoint, code_fingerprint, combined, identity, write_atomically
-from lib.runs.configurations import checked
+from lib.runs import (
+    Checkpoint,
+    code_fingerprint,
+    combined,
+    identity,
+    provenance,
+    write_atomically,
+)
+from lib.runs.configurations import canonical, checked
+from lib.runs.planning import duration
+from lib.runs.records import write_record
 from lib.runs.store import read_checkpoint
 
 OWN = ("method", "task", "learning_rate", "seed")  # fields that have an option of their own
@@ -47,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> pd.DataFrame:
-    """The result table of the run; the main process writes it and prints the last row. Every
-    process returns the same.
+    """The result table of the run; the main process writes it, with what it is of in the file's
+    metadata, and prints the last row. Every process returns the same.
 
     Raises: ValueError or OSError, before any work, for an option that is none, a device that is not
     here, a place that cannot be written, a folder of `--save` that is not new, or a `--checkpoint`
@@ -64,14 +74,13 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     main = accelerator.is_main_process
     if main:
         print(f"processes: {accelerator.num_processes}, device: {accelerator.device}", flush=True)
-        _warn(config)
+        if said := cut_otherwise(config):
+            print(f"warning: {said}", file=sys.stderr)
     try:
         engine = KeepingEngine(str(accelerator.device))
         (table,) = engine.run([config], _checkpoint(options, header))
-        if main and options.save:  # first: it took all the time
-            save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
-        if main and options.output:
-            write_atomically(options.output, table.to_parquet)
+        if main:
+            _keep(options, config, engine, table)
         if main and options.checkpoint:
             options.checkpoint.unlink(missing_ok=True)
         if main:
@@ -79,6 +88,25 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     finally:
         accelerator.end_training()
     return table
+
+
+def _keep(
+    options: argparse.Namespace, config: LengthRun, engine: KeepingEngine, table: pd.DataFrame
+) -> None:
+    """Writes what was asked for: the policy, and the table with what it is of. If one cannot be
+    written, the other is."""
+    about = {"identity": identity(config), "configuration": canonical(config),
+             "commit": provenance.commit(), "finished": provenance.now(),
+             "environment": provenance.environment(engine.device, config.dtype, engine.packages),
+             }  # fmt: skip
+    try:
+        if options.save:
+            save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
+            text = json.dumps(about, indent=1) + "\n"
+            write_atomically(options.save / "run.json", lambda path: path.write_text(text))
+    finally:
+        if options.output:
+            write_record(options.output, table, about)
 
 
 def _check_places(options: argparse.Namespace) -> None:
@@ -145,17 +173,6 @@ def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     print(f"saved: {folder}")
 
 
-def _warn(config: LengthRun) -> None:
-    """Says so where completions are cut at another length than the pairs were."""
-    path = config.folder / "prepared.json"
-    pairs = json.loads(path.read_text()).get("pairs", {}) if path.exists() else {}
-    cap = pairs.get("max_tokens", config.max_tokens)
-    if cap != config.max_tokens:
-        print(f"warning: completions are cut at {config.max_tokens} tokens, the pairs of "
-              f"{config.prepared!r} at {cap}: --option max_tokens={cap} cuts both alike",
-              file=sys.stderr)  # fmt: skip
-
-
 def configuration(options: argparse.Namespace) -> LengthRun:
     """The run that the command line describes. Raises: ValueError for an option that is none."""
     between("--updates", options.updates, 1, 10**9)
@@ -205,14 +222,22 @@ class Silent(Checkpoint):
 
 
 class Printed(Silent):
-    """Of the main process: says how far the run is; saves if there is somewhere to."""
+    """Of the main process: says how far the run is and about how long it will take; saves if there
+    is somewhere to."""
+
+    first: tuple[float, float] | None = None  # updates and seconds at the first of these lines
 
     def due(self) -> bool:
         return self.stored and Checkpoint.due(self)
 
     def progress(self, done_updates: float, total_updates: float, **shown: Any) -> None:
-        text = ", ".join(f"{name} {value}" for name, value in shown.items())
-        print(f"{done_updates} of {total_updates} updates: {text}", flush=True)
+        said = [f"{name} {value}" for name, value in shown.items()]
+        now = monotonic()
+        begun, since = self.first = self.first or (done_updates, now)
+        if begun < done_updates < total_updates:
+            left = (now - since) / (done_updates - begun) * (total_updates - done_updates)
+            said.append(f"about {duration(left)} left")
+        print(f"{done_updates} of {total_updates} updates: {', '.join(said)}", flush=True)
 
 
 def _header(config: LengthRun) -> dict[str, Any]:

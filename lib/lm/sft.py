@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lib.allowed import check_fields
 from lib.lm.best import on_one_gpu, restore_best
+from lib.lm.models import positions
 from lib.lm.policy import has_dtype
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -68,8 +68,9 @@ class SFTRun:
 class Trained:
     """What `sft` did: a row of `losses` for each epoch, the update kept, and the seconds.
 
-    `losses` hold epoch, update, train and validation: means in nats a response token, the
-    validation loss before training in the row of epoch 0.
+    `losses` hold epoch, update, train and validation, in nats a response token. Epoch 0 is
+    `response_loss` before training; later rows, by which the epoch is chosen, are TRL's means of
+    batch means.
     """
 
     losses: tuple[dict[str, float], ...]
@@ -104,7 +105,7 @@ def sft(model, tokenizer, train: Sequence[Example], validation: Sequence[Example
 def check(model, examples: Sequence[Example]) -> None:
     """ValueError, naming the example, for an empty or too long one or ids without an embedding."""
     rows = model.get_input_embeddings().num_embeddings
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = positions(model)
     if not examples:
         raise ValueError("no examples: supervised fine-tuning needs training and validation pairs")
     for number, (prompt, response) in enumerate(examples):
@@ -203,7 +204,8 @@ def _arguments(run: SFTRun, folder: str):
     return SFTConfig(
         output_dir=folder,
         learning_rate=run.learning_rate,
-        lr_scheduler_type=run.schedule,
+        # transformers' plain "constant" leaves the warm-up out
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(run.schedule, run.schedule),
         warmup_steps=run.warmup_steps,
         weight_decay=run.weight_decay,
         per_device_train_batch_size=run.batch,

@@ -66,6 +66,9 @@ def supervise(options: argparse.Namespace) -> Trained:
     options.out.mkdir(parents=True, exist_ok=True)
     counts = {split: len(rows) for split, rows in data.items()}
     print(f"{counts['train']:,} responses to learn from, {counts['validation']:,} held out; {read}")
+    first = data["train"][0]
+    whole = tokenizer.decode([*first.prompt, *first.response])
+    print(f"an example as the model reads it:\n{whole}")
     trained = sft(model, tokenizer, data["train"], data["validation"], run)
     after = response_loss(model, data["validation"], run.batch)  # of what is written, as before it
     model.save_pretrained(options.out)

@@ -229,7 +229,7 @@ def encode_prompts(
     fits = [(i, ids) for i, ids in zip(candidates, coded, strict=True) if len(ids) <= max_tokens]
     if prompts and not fits:
         shortest = min(map(len, coded), default=None)
-        raise TextError(f"none of {len(prompts)} prompts fits in max_tokens={max_tokens}"
+        raise TextError(f"none of {len(prompts)} prompts fits in {max_tokens} tokens"
                         + (f": the shortest has {shortest}" if shortest else ""))  # fmt: skip
     return EncodedPrompts([ids for _, ids in fits], [i for i, _ in fits], len(texts) - len(fits))
 

@@ -82,7 +82,8 @@ def _full(path: Path) -> StoreFullError:
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(PermissionError):  # some file systems refuse it for folders
+        # some file systems refuse it for folders, each with an error of its own
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

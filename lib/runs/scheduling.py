@@ -26,6 +26,7 @@ from lib.runs.records import unset_strings
 from lib.runs.store import Checkpoint, Store
 
 POLL = 0.5  # seconds between two looks at the workers' progress
+NOTEBOOK = 5.0  # seconds between two drawings of a bar that is kept in a notebook's output
 
 
 class RunError(RuntimeError):
@@ -55,12 +56,14 @@ def compute(
     *,
     published: Any = None,
     say: Callable[[str], None] = print,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """The table of all `configs`, computing those that neither store nor `published` has.
 
     Columns: the configurations' fields (`outer_inner` for nested ones), `run` (identity), then
     the engine's metrics; rows in the order of `configs`. `jobs` processes of one thread each
-    (default: one per core; 1 computes in this process).
+    (default: one per core; 1 computes in this process). `progress` draws a bar with the time left;
+    None where standard error is a terminal, which a notebook's is not.
 
     An interrupt or a kill loses at most the last `store.checkpoint_interval` seconds; calling
     again goes on from there. Raises RunError after all other runs when some failed.
@@ -73,7 +76,7 @@ def compute(
     store.sweep()
     refuse_missing(engine, lambda: overview)
     if overview.todo:
-        _compute_missing(overview, store, engine, say)
+        _compute_missing(overview, store, engine, say, progress)
     tables = [
         store.read(run.identity)[0] if run.status.table is None else run.status.table
         for run in overview.runs
@@ -108,6 +111,7 @@ def _compute_missing(
     store: Store,
     engine: Engine,
     say: Callable[[str], None],
+    progress: bool | None,
 ) -> None:
     code = fingerprint.fingerprint_as_loaded(*engine.modules)
     store.prepare(overview.bytes)
@@ -118,7 +122,8 @@ def _compute_missing(
             total=overview.updates_todo,
             unit="update",
             unit_scale=True,
-            disable=None,  # drawn where standard error is a terminal
+            disable=None if progress is None else not progress,
+            mininterval=0.1 if progress is None else NOTEBOOK,
         )
         try:
             with _watched(bar, job, blocks):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib import runs
 from lib.finetune import Schedule, fine_tune
 from lib.lm import problem as problem_module
 from lib.lm.batches import unpadded
@@ -25,6 +28,7 @@ from lib.training import Training
 from lib.untracked import Untracked
 from tests.bandit.helpers import Checkpoint
 from tests.lm_folder import prepared_folder
+from tests.runs.fake import exit_code, killed
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +346,27 @@ def test_a_killed_run_ends_with_the_same_numbers(folder, name, options, kill_at)
         LengthEngine().run([run], checkpoint)
     checkpoint.kill_at = None
     (table,) = LengthEngine().run([run], checkpoint)
+    pd.testing.assert_frame_equal(without_seconds(table), without_seconds(expected))
+
+
+@pytest.mark.parametrize("name", ["ppo_token", "dpo", "dpo_offline"])
+def test_killed_at_random_points_a_run_ends_with_the_same_numbers(
+    folder, tmp_path, processes, name
+):
+    """By SIGKILL, after 1 to 3 updates and at any point of the next one or two."""
+    config, store = small(folder, name, updates=8, batch=8), runs.Store(tmp_path)
+    generator, ends = random.Random(name), []
+    while 0 not in ends and len(ends) < 30:
+        when = generator.randint(1, 3), generator.uniform(0.0, 0.1)
+        worker = processes.Process(
+            target=killed, args=([config], store.root, LengthEngine(), *when)
+        )
+        worker.start()
+        ends.append(exit_code(worker))
+    assert set(ends) == {0, -signal.SIGKILL} and len(ends) > 2
+    table, provenance = store.read(identity(config))
+    assert provenance["block"]["resumed"] > 0
+    (expected,) = LengthEngine().run([config], Untracked())
     pd.testing.assert_frame_equal(without_seconds(table), without_seconds(expected))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from lib.lm.engine import LengthEngine
 from lib.lm.models import load_policy, load_tokenizer
 from lib.lm.places import spelled
 from lib.runs import identity
+from lib.runs.records import read_record
 from lib.untracked import Untracked
 from tests.lm_folder import prepared_folder
 from tests.tiny_lm import save_tiny_policy
@@ -111,7 +114,7 @@ def test_a_checkpoint_of_something_else_is_neither_ignored_nor_written_over(
 def test_another_cap_than_that_of_the_pairs_is_said(folder, tmp_path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")
     for cap, warned in ((12, True), (8, False)):
-        (other / "prepared.json").write_text(json.dumps({"pairs": {"max_tokens": cap}}))
+        (other / "prepared.json").write_text(json.dumps({"arguments": {"max_tokens": str(cap)}}))
         assert run.main(command(other)) == 0
         assert ("cut at 8 tokens, the pairs of" in capsys.readouterr().err) == warned
 
@@ -146,14 +149,40 @@ def test_places_that_cannot_be_written_are_said_before_training(
     assert f"{option} {place}" in error and said in error
 
 
-def test_the_policy_is_kept_where_the_table_cannot_be(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["write_record", "save"])
+def test_what_can_be_written_is_kept_where_the_other_cannot_be(
+    folder, tmp_path, monkeypatch, fails
+):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(run, "write_atomically", full)
+    monkeypatch.setattr(run, fails, full)
     places = ["--save", str(tmp_path / "saved"), "--output", str(tmp_path / "table.parquet")]
     assert run.main([*command(folder), *places]) == 2
-    load_policy(tmp_path / "saved")
+    if fails == "write_record":
+        load_policy(tmp_path / "saved")
+    else:
+        assert pd.read_parquet(tmp_path / "table.parquet")["update"].tolist() == [0, 2]
+
+
+def test_what_is_written_says_what_it_is_of_and_the_lines_how_long_it_takes(
+    folder, tmp_path, capsys
+):
+    file, saved = tmp_path / "table.parquet", tmp_path / "saved"
+    places = ["--output", str(file), "--save", str(saved), "--option", "evaluations=2"]
+    assert run.main([*command(folder), *places, "--updates", "4"]) == 0
+    _, about = read_record(file)
+    assert about["configuration"]["fields"]["method"] == "dpo" and about["commit"]
+    kept = json.loads((saved / "run.json").read_text())
+    assert kept.items() <= about.items()
+    first, middle, last = (line for line in capsys.readouterr().out.splitlines()
+                           if " of 4 updates: reward " in line)  # fmt: skip
+    assert "left" not in first + last and re.search(r"2 of 4 .*, about \d+ s left$", middle)
+
+
+def test_a_completion_that_may_outgrow_the_policys_positions_is_refused(folder, capsys):
+    error = run.main([*command(folder), "--option", "max_tokens=5000"])
+    assert error == 2 and "max_tokens must be at most" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_here_is_refused(folder, capsys, monkeypatch):

@@ -342,6 +342,16 @@ def test_input_of_an_instruction_belongs_to_the_prompt(lines):
     assert text.load_prompts(lines(*rows)).prompts == ["Translate.\n\nHaus", "Hello", "Bye"]
 
 
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_stands_before_the_prompt(lines, column):
+    """As in Orca's pairs, some of whose rows have none."""
+    rows = [pair(prompt="a") | {column: "Be brief."}, pair(prompt="b") | {column: ""}]
+    assert text.load_preferences(lines(*rows)).prompts == [
+        [{"role": "system", "content": "Be brief."}, user("a")], [user("b")]]  # fmt: skip
+    prompts = [{key: row[key] for key in ("prompt", column)} for row in rows]
+    assert text.load_prompts(lines(*prompts)).prompts[1] == [user("b")]
+
+
 def test_message_prompts(lines):
     messages = [{"role": "system", "content": "Be brief."}, user("hi"), assistant("a"), user("b")]
     more = [message | {"name": None} for message in messages]
@@ -667,7 +677,7 @@ def test_long_prompts_are_dropped_not_cut():
     coded = text.encode_prompts(tokenizer, ["abcd", "abc", "a", "é" * 2], size + 3)
     assert (coded.kept, coded.too_long) == ([1, 2], 2)
     assert [len(ids) for ids in coded.ids] == [size + 3, size + 1]
-    with pytest.raises(TextError, match=f"none of 1 prompts fits in max_tokens=9.*{size + 1}"):
+    with pytest.raises(TextError, match=f"none of 1 prompts fits in 9 tokens.*{size + 1}"):
         text.encode_prompts(tokenizer, ["a"], 9)
     assert text.encode_prompts(tokenizer, [], 3) == text.EncodedPrompts([], [], 0)
 

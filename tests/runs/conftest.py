@@ -1,8 +1,7 @@
-"""Fixtures of the store's tests: a store, an engine, processes, a repository of its own."""
+"""Fixtures of the store's tests: a store, an engine, a repository of its own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 
 import pytest
@@ -20,14 +19,6 @@ def store(tmp_path):
 @pytest.fixture
 def engine(tmp_path):
     return WalkEngine(tmp_path / "log")
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """Processes that start in milliseconds: a server has imported torch and pandas for them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs.fake"])
-    return context
 
 
 class Repository:

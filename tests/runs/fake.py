@@ -10,7 +10,9 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -114,13 +116,13 @@ def experiments(
     )
 
 
-def work(configs: Sequence[Walk], root: Path, engine: WalkEngine, interval: float = 20.0) -> None:
+def work(configs: Sequence[Any], root: Path, engine: runs.Engine, interval: float = 20.0) -> None:
     """Compute in this process; the target of the processes that tests start."""
     runs.compute(configs, runs.Store(root, interval), engine, jobs=1, say=lambda text: None)
 
 
 def killed(
-    configs: Sequence[Walk], root: Path, engine: WalkEngine, saves: int, seconds: float
+    configs: Sequence[Any], root: Path, engine: runs.Engine, saves: int, seconds: float
 ) -> None:
     """As `work` with a checkpoint after every step; is killed some seconds after so many of them,
     unless all is done before."""
@@ -133,3 +135,13 @@ def killed(
 
     runs.Checkpoint.save = counted  # of this process, which is a test's own
     work(configs, root, engine, interval=0.0)
+
+
+def exit_code(process: BaseProcess, seconds: float = 120) -> int:
+    """How a process ended. Raises: AssertionError if it has not within so many seconds."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"a process has not ended within {seconds} s")
+    return process.exitcode

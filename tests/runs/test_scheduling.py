@@ -20,7 +20,7 @@ import torch
 from lib import runs
 from lib.runs import records
 from lib.runs.planning import duration, group, size
-from tests.runs.fake import Walk, WalkEngine, grid, killed, work
+from tests.runs.fake import Walk, WalkEngine, exit_code, grid, killed, work
 
 
 def quiet(text):
@@ -33,16 +33,6 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def exit_code(process, seconds=120):
-    """How a process ended, which it must have done within so many seconds."""
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        pytest.fail(f"a process has not ended within {seconds} s")
-    return process.exitcode
 
 
 def test_the_table_has_configuration_identity_and_metrics_in_order(store, engine):
