@@ -87,8 +87,7 @@ class Record:
 
     @property
     def record(self) -> str:
-        """ "DPO (5 of 6; behind on Mode Length: -13.43, the best -8.07 tokens)", and where it did not
-        run."""
+        """ "DPO (5 of 6; behind on Mode Length: -13.43, the best -8.07 tokens; not run on R2)"."""
         behind = [f"{s.problem.title}: {e.mean:.2f}, the best {max(o.mean for o in s.entries):.2f}"
                   + s.problem.unit for s, e in self.found if s.solved and not e.leads]  # fmt: skip
         parts = [f"{len(self.led)} of {len(self.ran)}"]
@@ -129,8 +128,8 @@ def default(results: pd.DataFrame) -> str:
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
     head = ("**If you want one default**, and no branch of the chart below fits: by the problems "
-            "(described below) on which a method is *level with the best*, which is not shown to be "
-            "ahead of it by a margin that matters,")
+            "(described below) on which a method is *level with the best*, which is not shown to "
+            "be ahead of it by a margin that matters,")
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
@@ -255,8 +254,8 @@ def _labels(results: pd.DataFrame, counted: Iterable[Problem]) -> str:
              for ratio, found in more.items()]  # fmt: skip
     if not times:
         return ""
-    return (f"On-policy runs had {_and(times)}. There DPO gets nearly as high from half as many, all "
-            "of the untrained model's answers ([on-policy](on_policy.ipynb)).")  # fmt: skip
+    return (f"On-policy runs had {_and(times)}. There DPO gets nearly as high from half as many, "
+            "all of the untrained model's answers ([on-policy](on_policy.ipynb)).")  # fmt: skip
 
 
 def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Values]]) -> str:

@@ -76,6 +76,12 @@ class Prepared:
         """prepared.json: what the folder was made of. Empty if there is none."""
         return _json(self.folder / "prepared.json")
 
+    @property
+    def labelled(self) -> str:
+        """ "4,698 to 4,855": how many labelled pairs its reward models learned from."""
+        counts = sorted({self.record[f"reward-{task}"]["pairs"]["train"] for task in TASKS})
+        return " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+
     @cached_property
     def training(self) -> dict[str, Any]:
         """policy/training.json: how the shipped policy was trained; empty for other policies."""

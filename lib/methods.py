@@ -230,8 +230,8 @@ def _clipped(
 
 
 def _ppo(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
-    """`kl_penalty` is the released code's term. It holds no policy near the reference: log pi_ref is
-    a constant in it, and the mean of what is left of its gradient is 0 on fresh samples."""
+    """`kl_penalty` is the released code's term. It holds no policy near the reference: log pi_ref
+    is a constant in it, and the mean of what is left of its gradient is 0 on fresh samples."""
     new, old = sequence_logp(logp, batch.mask), sequence_logp(batch.logp, batch.mask)
     advantage, clip = batch.labels["advantage"], hyper["clip"]
     if hyper["ratio_over"] == "token":

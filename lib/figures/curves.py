@@ -67,6 +67,14 @@ class Panel:
     ylabel: str | None = None
 
 
+def outcome(title: str, task: str, lines: Lines) -> Panel:
+    """What a length problem asks for, against updates: the length; on Mode Length, where the right
+    one lies between, the gold reward (minus the distance from it, which the paper draws)."""
+    if task == "mode":
+        return Panel(title, lines, ylabel="gold reward, tokens")
+    return Panel(title, lines, y="length")
+
+
 def method_looks(names: Iterable[str]) -> dict[str, dict]:
     """Title of each method -> how it is drawn in every figure of the book."""
     return {methods.get(name).title: style.look(name) for name in names}
