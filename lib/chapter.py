@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from IPython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
@@ -72,7 +73,9 @@ class Page:
         self.recompute = _flag("recompute", recompute)
         self.plan_only = _flag("plan_only", plan_only)
         if recompute and profile == "auto":
-            raise ValueError(f"recompute needs a profile: {', '.join(experiments.PROFILES)}")
+            if not torch.cuda.is_available():
+                raise ValueError(f"recompute needs a profile: {', '.join(experiments.PROFILES)}")
+            self.profile_name = "gpu"
         if not plan_only and _listen(get_ipython()):
             print("Numbers in sentences are filled in on the rendered page; "
                   f"{type(self).__name__.lower()}.said() lists them.")  # fmt: skip
@@ -112,7 +115,7 @@ class Chapter(Page):
         profile: "auto" for the published one that the prose is about, else the largest; or a name
             of `lib.experiments.PROFILES`.
         recompute: leave published results aside and compute (finished runs are kept in `store`);
-            a profile must say how much.
+            a profile must say how much, or a GPU be there, whose profile is then taken.
         plan_only: print what would be run and skip the rest of the notebook.
         methods: only these, None for all of the chapter.
         seeds: reported seeds beyond the profile's, pooled with those and marked.
@@ -142,7 +145,7 @@ class Chapter(Page):
     ):
         self.name = experiments.check_chapter(name)
         self._take(profile, recompute, plan_only)
-        if profile == "auto":
+        if profile == "auto" and not recompute:
             published = _published(name, PROSE) or runs.largest_published(name)
             self.profile_name = published.profile if published else "cpu"
         named = experiments.profile_named(name, self.profile_name)
@@ -159,7 +162,7 @@ class Chapter(Page):
         self.published = None if recompute else _published(name, self.profile_name)
         if not self._elsewhere:
             experiments.check_runs(name, self.profile, self.methods, self.extra_seeds, given)
-        if profile == "auto" and not self._profile_as_named and not self.plan_only:
+        if profile == "auto" and not (recompute or self._profile_as_named or self.plan_only):
             raise ValueError("prepared, learning_rates and options need a profile, which says how "
                              f"much is run: {', '.join(experiments.PROFILES)}")  # fmt: skip
         if self.plan_only:

@@ -303,6 +303,14 @@ def test_options_change_every_run(tmp_path):
     assert Chapter("complementary", options={"tau": None}).is_interpreted
 
 
+def test_a_gpu_is_taken_where_there_is_one_and_nothing_else_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    asked = {"recompute": True, "plan_only": True, "store": tmp_path}
+    assert Chapter("complementary", **asked).profile_name == "gpu"
+    assert Chapter("complementary", profile="cpu", **asked).profile_name == "cpu"
+    assert Chapter("complementary", store=tmp_path).profile_name == "full"
+
+
 def test_a_page_refuses_what_a_chapter_refuses():
     with pytest.raises(ValueError, match="profile must be one of .*'auto', 'smoke'"):
         Page("methods", profile="smok")

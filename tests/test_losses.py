@@ -259,7 +259,8 @@ def test_equals_dpo_trainer_in_value_and_gradient(loss_type, loss, weight, avera
     assert mine.item() == pytest.approx(expected.item(), rel=1e-5)
     assert theirs
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+        off = (parameter.grad - theirs[name]).norm() / theirs[name].norm()
+        assert off < 1e-5, name
 
 
 def test_value_loss_by_hand():

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib import optima
+from lib import optima, stats
 from lib.bandit.config import REWARD_FUNCTIONS, VOCABULARY
 from lib.bandit.problem import BINS
 from lib.bandit.reference import histogram, reward_table
@@ -104,14 +104,18 @@ def _mass_lines(
         after = _mass(rows[rows["update"] == rows["update"].max()])
         axis.stairs(after["mean"], EDGES, color=colours[label], linewidth=1.8, label=label,
                     linestyle=DASHES[i % len(DASHES)])  # fmt: skip
+        if len(rows["seed"].unique()) > 1:
+            axis.stairs(after["high"], EDGES, baseline=after["low"], fill=True, alpha=0.2,
+                        color=colours[label], linewidth=0)  # fmt: skip
         drawn.append(after.assign(line=label))
     return drawn
 
 
 def _mass(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean mass of each bin over runs: token (the bin's first), mean, n."""
-    return pd.DataFrame({"token": EDGES[:-1], "mean": rows[MASSES].mean().to_numpy(),
-                         "n": len(rows)})  # fmt: skip
+    """Mass of each bin over runs: token (the bin's first), mean, its 95% interval, n."""
+    found = pd.DataFrame([stats.interval(rows[mass]) for mass in MASSES],
+                         columns=["mean", "low", "high"])  # fmt: skip
+    return found.assign(n=len(rows)).set_axis(EDGES[:-1]).rename_axis("token").reset_index()
 
 
 def break_even(betas: Sequence[float]) -> tuple[Figure, pd.DataFrame]:

@@ -41,7 +41,7 @@ def test_marginals_compare_the_first_row_with_the_last():
     before, after = (table[table["line"] == name].set_index("token")["mean"]
                      for name in ("before", "IPO"))  # fmt: skip
     assert (before[0], before[70], after[0], after[70]) == (1, 0, 0, 1)
-    assert len(figure.axes[0].patches) == 2  # two outlines
+    assert len(figure.axes[0].patches) == 3  # two outlines, and a band
 
 
 def test_marginals_need_a_reward_as_title():
