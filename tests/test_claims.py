@@ -206,3 +206,19 @@ def test_a_comparison_of_two_claims_counts_once():
     another = claims.Verdict(other, "reproduced", 0.5, 0.3, 0.7, 20)
     unknown = [claims.Verdict(r, "not judged") for r in (one, other)]
     assert claims.distinct([*same, another, *unknown]) == [same[0], another, *unknown]
+
+
+def test_the_seeds_of_the_sweep_have_no_say_in_a_verdict(monkeypatch):
+    """On them the other method is ahead."""
+    def run(name, seed, end):
+        config = experiments.Setting(name, "R1").run(FULL, 0.01, seed)
+        return pd.DataFrame([columns(config)] * 2).assign(run=f"{name}{seed}", update=[0, 100],
+                                                          reward=[0.0, end])  # fmt: skip
+
+    seeds = (*FULL.sweep_seeds, *FULL.report_seeds)
+    table = pd.concat([run(name, seed, end if seed in FULL.report_seeds else 1 - end)
+                       for name, end in (("ipo", 0.9), ("rwr", 0.2))
+                       for seed in seeds])  # fmt: skip
+    monkeypatch.setattr(claims, "rules", lambda: [rule()])
+    (found,) = claims.judge_all("on_policy", table, FULL, lambda setting: 0.01)
+    assert (found.seeds, found.effect) == (len(FULL.report_seeds), pytest.approx(0.7))

@@ -97,6 +97,13 @@ def test_rounds_are_those_of_on_policy_methods_that_get_there():
     found = costs.numbers(lines, 0.7)
     assert (found["rounds"], found["rounds_any"]) == ("3 to 5", "3 to 5")
     assert costs.numbers({"ipo": rows([99] * 3)}, 0.7)["rounds"] == "-"
+    found = costs.numbers({"ipo": rows([5] * 3), "rwr": rows([9] * 3, height=0.6)}, 0.7)
+    assert (found["rounds"], found["rounds_any"]) == ("5 to 5", "5 to 9")
+
+
+def test_what_a_method_saves_is_the_others_seconds_less_its_own():
+    found = costs.numbers({"rwr": rows([3, 3, 99]), "dpo": rows([5, 6, 5])}, 0.7)
+    assert found["rwr_saves"].startswith("0.25 (")
 
 
 def test_numbers_are_per_completion_and_per_update():

@@ -330,3 +330,10 @@ def test_a_run_that_broke_is_the_worst_not_the_best(lost):
     broken = Given({setting("dpo"): [[-50.0, lost], [-40.0, -1.0]]})
     table = decisions.collect({"b": broken}, (ALSO,)).set_index("seed")
     assert table["reward"].to_dict() == {5: -50.0, 6: -1.0}
+
+
+def test_a_comparison_that_two_claims_share_counts_once():
+    shared = rule("ipo_offline@R1 - rwr_offline@R1")
+    two = [claims.Verdict(replace(shared, claim=name), "reproduced", 0.5, 0.4, 0.6, 20)
+           for name in ("a", "b")]  # fmt: skip
+    assert decisions.leaf("fixed", APART, CLEAR, two, ALL).verdicts == {"reproduced": 1}

@@ -323,3 +323,11 @@ def test_a_prepared_folder_is_one_however_it_is_written(way, monkeypatch):
                            ("prepared", way), ("evaluations", 1.0)))  # fmt: skip
     experiments.check_runs("on_policy_length", own, ["rwr"], (),
                            {"prepared": way, "evaluations": 1.0})  # fmt: skip
+
+
+def test_reported_seeds_do_not_choose_the_rate():
+    profile = experiments.CHAPTERS["complementary_length"].profiles["full"]
+    fast, slow = profile.rates[:2]
+    found = ((slow, 0, 2.0), (fast, 0, 1.0), (fast, 5, 9.0))
+    table = pd.concat([rows("dpo", "min", rate, seed, -1.0, proxy) for rate, seed, proxy in found])
+    assert experiments.selected_rate(table, experiments.Setting("dpo", "min"), profile) == slow

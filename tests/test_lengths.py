@@ -59,11 +59,14 @@ def test_samples_are_repeatable_and_end_where_they_say(have):
     assert not lengths.samples(have, count=5, seed=4)["response"].equals(table["response"])
 
 
-def test_special_tokens_are_visible(have):
-    pairs = have.data("min").pairs["validation"]
-    text = lengths.spelled(have)
-    ended = sum(rows[0][-1] in pairs.eos for rows in (pairs.first, pairs.second))
-    assert text.count("tokens and EOS") == text.count("<eos>") == ended
+def test_special_tokens_are_visible(tmp_path):
+    root = prepared_folder(tmp_path, prompts=6)
+    table = pd.read_parquet(root / "pairs.parquet")
+    table["first"], table["second"] = [[65, 66, 256]] * len(table), [[65] * 12] * len(table)
+    table.to_parquet(root / "pairs.parquet")
+    text = lengths.spelled(lengths.Prepared(str(root)))
+    assert "first response: 2 tokens and EOS\nAB<eos>" in text
+    assert "second response: 12 tokens\n" in text
 
 
 def test_quoted_text_is_no_markup():

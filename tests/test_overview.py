@@ -13,6 +13,7 @@ from lib import claims, experiments, overview, stats
 from lib.chapter import BADGES
 from lib.experiments import Setting
 from lib.figures import overview as figures
+from tests.test_costs import rows as timed
 
 
 def rows(finals, first=5):
@@ -175,3 +176,12 @@ def test_standing_and_its_figure(chapters):
     markers = [line for line in panel.lines if line.get_linestyle() == "None"]
     drawn = sorted(float(line.get_xdata()[0]) for line in markers)
     assert drawn == pytest.approx(sorted(table["mean"]))
+
+
+def test_the_clock_leaves_out_who_misses_a_seed():
+    reached = {"dpo": [5, 5, 6], "rwr": [3, 3, 99], "ipo": [9, 9, 9]}
+    found = {f"{name}@R1[alone=True]": timed(at) for name, at in reached.items()}
+    alone = [Setting(name, "R1", (("alone", True),)) for name in reached]
+    chapter = SimpleNamespace(settings=lambda: alone, reported=found.get)
+    said = overview._clock({"wall_clock": chapter}, "R1")
+    assert said.startswith("**DPO** 0.53 (") and "level" not in said

@@ -133,3 +133,19 @@ def test_the_clock_starts_at_the_first_evaluation():
     assert found["sampling"].tolist() == [0.0, 1.0, 4.5, 0.0, 1.0, 2.0]
     assert found["scoring"].tolist() == [0.0, 0.25, 0.25] * 2
     assert found["seconds"].tolist() == [0.0, 3.25, 8.75, 0.0, 3.25, 6.25]
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("reward at 20 nats", 0.95), ("mean reward over samples", 416 / 768),
+    ("final chosen log-ratio", -3), ("final rejected log-ratio", -4), ("final margin", 1),
+    ("change of mass on tokens of the data", -0.2), ("mean proxy over updates", 1.48),
+    ("final pair accuracy", 0.8),
+])  # fmt: skip
+def test_each_statistic_reads_its_own_column(name, value):
+    found = table(samples=[0, 512, 576, 640, 704, 768])
+    found = found.assign(
+        chosen_logratio=[0.0] * 5 + [-3], rejected_logratio=[0.0] * 5 + [-4],
+        support_share=[0.9] + [0.7] * 5, proxy=2 * found["reward"],
+        held_out_accuracy=[0.5] * 5 + [0.8],
+    )  # fmt: skip
+    assert stats.per_run(found, name).tolist() == pytest.approx([value])

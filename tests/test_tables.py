@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lib import experiments, tables
+from lib.runs import columns
 
 SMOKE = experiments.profile_named("on_policy", "smoke")
 FULL = experiments.profile_named("on_policy", "full")
@@ -133,3 +134,35 @@ def test_grid_names_every_value_of_a_dial_once():
     assert dict(zip(others["reward"], others["values"], strict=True)) == {
         "R1": "10; 50", "R2": "50"}  # fmt: skip
     assert found["seeds"].min() > 0 and found.duplicated().sum() == 0
+
+
+def test_quantiles_of_an_even_number():
+    values = pd.Series([4.0, 1.0, 3.0, 2.0])
+    assert [tables.quantile(values, q) for q in (0.25, 0.5, 0.75)] == [1, 2, 3]
+
+
+def swept(rate, seed, end):
+    config = experiments.Setting("rwr", "R1").run(FULL, rate, seed)
+    return pd.DataFrame([columns(config)] * 2).assign(run=f"{rate}{seed}", update=[0, 100],
+                                                      reward=[0.0, end])  # fmt: skip
+
+
+def test_the_papers_rule_reports_the_seeds_that_chose():
+    fast, slow = FULL.rates[:2]
+    table = pd.concat([
+        *(swept(rate, seed, end) for rate, end in ((fast, 0.9), (slow, 0.5))
+          for seed in FULL.sweep_seeds),
+        *(swept(fast, seed, 0.1) for seed in FULL.report_seeds),
+    ])  # fmt: skip
+    (row,) = tables.selection(table, [experiments.Setting("rwr", "R1")], FULL).to_dict("records")
+    assert row["final reward, best of the sweep"].startswith("0.900")
+    assert row["final reward, fresh seeds"].startswith("0.100")
+
+
+def test_a_run_no_longer_stops_where_less_than_half_of_its_responses_end():
+    table = pd.DataFrame({
+        "run": ["a", "b"], "method": "dpo", "task": "min", "update": 9, "ended": [0.4, 0.6],
+        "length": [96.0, 9.0], "kl_ref": [5.0, 1.0], "held_out_accuracy": [0.9, 0.5],
+    })  # fmt: skip
+    (row,) = tables.endless(table).to_dict("records")
+    assert (row["no longer stops"], row["pair accuracy where it no longer stops"]) == (1, 0.9)

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from lib.runs.files import StoreFullError
 from lib.runs.planning import REUSED, Engine, Plan, group, plan
 from lib.runs.records import unset_strings
 from lib.runs.store import Checkpoint, Store
+
+# loky renews a worker that has grown; nothing is lost
+warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
 
 POLL = 0.5  # seconds between two looks at the workers' progress
 NOTEBOOK = 5.0  # seconds between two drawings of a bar that is kept in a notebook's output

@@ -129,17 +129,26 @@ def test_a_minibatch_draws_the_same_whatever_b_is(folder):
                     == part.prompts[b][part.prompt_mask[b]].tolist())  # fmt: skip
 
 
-def test_seed_changes_the_first_batch(folder):
-    drawn = []
-    for seed in (0, 0, 1):
-        problem = LengthProblem(small(folder, seed=seed))
-        state = problem.initial_state()
-        state.behaviour = state.policy
-        drawn.append(problem.collect(state, problem.method))
-    assert torch.equal(drawn[0].completions, drawn[1].completions)
-    assert drawn[0].prompts.shape != drawn[2].prompts.shape or not torch.equal(
-        drawn[0].completions, drawn[2].completions
-    )
+def test_every_stream_of_random_numbers_follows_the_seed(folder, monkeypatch):
+    same, first, other = (LengthProblem(small(folder, seed=seed)) for seed in (0, 0, 1))
+    policy = first.initial_state().policy
+    drawn = [problem._draw(policy, 0).completions for problem in (same, first)]
+    assert torch.equal(*drawn)
+    assert first._order("train", 0, 8) != other._order("train", 0, 8)
+    state = first.initial_state()
+    assert first.evaluate(state)["entropy"] != other.evaluate(state)["entropy"]
+    monkeypatch.setattr(other, "_order", first._order)
+    assert not torch.equal(drawn[0], other._draw(policy, 0).completions)
+    given = [LengthProblem(small(folder, "dpo_offline", seed=seed)) for seed in (0, 1)]
+    one, two = (p.collect(p.initial_state(), p.method).prompts for p in given)
+    assert one.shape != two.shape or not torch.equal(one, two)
+
+
+def test_a_label_is_that_of_the_responses_beside_it(folder):
+    problem = LengthProblem(small(folder, "dpo_offline", "skew"))
+    batch = problem.collect(problem.initial_state(), problem.method)
+    gold = problem.gold(batch)
+    assert torch.equal(batch.rewards, (gold > gold.flip(-1)).float()) and batch.rewards.sum() > 2
 
 
 def test_every_prompt_is_used_once_before_any_is_used_again(folder):
@@ -240,6 +249,11 @@ def test_kl_and_entropy_by_hand_on_the_first_validation_prompts(moved, monkeypat
         entropy -= (p.exp() * p).sum().item() / 6
     assert found["kl_ref"].item() == pytest.approx(kl, rel=1e-4) and kl > 0.01
     assert found["entropy"].item() == pytest.approx(entropy, rel=1e-4)
+    long = [len(c) - (c[-1] == 256) for c in completions]
+    assert found["reward"] == -found["length"] != found["proxy"]
+    assert found["length"].item() == pytest.approx(np.mean(long))
+    assert found["length_sd"].item() == pytest.approx(np.std(long, ddof=1))
+    assert found["ended"].item() == pytest.approx(np.mean([c[-1] == 256 for c in completions]))
     problem._draw(state.policy, 0)
     evaluated, trained = drawn
     assert not evaluated & trained

@@ -269,6 +269,20 @@ def test_a_block_killed_while_it_was_stored_is_finished_from_its_checkpoint(
     assert store.read(runs.identity(configs[1]))[1]["block"] == {"runs": 2, "resumed": 1}
 
 
+def test_a_block_that_was_stopped_is_no_hindrance_to_fewer_runs(store, engine, monkeypatch):
+    configs, store = grid(["plain"], 2), runs.Store(store.root, 0.0)
+
+    def dies(self, run, table, provenance):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Store, "write", dies)
+        with pytest.raises(SystemExit):
+            runs.compute(configs, store, engine, jobs=1, say=quiet)
+    found = runs.compute(configs[1:], store, engine, jobs=1, say=quiet)
+    assert found["run"].unique().tolist() == [runs.identity(configs[1])]
+
+
 def test_another_engines_computation_leaves_what_can_be_resumed(
     store, engine, repository, monkeypatch
 ):

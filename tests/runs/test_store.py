@@ -259,6 +259,21 @@ def test_a_live_owner_is_waited_for_and_a_dead_ones_lock_is_taken_over(store, pr
     owner.join()
 
 
+def test_a_sweep_leaves_the_checkpoint_of_a_run_that_is_held(store, processes):
+    saved = store.checkpoint([RUN], CODE)
+    saved.save({"a": torch.ones(1)}, {})
+    ready = processes.Event()
+    owner = processes.Process(target=hold, args=(store, [RUN], ready), daemon=True)
+    owner.start()
+    assert ready.wait(120)
+    store.sweep()  # its code is none that is here
+    assert saved.path.exists()
+    owner.kill()
+    owner.join()
+    store.sweep()
+    assert not saved.path.exists()
+
+
 def test_a_record_that_goes_away_while_sizes_are_read_is_left_out(store):
     store.write(RUN, table(), provenance())
     size = store.path(RUN).stat().st_size
