@@ -252,10 +252,7 @@ def _labels(results: pd.DataFrame, counted: Iterable[Problem]) -> str:
             more.setdefault(on_policy / offline, []).append(p)
     times = [f"{ratio:,.0f} times the labels on {_and([p.title for p in found])}"
              for ratio, found in more.items()]  # fmt: skip
-    if not times:
-        return ""
-    return (f"On-policy runs had {_and(times)}. There DPO gets nearly as high from half as many, "
-            "all of the untrained model's answers ([on-policy](on_policy.ipynb)).")  # fmt: skip
+    return f"On-policy runs had {_and(times)}." if times else ""
 
 
 def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Values]]) -> str:

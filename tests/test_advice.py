@@ -240,3 +240,13 @@ def test_the_loss_matters_where_it_does_on_any_problem_that_counts():
     assert ("Which on-policy loss you take matters little on bandit R1 and bandit R2; on Min "
             "Length their means are far apart.") in first  # fmt: skip
     assert "| 0.97 to 0.99 |" in first and "| -40.00 to -1.00 |" in first
+
+
+def test_a_record_names_the_problems_that_count_and_did_not_run_the_method():
+    standings = advice._standings(decisions.collect(chapters()), "fresh")
+    first, second = standings
+    entry = next(e for e in first.entries if e.method == "dpo")
+    missed = advice._missed([(first, entry)], standings)
+    assert missed == (second.problem,)
+    record = advice.Record("DPO", ((first, entry),), missed).record
+    assert record == f"DPO (1 of 1; not run on {second.problem.title})"

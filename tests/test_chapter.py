@@ -273,7 +273,8 @@ def test_a_plan_finds_what_the_store_has(tmp_path, capsys):
     ({"learning_rates": [0.01]}, "learning_rates and options need a profile, .*: smoke, cpu"),
     ({"options": {"prompts": 3}}, "need a profile"),
 ])  # fmt: skip
-def test_a_bad_value_is_refused_by_name(own, said, tmp_path):
+def test_a_bad_value_is_refused_by_name(own, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=said):
         Chapter("complementary", store=tmp_path, **own)
 
@@ -311,7 +312,8 @@ def test_a_gpu_is_taken_where_there_is_one_and_nothing_else_is_asked_for(monkeyp
     assert Chapter("complementary", store=tmp_path).profile_name == "full"
 
 
-def test_a_page_refuses_what_a_chapter_refuses():
+def test_a_page_refuses_what_a_chapter_refuses(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="profile must be one of .*'auto', 'smoke'"):
         Page("methods", profile="smok")
     with pytest.raises(ValueError, match="recompute needs a profile"):

@@ -65,7 +65,7 @@ def test_special_tokens_are_visible(tmp_path):
     table["first"], table["second"] = [[65, 66, 256]] * len(table), [[65] * 12] * len(table)
     table.to_parquet(root / "pairs.parquet")
     text = lengths.spelled(lengths.Prepared(str(root)))
-    assert "first response: 2 tokens and EOS\nAB<eos>" in text
+    assert "first response: 2 tokens and EOS\nbc<eos>" in text
     assert "second response: 12 tokens\n" in text
 
 

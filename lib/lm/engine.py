@@ -26,7 +26,7 @@ class LengthEngine:
         self.device = device
 
     def check(self, configs: Sequence[LengthRun]) -> None:
-        """Raises: ValueError for bfloat16 on a GPU that has none, before any run has begun."""
+        """Raises: RuntimeError for bfloat16 on a GPU that has none, before any run has begun."""
         for dtype in {config.dtype for config in configs}:
             _check_dtype(dtype, self.device)
 
@@ -58,10 +58,10 @@ class LengthEngine:
 
 
 def _check_dtype(dtype: str, device: str) -> None:
-    """Raises: ValueError for a dtype that the device would emulate, many times slower."""
+    """Raises: RuntimeError for a dtype that the device would emulate, many times slower."""
     if not has_dtype(torch.device(device), dtype):
-        raise ValueError("this GPU has no bfloat16: -y 'options: {dtype: float16}' (a chapter), "
-                         "--option dtype=float16 (lib.lm.run)")  # fmt: skip
+        raise RuntimeError("this GPU has no bfloat16: -y 'options: {dtype: float16}' (a chapter), "
+                           "--option dtype=float16 (lib.lm.run)")  # fmt: skip
 
 
 @contextmanager

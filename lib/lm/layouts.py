@@ -256,6 +256,8 @@ def _from_messages(given: Any, better: list, worse: list, where: str) -> tuple[P
     if not shared:
         return as_prompt(given, where), *answers
     prompt = as_prompt(better[:shared], where)
+    if isinstance(given, list) and prompt[0]["role"] != "system":  # of a column of its own
+        prompt = [m for m in _messages(given, where) if m["role"] == "system"] + prompt
     if given is not None and given != prompt and last(as_prompt(given, where)) != last(prompt):
         raise TextError(f"{where}: the prompt column and the messages before the responses are not "
                         "the same prompt")  # fmt: skip

@@ -67,7 +67,7 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     check_device(options.device)
     config = configuration(options)
     _check_places(options)
-    header = _header(config)
+    header, about = _header(config), _about(config)
     if options.checkpoint and options.checkpoint.exists():
         _refuse_other(options.checkpoint, header)
     accelerator = parallel.start(options.processes, cpu=options.device == "cpu")
@@ -80,7 +80,7 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
         engine = KeepingEngine(str(accelerator.device))
         (table,) = engine.run([config], _checkpoint(options, header))
         if main:
-            _keep(options, config, engine, table)
+            _keep(options, config, engine, table, {**about, **header})
         if main and options.checkpoint:
             options.checkpoint.unlink(missing_ok=True)
         if main:
@@ -90,15 +90,21 @@ def train(options: argparse.Namespace) -> pd.DataFrame:
     return table
 
 
+def _about(config: LengthRun) -> dict[str, Any]:
+    """What a run is of, asked before it begins: data and code may be others when it ends."""
+    files = code_fingerprint(*LengthEngine.modules)
+    return {"configuration": canonical(config), "commit": provenance.commit(),
+            "dirty": provenance.uncommitted([*files])}  # fmt: skip
+
+
 def _keep(
-    options: argparse.Namespace, config: LengthRun, engine: KeepingEngine, table: pd.DataFrame
-) -> None:
+    options: argparse.Namespace, config: LengthRun, engine: KeepingEngine, table: pd.DataFrame,
+    about: dict[str, Any],
+) -> None:  # fmt: skip
     """Writes what was asked for: the policy, and the table with what it is of. If one cannot be
     written, the other is."""
-    about = {"identity": identity(config), "configuration": canonical(config),
-             "commit": provenance.commit(), "finished": provenance.now(),
-             "environment": provenance.environment(engine.device, config.dtype, engine.packages),
-             }  # fmt: skip
+    environment = provenance.environment(engine.device, config.dtype, engine.packages)
+    about = {**about, "environment": environment, "finished": provenance.now()}
     try:
         if options.save:
             save(engine.kept.state.policy.network.model, config.policy_folder, options.save)

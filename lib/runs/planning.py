@@ -25,9 +25,10 @@ class Engine(Protocol):
 
     Attributes: `block_size`, the most runs that train together; `modules`, names of the `lib`
     modules that a run executes ("lib.finetune", ...), whose imports are followed; optionally
-    `check`, which raises FileNotFoundError if something that runs need is not there; and,
-    kept as provenance, `device` ("cpu"), `dtype` ("float32") and `packages`, those besides torch,
-    numpy and pandas whose versions may move a number ("transformers", ...).
+    `check`, which raises FileNotFoundError if something that runs need is not there, or
+    RuntimeError if the device cannot do it; and, kept as provenance, `device` ("cpu"), `dtype`
+    ("float32") and `packages`, those besides torch, numpy and pandas whose versions may move a
+    number ("transformers", ...).
     """
 
     block_size: int

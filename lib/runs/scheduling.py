@@ -89,7 +89,8 @@ def compute(
 
 
 def refuse_missing(engine: Engine, overview: Callable[[], Plan]) -> None:
-    """Raises: FileNotFoundError for what the runs to be computed need and is not here.
+    """Raises: FileNotFoundError for what the runs to be computed need and is not here, RuntimeError
+    for what the device cannot do.
 
     Args: overview: gives the plan; called for engines alone whose runs may need something. One with
         several stages has them all, so that nothing is missed when the first has taken its hours.

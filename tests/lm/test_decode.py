@@ -93,7 +93,7 @@ def test_frequencies_of_the_first_token_are_the_models_probabilities(model):
     ids, mask = padded([PROMPTS[0]] * rows, PAD, "left")
     u = torch.rand(rows, 1, generator=torch.Generator().manual_seed(1))
     found = decode.sample(network, ids, mask, u, torch.tensor([EOS]), PAD)
-    p = network.logits(network.hidden(ids[:1], mask[:1])[:, -1]).softmax(-1)[0]
+    p = network.logits(network.hidden(ids[:1], mask[:1])[:, -1]).softmax(-1)[0].detach()
     seen = found.completions[:, 0].bincount(minlength=len(p)).double()
     wanted = rows * p.double() / p.double().sum()
     likely = wanted > 5  # the others together: the test wants some of each kind

@@ -290,7 +290,7 @@ def test_bfloat16_is_refused_before_anything_is_loaded_on_a_gpu_without_it(folde
     engine = LengthEngine("cuda")
     monkeypatch.setattr(engine, "problem", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(ValueError, match="no bfloat16: -y 'options: {dtype: float16}'"):
+    with pytest.raises(RuntimeError, match="no bfloat16: -y 'options: {dtype: float16}'"):
         engine.run([small(folder, dtype="bfloat16")], Untracked())
     with pytest.raises(Loaded):
         engine.run([small(folder, dtype="float16")], Untracked())
@@ -377,7 +377,7 @@ def test_killed_at_random_points_a_run_ends_with_the_same_numbers(
         )
         worker.start()
         ends.append(exit_code(worker))
-    assert set(ends) == {0, -signal.SIGKILL} and len(ends) > 2
+    assert set(ends) == {0, -signal.SIGKILL}
     table, provenance = store.read(identity(config))
     assert provenance["block"]["resumed"] > 0
     (expected,) = LengthEngine().run([config], Untracked())

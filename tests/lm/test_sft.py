@@ -180,6 +180,12 @@ def test_bad_settings_are_named(name, value):
         SFTRun(**{name: value})
 
 
+def test_a_constant_rate_is_warmed_up_as_well(tmp_path):
+    """transformers' own "constant" would leave the warm-up out and say nothing."""
+    arguments = sft._arguments(SFTRun(schedule="constant", warmup_steps=4), str(tmp_path))
+    assert arguments.lr_scheduler_type == "constant_with_warmup" and arguments.warmup_steps == 4
+
+
 def test_unknown_settings_are_named():
     with pytest.raises(ValueError, match=r"\['rate'\]; there are \['learning_rate'"):
         sft.settings({"rate": 1e-3})

@@ -348,6 +348,10 @@ def test_a_system_column_stands_before_the_prompt(lines, column):
     rows = [pair(prompt="a") | {column: "Be brief."}, pair(prompt="b") | {column: ""}]
     assert text.load_preferences(lines(*rows)).prompts == [
         [{"role": "system", "content": "Be brief."}, user("a")], [user("b")]]  # fmt: skip
+    sides = {side: [user("a"), assistant(side)] for side in ("chosen", "rejected")}
+    talk = pair(prompt="a", **sides)
+    (prompt,) = text.load_preferences(lines(talk | {column: "Be brief."})).prompts
+    assert prompt == [{"role": "system", "content": "Be brief."}, user("a")]
     prompts = [{key: row[key] for key in ("prompt", column)} for row in rows]
     assert text.load_prompts(lines(*prompts)).prompts[1] == [user("b")]
 
