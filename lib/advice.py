@@ -306,10 +306,12 @@ def old_samples(chapters: Chapters) -> str:
             slower = p.column == "reward"
             key = serves[p], tuple(rare), tuple(map(overview.short, _extremes(rare))), slower
             groups.setdefault(key, []).append(p.title)
-    order = [f"With one sampling for {n} updates, of {_listed(ran)}, {best} "
-             f"{'is slowed less' if slower else 'loses less at the end'} than {worst} on "
-             f"{_and(titles)}."
-             for (n, ran, (best, worst), slower), titles in groups.items()]  # fmt: skip
+    said: dict[tuple, list[str]] = {}
+    for (n, ran, (best, worst), slower), titles in groups.items():
+        less = "is slowed less" if slower else "loses less at the end"
+        said.setdefault((n, ran), []).append(f"{best} {less} than {worst} on {_and(titles)}")
+    order = [f"With one sampling for {n} updates, of {_listed(ran)}, {'; '.join(parts)}."
+             for (n, ran), parts in said.items()]  # fmt: skip
     gains: dict[tuple[str, bool], list[str]] = {}
     for p, rare in counted.items():
         for name in (n for n, change in rare.items() if _beyond(p, change)):

@@ -206,8 +206,9 @@ def test_rare_sampling_is_told_by_the_final_gold_reward_where_a_judge_looked():
     _, _, second, _ = told({"full_scale": judged})
     assert second.startswith("- **If sampling is slow, mind the loss.**")
     assert "RWR even ends higher with old samples on pairs of one model." in second
+    assert "RWR loses less at the end than REINFORCE on pairs of one model." in second
     assert ("| pairs of one model | 4 | final gold reward | RWR: +1.50 (+1.50 to +1.50) nats a "
-            "token | REINFORCE: -0.50") in second  # fmt: skip
+            "token, n = 5 | REINFORCE: -0.50") in second  # fmt: skip
     both = advice.short_answers({**chapters(), "full_scale": judged})
     assert "take a loss" not in both and "take a loss" in advice.short_answers(chapters())
 
