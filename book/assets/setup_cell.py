@@ -12,4 +12,3 @@ if root == spots[-1] and not all(map(util.find_spec, ("myst_nb", "trl"))):  # on
 if (old := sys.modules.get("pyarrow")) and old.__version__ != metadata.version("pyarrow"):
     raise SystemExit("Runtime > Restart session, then run again")
 os.chdir(root)
-sys.path.insert(0, os.getcwd())  # of the processes that it starts too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from lib.runs.store import Checkpoint, Store
 # loky renews a worker that has grown; nothing is lost
 warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
 
+ROOT = str(Path(__file__).resolve().parents[2])  # the folder that holds `lib`
 POLL = 0.5  # seconds between two looks at the workers' progress
 NOTEBOOK = 5.0  # seconds between two drawings of a bar that is kept in a notebook's output
 
@@ -187,6 +189,10 @@ def _two_passes(
 def _in_parallel(
     job: Job, blocks: list[list[Any]], jobs: int, wait: bool
 ) -> Iterator[tuple[int, str]]:
+    # a worker takes over this path, in which a notebook's checkout may be a mere "", another folder
+    # there: it would import another `lib`, or none
+    if ROOT != sys.path[0]:
+        sys.path.insert(0, ROOT)
     with joblib.parallel_config("loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
         yield from parallel(

@@ -232,7 +232,8 @@ def experiments(engine, monkeypatch):
             Walk(step=last.groupby("step")["reward"].mean().idxmax(), seed=s) for s in range(5, 9)
         ]
 
-    made = fake.experiments(engine, [sweep, report])
+    planned = [sweep, lambda _: [Walk(step=0.5, seed=s) for s in range(5, 9)]]
+    made = fake.experiments(engine, [sweep, report], assumed=planned)
     monkeypatch.setitem(sys.modules, "lib.experiments", made)
     return made
 
@@ -242,6 +243,7 @@ def test_the_command_computes_the_stages_and_publishes(
 ):
     arguments = ["walks", "--profile", "cpu", "--jobs", "1", "--store", str(tmp_path / "store")]
     assert command.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("all stages: 8 runs = 320 run-steps: 8 missing.")
     made = runs.largest_published("walks")
     assert made.meta["totals"]["runs"] == 8
     assert made.meta["command"] == "python -m lib.publish walks --profile cpu"
