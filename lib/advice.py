@@ -127,9 +127,9 @@ def default(results: pd.DataFrame) -> str:
         return f"**One default?** {none if len(results) else overview.NOT_YET.capitalize()}."
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
-    head = ("**If you want one default**, and no branch of the chart below fits: by the problems "
-            "(described below) on which a method is *level with the best*, which is not shown to "
-            "be ahead of it by a margin that matters,")
+    head = ("**If you want one default**, and no branch of the chart below fits, go by the "
+            "problems (described below) on which a method is *level with the best*, which is not "
+            "shown to be ahead of it by a margin that matters:")
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
@@ -308,7 +308,7 @@ def old_samples(chapters: Chapters) -> str:
             groups.setdefault(key, []).append(p.title)
     said: dict[tuple, list[str]] = {}
     for (n, ran, (best, worst), slower), titles in groups.items():
-        less = "is slowed less" if slower else "loses less at the end"
+        less = "loses less speed by it" if slower else "loses less at the end"
         said.setdefault((n, ran), []).append(f"{best} {less} than {worst} on {_and(titles)}")
     order = [f"With one sampling for {n} updates, of {_listed(ran)}, {'; '.join(parts)}."
              for (n, ran), parts in said.items()]  # fmt: skip

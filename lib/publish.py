@@ -158,7 +158,7 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
         configs = [config for stage in planned for config in stage(None)]
         return runs.plan(configs, store, engine, jobs)
 
-    print(f"all stages: {whole()}")
+    print(f"all stages, rates assumed where a sweep chooses them: {whole()}")
     runs.refuse_missing(engine, whole)
     table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)

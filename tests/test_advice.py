@@ -54,8 +54,8 @@ def test_strong_wording_with_the_numbers_behind_it():
     assert f"| bandit R2 | near | DPO 0.99 (0.98) | DPO 0.90 (0.89) | {gap}" in first
     assert "matters little" in first
     assert "take a loss with a negative gradient" in second
-    assert ("With one sampling for 50 updates, of DPO and RWR, DPO is slowed less than RWR on "
-            "bandit R1. Slowed is not worse") in second  # fmt: skip
+    assert ("With one sampling for 50 updates, of DPO and RWR, DPO loses less speed by it than RWR "
+            "on bandit R1. Slowed is not worse") in second  # fmt: skip
     assert "| bandit R1 | 50 | mean reward over training | DPO: -0.04" in second
     assert third.startswith("- **If the data are fixed, ask where the reward is.**")
     assert "| bandit R1 | far | DPO 0.90 (0.89) | RWR 0.30 (0.29) | +0.60" in third
@@ -118,7 +118,7 @@ def test_a_sentence_sorts_the_problems_and_the_numbers_are_folded_away():
     assert "the rule was" not in text  # nothing of the two kinds of pairs is undecided
     assert ("against the best without: ahead on bandit R1; behind on Skew Length; "
             "alike on bandit R2.") in text  # fmt: skip
-    assert "DPO is slowed less than RWR on bandit R1" in text
+    assert "DPO loses less speed by it than RWR on bandit R1" in text
     sentences = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
     assert text.count("<details>") == text.count("</details>") == 4
     assert "(+" in text and "(+" not in sentences
@@ -251,3 +251,10 @@ def test_a_record_names_the_problems_that_count_and_did_not_run_the_method():
     assert missed == (second.problem,)
     record = advice.Record("DPO", ((first, entry),), missed).record
     assert record == f"DPO (1 of 1; not run on {second.problem.title})"
+
+
+def test_the_default_says_where_a_method_was_not_run():
+    found = {**chapters(sampled=(0.99, 0.99)), **lengths((-5.0, -9.0), (-0.1, -0.2), (-1.0, -1.1))}
+    del found["complementary_length"].rows["rwr@min"]
+    told = advice.default(decisions.collect(found))
+    assert "not run on Min Length" in told and told.count("not run on") == 1

@@ -72,8 +72,8 @@ def check_runs(
     seeds: Sequence[int],
     options: Mapping[str, Any],
 ) -> None:
-    """Builds a run of every setting, with the largest of `seeds`; says so where a folder of your
-    own was made with another cap of responses.
+    """Builds a run of every setting, with the largest of `seeds`; says so where a folder was made
+    with another cap of responses (but at smoke, whose numbers mean nothing).
 
     Raises: ValueError for a value that a run refuses, or an option that no run takes;
         FileNotFoundError where the data of a run are missing.
@@ -96,7 +96,8 @@ def check_runs(
         value = spelled(value) if name == "prepared" else value
         if all(getattr(run, name) != value for run in built):
             raise ValueError(f"no run of {chapter} takes {name}={value!r}: its settings set it")
-    if options.get("prepared", "tiny") != "tiny" and "max_tokens" not in dict(profile.options):
+    own = dict(profile.options).get("max_tokens")
+    if hasattr(built[0], "prepared") and "max_tokens" not in options and own != length.SMALL_CAP:
         for said in {cut_otherwise(run) for run in built} - {None}:
             print(f"warning: {said}")
 

@@ -92,7 +92,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "smoke": dict(rates=(1e-3,), sweep_seeds=(0,), report_seeds=(5,), dial_seeds=(5,), updates=2),
 }  # fmt: skip
 # Options of a run at smoke.
-SMALL = (("prompts", 4), ("held_out", 4), ("minibatch", 8), ("max_tokens", 24))
+SMALL_CAP = 24
+SMALL = (("prompts", 4), ("held_out", 4), ("minibatch", 8), ("max_tokens", SMALL_CAP))
 FULL = LengthProfile(
     **SHARED["full"], updates=48, options=(("evaluations", 12),), slowest=3e-4
 )

@@ -243,7 +243,8 @@ def test_the_command_computes_the_stages_and_publishes(
 ):
     arguments = ["walks", "--profile", "cpu", "--jobs", "1", "--store", str(tmp_path / "store")]
     assert command.main(arguments) == 0
-    assert capsys.readouterr().out.startswith("all stages: 8 runs = 320 run-steps: 8 missing.")
+    whole, *_ = capsys.readouterr().out.splitlines()
+    assert whole.startswith("all stages, ") and "8 runs = 320 run-steps: 8 missing." in whole
     made = runs.largest_published("walks")
     assert made.meta["totals"]["runs"] == 8
     assert made.meta["command"] == "python -m lib.publish walks --profile cpu"

@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import time
 import types
 from pathlib import Path
@@ -301,6 +302,13 @@ def test_another_engines_computation_leaves_what_can_be_resumed(
     runs.compute([Walk(seed=1)], store, other, jobs=1, say=quiet)
     runs.compute([Walk()], store, engine, jobs=1, say=quiet)
     assert store.read(runs.identity(Walk()))[1]["block"]["resumed"] == 1
+
+
+def test_workers_look_for_lib_where_this_process_has_it(store, engine, monkeypatch):
+    """A notebook's path may hold its checkout as "" alone, which is another folder to a worker."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    runs.compute(grid(), store, engine, jobs=1, say=quiet)
+    assert sys.path[0] == str(Path(__file__).resolve().parents[2])
 
 
 def test_two_processes_on_one_store_compute_each_run_once(store, engine, processes):
