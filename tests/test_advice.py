@@ -254,7 +254,7 @@ def test_a_record_names_the_problems_that_count_and_did_not_run_the_method():
 
 
 def test_the_default_says_where_a_method_was_not_run():
-    found = {**chapters(sampled=(0.99, 0.99)), **lengths((-5.0, -9.0), (-0.1, -0.2), (-1.0, -1.1))}
+    found = {**chapters(sampled=(0.99, 0.99)), **lengths((5.0, 3.0), (9.0, 8.9), (8.0, 8.1))}
     del found["complementary_length"].rows["rwr@min"]
     told = advice.default(decisions.collect(found))
     assert "not run on Min Length" in told and told.count("not run on") == 1
