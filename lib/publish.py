@@ -153,13 +153,11 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
         _replace(path, stages, {name: value}, store, engine, jobs, command)
         return
 
-    def whole() -> runs.Plan:
-        planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
-        configs = [config for stage in planned for config in stage(None)]
-        return runs.plan(configs, store, engine, jobs)
-
-    print(f"all stages, rates assumed where a sweep chooses them: {whole()}")
-    runs.refuse_missing(engine, whole)
+    planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
+    configs = [config for stage in planned for config in stage(None)]
+    whole = runs.plan(configs, store, engine, jobs)
+    print(f"all stages, rates assumed where a sweep chooses them: {whole}")
+    runs.refuse_missing(engine, lambda: whole)
     table = compute_stages(stages, store, engine, jobs)
     published = runs.publish(table, store.provenance(table["run"].unique()), path, command)
     total = published.meta["totals"]

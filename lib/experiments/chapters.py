@@ -19,6 +19,7 @@ from lib.experiments.settings import (
     selector,
     sweep_runs,
 )
+from lib.lm.config import LengthRun
 from lib.lm.places import check_prepared, cut_otherwise, spelled
 from lib.runs import PROFILES, Engine, identity
 from lib.runs.configurations import checked
@@ -97,8 +98,9 @@ def check_runs(
         if all(getattr(run, name) != value for run in built):
             raise ValueError(f"no run of {chapter} takes {name}={value!r}: its settings set it")
     own = dict(profile.options).get("max_tokens")
-    if hasattr(built[0], "prepared") and "max_tokens" not in options and own != length.SMALL_CAP:
-        for said in {cut_otherwise(run) for run in built} - {None}:
+    if "max_tokens" not in options and own != length.SMALL_CAP:
+        models = (run for run in built if isinstance(run, LengthRun))
+        for said in {cut_otherwise(run) for run in models} - {None}:
             print(f"warning: {said}")
 
 

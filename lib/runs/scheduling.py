@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lib.runs import fingerprint, provenance
 from lib.runs.configurations import canonical, columns, data_files, identity
 from lib.runs.files import StoreFullError
+from lib.runs.fingerprint import ROOT
 from lib.runs.planning import REUSED, Engine, Plan, group, plan
 from lib.runs.records import unset_strings
 from lib.runs.store import Checkpoint, Store
@@ -30,7 +31,6 @@ from lib.runs.store import Checkpoint, Store
 # loky renews a worker that has grown; nothing is lost
 warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
 
-ROOT = str(Path(__file__).resolve().parents[2])  # the folder that holds `lib`
 POLL = 0.5  # seconds between two looks at the workers' progress
 NOTEBOOK = 5.0  # seconds between two drawings of a bar that is kept in a notebook's output
 
@@ -191,8 +191,8 @@ def _in_parallel(
 ) -> Iterator[tuple[int, str]]:
     # a worker takes over this path, in which a notebook's checkout may be a mere "", another folder
     # there: it would import another `lib`, or none
-    if ROOT != sys.path[0]:
-        sys.path.insert(0, ROOT)
+    if sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))
     with joblib.parallel_config("loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
         yield from parallel(
