@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lib.allowed import one_of
 
-STANDARDISE = ("batch", "prompt")
+STANDARDISE = ("batch", "prompt", "running", "none")
 WEIGHTS = ("normalised", "raw", "clipped")
 
 # Added to the standard deviation. Ten equal rewards have deviation 0 only up to rounding, and
@@ -19,20 +21,48 @@ MAX_WEIGHT = 20.0
 MAX_EXPONENT = 80.0
 
 
-def standardise(rewards: Tensor, over: str = "batch") -> Tensor:
+@dataclass
+class Moments:
+    """What standardise="running" needs of all rewards that a run has drawn so far.
+
+    Args: sums: (3, ...) float64: their number, their sum and the sum of their squares.
+    """
+
+    sums: Tensor | None = None
+
+    def add(self, rewards: Tensor) -> None:
+        """Those of one more sampling, (..., P, C)."""
+        wide = rewards.double().flatten(-2)
+        sums = torch.stack([torch.ones_like(wide).sum(-1), wide.sum(-1), (wide**2).sum(-1)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """(...) each; the deviation with n - 1."""
+        count, total, squares = self.sums
+        mean = total / count
+        return mean, ((squares - total * mean) / (count - 1)).clamp(min=0).sqrt()
+
+
+def standardise(rewards: Tensor, over: str = "batch", moments: Moments | None = None) -> Tensor:
     """(r - mean) / (std + 1e-8), std with B - 1, in float64 (appendix F.1, Eq. 19).
 
     Args:
         rewards: (..., P, C).
-        over: "batch" (all P x C completions of one sampling) or "prompt" (its C completions).
+        over: "batch" (all P x C completions of one sampling), "prompt" (its C completions),
+            "running" (all completions that the run has drawn) or "none" (rewards as they are).
+        moments: of the run, these rewards among them; for "running".
     Returns: (..., P, C) in the dtype of `rewards`.
     Raises: ValueError for another `over`.
     """
     one_of("standardise", over, STANDARDISE)
-    dims = (-2, -1) if over == "batch" else (-1,)
+    if over == "none":
+        return rewards
     wide = rewards.double()
-    mean = wide.mean(dims, keepdim=True)
-    std = wide.std(dims, keepdim=True, correction=1)
+    if over == "running":
+        mean, std = (x[..., None, None] for x in moments.mean_and_std())
+    else:
+        dims = (-2, -1) if over == "batch" else (-1,)
+        mean, std = wide.mean(dims, keepdim=True), wide.std(dims, keepdim=True, correction=1)
     return ((wide - mean) / (std + EPSILON)).to(rewards.dtype)
 
 

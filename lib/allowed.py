@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
+# Metadata of a field that runs were published without (see `lib.runs.identity`).
+LATER = {"later": True}
+
 
 def one_of(name: str, value: Value, allowed: Iterable[Value]) -> Value:
     """`value`. Raises: ValueError, naming all that is allowed, if it is none of it."""

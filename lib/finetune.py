@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from lib.advantages import Moments
 from lib.controllers import AdaptiveKL
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout, sequence_logp
@@ -95,13 +96,14 @@ class State:
     """All that changes during a run; may be saved and restored after any update.
 
     `behaviour` is the policy as it was when the data of the current iteration were drawn
-    (pi_gen), `step` the updates already taken on them.
+    (pi_gen), `step` the updates already taken on them, `moments` of all rewards so far.
     """
 
     policy: Any
     reference: Any
     behaviour: Any = None
     controller: AdaptiveKL | None = None  # of the KL coefficient, for methods that have one
+    moments: Moments = field(default_factory=Moments)  # kept where standardise="running"
     iteration: int = 0
     step: int = 0
     updates: int = 0
@@ -133,7 +135,9 @@ def fine_tune(
             state.behaviour = state.policy.frozen()
             state.samples += schedule.batch
         data = problem.collect(state, method)
-        data = data.labelled(method.prepare(data, _present(hyper, state.controller)))
+        if state.step == 0 and hyper.get("standardise") == "running":
+            state.moments.add(data.rewards)  # once a sampling, not again where a run is resumed
+        data = data.labelled(method.prepare(data, _present(hyper, state)))
         for step in range(state.step, schedule.steps):
             batch = data.narrow(step % schedule.minibatches * per_update, per_update)
             logp, metrics = state.policy.update(batch, method, hyper, method.items(batch))
@@ -146,9 +150,11 @@ def fine_tune(
             yield metrics
 
 
-def _present(hyper: Hyper, controller: AdaptiveKL | None) -> Hyper:
-    """The hyperparameters, with the KL coefficient as it now is if something adapts it."""
-    return {**hyper, "kl_coefficient": controller.coefficient} if controller else hyper
+def _present(hyper: Hyper, state: State) -> Hyper:
+    """The hyperparameters, with what the run has made of them so far."""
+    controller = state.controller
+    adapted = {"kl_coefficient": controller.coefficient} if controller else {}
+    return {**hyper, **adapted, "moments": state.moments}
 
 
 def _close(state: State, data: Rollout) -> None:

@@ -1,7 +1,7 @@
 """The objectives: pure functions from log-probabilities to one loss per item.
 
 Shapes: `...` are leading dimensions (runs), P prompts, C completions of a prompt. Log-probabilities
-are sums over completion tokens, in nats, except where a function says "or per token". Every
+are sums over completion tokens, in nats, except where a function says "per token". Every
 function returns the loss of each item, to be minimised; whoever calls it divides the sum by the
 number of items, once and globally, so that accumulation and ensembles change nothing. Temperatures
 and weights are floats: runs of one stack share them. Chapter: methods.
@@ -108,3 +108,39 @@ def ipo(logp: Tensor, ref: Tensor, prefer: Tensor, tau: float) -> Tensor:
     """
     target = 0.5 / logp.new_full((), tau)  # rounded as the margins are
     return (pair_margin(logp, ref) - target) ** 2 * prefer
+
+
+def token_margin(logp: Tensor, ref: Tensor) -> Tensor:
+    """h of `pair_margin` for each pair of tokens at one place of y_i and y_j.
+
+    Args: logp, ref (..., P, C, L) per token. Returns: (..., P, C, C, L) nats.
+    """
+    ratio = logp - ref
+    return ratio[..., :, None, :] - ratio[..., None, :, :]
+
+
+def _over_places(loss: Tensor, mask: Tensor) -> Tensor:
+    """(..., P, C, C) mean over the places at which both completions have a token."""
+    both = mask[..., :, None, :] & mask[..., None, :, :]
+    return (loss * both).sum(-1) / both.sum(-1).clamp(min=1)
+
+
+def dpo_token(logp: Tensor, ref: Tensor, mask: Tensor, prefer: Tensor, beta: float) -> Tensor:
+    """The released language-model code's DPO: -log sigmoid(beta h_t), averaged over places t.
+
+    For the audit: tokens at one place of two completions have nothing to do with each other.
+
+    Args: logp, ref, mask (..., P, C, L) per token; prefer as in `dpo`. Items: pairs.
+    Returns: (..., P, C, C); ln 2 on each pair where pi = pi_ref.
+    """
+    return _over_places(-logsigmoid(beta * token_margin(logp, ref)), mask) * prefer
+
+
+def ipo_token(logp: Tensor, ref: Tensor, mask: Tensor, prefer: Tensor, tau: float) -> Tensor:
+    """The released language-model code's IPO: (tau h_t - 1 / (2 tau))^2, averaged over places t.
+
+    Its optimum is h_t = 1 / (2 tau^2) on every token. Args and Returns as `dpo_token`;
+    1 / (4 tau^2) on each pair where pi = pi_ref.
+    """
+    target = 0.5 / logp.new_full((), tau)
+    return _over_places((tau * token_margin(logp, ref) - target) ** 2, mask) * prefer

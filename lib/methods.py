@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "standardise": STANDARDISE,
     "weights": WEIGHTS,
     "ratio_over": ("completion", "token"),
+    "margin_over": ("completion", "token"),
 }
 SMALLEST = 1e-6  # of what a loss divides by
 INTERVALS: dict[str, tuple[float, float]] = {
@@ -77,7 +78,8 @@ class Method:
         unit: what its loss is a mean over: "selected" completions, "pair", "completion", "token".
         hyper: its hyperparameters and their defaults.
         prepare: (rollout, hyper) -> labels, once per sampling; hyper then also holds the present
-            "kl_coefficient" if the method has a controller.
+            "kl_coefficient" if the method has a controller, and the run's "moments" where
+            standardise="running" asks for them.
         loss: (batch, logp, hyper) -> (loss per item, metrics); logp (..., P, C, L) nats per token.
         first_loss: hyper -> what the mean loss must be while policy = reference, where it is known.
         critic: (batch, values, hyper) -> the value head's loss per token, where one is needed.
@@ -169,9 +171,13 @@ def _prepare_chosen(rollout: Rollout, hyper: Hyper) -> Labels:
     return {"selected": preferences(rollout.rewards).any(-1)}
 
 
+def _standardised(rollout: Rollout, hyper: Hyper) -> Tensor:
+    return standardise(rollout.rewards, hyper["standardise"], hyper.get("moments"))
+
+
 def _prepare_gae(rollout: Rollout, hyper: Hyper) -> Labels:
     """Token advantages, whitened over the batch, and returns; the score is standardised (F.1)."""
-    score = standardise(rollout.rewards, hyper["standardise"])
+    score = _standardised(rollout, hyper)
     log_ratio = rollout.logp - rollout.ref
     coefficient = hyper.get("kl_coefficient", hyper["kl_start"])
     rewards = token_rewards(score, log_ratio, rollout.mask, coefficient)
@@ -181,11 +187,11 @@ def _prepare_gae(rollout: Rollout, hyper: Hyper) -> Labels:
 
 
 def _prepare_advantage(rollout: Rollout, hyper: Hyper) -> Labels:
-    return {"advantage": standardise(rollout.rewards, hyper["standardise"])}
+    return {"advantage": _standardised(rollout, hyper)}
 
 
 def _prepare_weights(rollout: Rollout, hyper: Hyper) -> Labels:
-    advantage = standardise(rollout.rewards, hyper["standardise"])
+    advantage = _standardised(rollout, hyper)
     return {"weight": exponential_weights(advantage, hyper["temperature"], hyper["weights"])}
 
 
@@ -258,8 +264,11 @@ def _adaptive_kl(hyper: Hyper) -> AdaptiveKL:
     return AdaptiveKL(hyper["kl_start"], hyper["kl_target"], hyper["kl_horizon"])
 
 
-def _pairwise(loss: Callable, weight: str) -> Callable:
-    """A contrastive loss over all preferred pairs, with the accuracy of its implicit reward."""
+def _pairwise(loss: Callable, by_token: Callable, weight: str) -> Callable:
+    """A contrastive loss over all preferred pairs, with the accuracy of its implicit reward.
+
+    Args: by_token: the loss where `margin_over` is "token".
+    """
 
     def terms(batch: Rollout, logp: Tensor, hyper: Hyper) -> tuple[Tensor, Metrics]:
         new, ref = sequence_logp(logp, batch.mask), sequence_logp(batch.ref, batch.mask)
@@ -269,6 +278,8 @@ def _pairwise(loss: Callable, weight: str) -> Callable:
         right = ((margin > 0) & prefer).flatten(batch.lead).sum(-1)
         mean = (margin * prefer).flatten(batch.lead).sum(-1) / pairs
         metrics = {"pair_accuracy": right / pairs, "pair_margin": mean, "pairs": pairs.float()}
+        if hyper["margin_over"] == "token":
+            return by_token(logp, batch.ref, batch.mask, prefer, hyper[weight]), metrics
         return loss(new, ref, prefer, hyper[weight]), metrics
 
     return terms
@@ -276,8 +287,16 @@ def _pairwise(loss: Callable, weight: str) -> Callable:
 
 _BEST = dict(unit="selected", prepare=_prepare_selected)
 _PAIRS = dict(unit="pair", prepare=_prepare_pairs, needs=frozenset({"pairs", "reference"}))
-_DPO = dict(loss=_pairwise(losses.dpo, "beta"), first_loss=lambda hyper: log(2))
-_IPO = dict(loss=_pairwise(losses.ipo, "tau"), first_loss=lambda hyper: 0.25 / hyper["tau"] ** 2)
+_DPO = dict(
+    loss=_pairwise(losses.dpo, losses.dpo_token, "beta"),
+    first_loss=lambda hyper: log(2),
+    hyper={"beta": 0.1, "gap": 0.0, "margin_over": "completion"},
+)
+_IPO = dict(
+    loss=_pairwise(losses.ipo, losses.ipo_token, "tau"),
+    first_loss=lambda hyper: 0.25 / hyper["tau"] ** 2,
+    hyper={"tau": 0.05, "gap": 0.0, "margin_over": "completion"},
+)
 _RWR = dict(
     unit="completion",
     prepare=_prepare_weights,
@@ -305,9 +324,9 @@ def _entries() -> list[Method]:
                hyper={"beta": 1.0, "threshold": 0.01}),
         Method("rwr_offline", "RWR (offline)", **_OFFLINE, **supervised, **_RWR, paper="I.2.5"),
         Method("dpo_offline", "DPO (offline)", **_OFFLINE, **contrastive, **_PAIRS, **_DPO,
-               hyper={"beta": 0.1, "gap": 0.0}, paper="2.2, E.1.4"),
+               paper="2.2, E.1.4"),
         Method("ipo_offline", "IPO (offline)", **_OFFLINE, **contrastive, **_PAIRS, **_IPO,
-               hyper={"tau": 0.05, "gap": 0.0}, paper="F.2, Eq. 20"),
+               paper="F.2, Eq. 20"),
         Method("best_of_n", "Best-of-N (on-policy)", loss=_best_of_n, **_ON_POLICY, **_BEST,
                **supervised, needs=frozenset({"rewards"}), hyper={"top_k": 1}, paper="I.2.1"),
         Method("rwr", "RWR (on-policy)", **_ON_POLICY, **supervised, **_RWR, paper="I.2.5"),
@@ -326,9 +345,9 @@ def _entries() -> list[Method]:
                       "lam": 0.95, "kl_start": 0.2, "kl_target": 6.0, "kl_horizon": 10_000.0,
                       "standardise": "batch"}),
         Method("dpo", "DPO (on-policy)", **_ON_POLICY, **contrastive, **_PAIRS, **_DPO,
-               hyper={"beta": 0.1, "gap": 0.0}, paper="4.3"),
+               paper="4.3"),
         Method("ipo", "IPO (on-policy)", **_ON_POLICY, **contrastive, **_PAIRS, **_IPO,
-               hyper={"tau": 0.05, "gap": 0.0}, paper="I.2.2"),
+               paper="I.2.2"),
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Results and their provenance go to `data/results/<chapter>/<profile>.parquet` and `.json`. After a
 change that moves the numbers of a few runs only, `--only dropout=0.1` computes those that have this
 setting and puts them in the place of the old ones; `python -m lib.verify` then tells of the others.
+After a grid has grown, `--missing` computes the runs that are not published yet and adds them.
 """
 
 from __future__ import annotations
@@ -107,6 +108,33 @@ def recompute(
     return table
 
 
+def compute_missing(
+    published: runs.Published,
+    stages: Sequence[Stage],
+    store: runs.Store,
+    engine: runs.Engine,
+    jobs: int | None = None,
+) -> pd.DataFrame:
+    """The runs of the grid that are not published yet, computed by the present code.
+
+    Raises PublishError if there are none, or if the published ones are of other code.
+    """
+    if notice := published.notice():
+        raise runs.PublishError(f"{published.path.name}: {notice}: verify it first")
+    configs: dict[str, Any] = {}
+    found, whole = None, published.table
+    for number, stage in enumerate(stages):
+        earlier = whole[whole["run"].isin(list(configs))].reset_index(drop=True)
+        configs |= {runs.identity(c): c for c in stage(earlier if number else None)}
+        new = [c for run, c in configs.items() if run not in published.runs]
+        if new:
+            found = compute_stages([lambda _, new=new: new], store, engine, jobs)
+            whole = pd.concat([published.table, found], ignore_index=True)
+    if found is None:
+        raise runs.PublishError(f"all {len(configs):,} runs of the grid are published")
+    return found
+
+
 def check_chapter(experiments: ModuleType, chapter: str) -> str:
     """The chapter's name; ArgumentTypeError, naming those that exist, for an unknown one."""
     try:
@@ -150,7 +178,18 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     if options.only:
         name, value = options.only
         command += f" --only {name}={value}"
-        _replace(path, stages, {name: value}, store, engine, jobs, command)
+        published = _loaded(path)
+        table = recompute(published, stages, {name: value}, store, engine, jobs)
+        records = store.provenance(table["run"].unique())
+        published.replace(table, records, command)
+        print(f"replaced {len(records):,} of {len(published.runs):,} runs: {path}")
+        return
+    if options.missing:
+        published = _loaded(path)
+        table = compute_missing(published, stages, store, engine, jobs)
+        records = store.provenance(table["run"].unique())
+        published.add(table, records, f"{command} --missing")
+        print(f"added {len(records):,} runs to {len(published.runs):,}: {path}")
         return
 
     planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
@@ -165,17 +204,10 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     print(f"published {total['runs']:,} runs, {total['rows']:,} rows, {kilobytes:,.0f} kB: {path}")
 
 
-def _replace(
-    path: Path, stages: Sequence[Stage], fields: Mapping[str, Any],
-    store: runs.Store, engine: runs.Engine, jobs: int | None, command: str,
-) -> None:  # fmt: skip
+def _loaded(path: Path) -> runs.Published:
     if not path.exists():
         raise runs.PublishError(f"{path} is not there: publish all of it")
-    published = runs.Published.load(path)
-    table = recompute(published, stages, fields, store, engine, jobs)
-    records = store.provenance(table["run"].unique())
-    published.replace(table, records, command)
-    print(f"replaced {len(records):,} of {len(published.runs):,} runs: {path}")
+    return runs.Published.load(path)
 
 
 def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
@@ -187,9 +219,14 @@ def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", type=Path, default=STORE, help="folder of finished runs")
     parser.add_argument("--results", type=Path, help="folder to publish into (data/results)")
-    parser.add_argument(
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument(
         "--only", type=setting, metavar="FIELD=VALUE",
         help="compute only the published runs with this setting, and replace these",
+    )  # fmt: skip
+    some.add_argument(
+        "--missing", action="store_true",
+        help="compute only the runs of the grid that are not published yet, and add them",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the chapters and stop")
     return parser

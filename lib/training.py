@@ -130,6 +130,7 @@ class Training:
         meta = {
             "counters": {k: getattr(state, k) for k in COUNTERS},
             "coefficient": state.controller and state.controller.coefficient,
+            "moments": None if (found := state.moments.sums) is None else found.tolist(),
             "rows": self.rows, "sums": sums, "seconds": self.clock.seconds,
         }  # fmt: skip
         return self.problem.save(state), meta
@@ -143,6 +144,8 @@ class Training:
             state.controller.coefficient = meta["coefficient"]
         self.rows = list(meta["rows"])
         device = state.policy.alive.device
+        if (found := meta["moments"]) is not None:
+            state.moments.sums = torch.tensor(found, dtype=torch.float64, device=device)
         self.sums = {k: torch.tensor(v, device=device) if k != "updates" else v
                      for k, v in meta["sums"].items()}  # fmt: skip
         self.clock.restore(meta["seconds"])

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from lib.advantages import (
     MAX_WEIGHT,
+    Moments,
     exponential_weights,
     gae,
     preferences,
@@ -44,12 +45,38 @@ def test_standardise_keeps_runs_apart():
     torch.testing.assert_close(standardise(rewards)[2], standardise(rewards[2:])[0])
 
 
-@pytest.mark.parametrize("value", [0.1, 0.7000001, 1 / 3, 0.9183])
-@pytest.mark.parametrize("over", ["batch", "prompt"])
+def moments(*samplings):
+    """Those of a run that has drawn these rewards."""
+    made = Moments()
+    for rewards in samplings:
+        made.add(rewards)
+    return made
+
+
+def test_running_standardisation_counts_all_that_was_drawn():
+    """Two runs of a stack, three samplings: the mean and deviation of all 18 rewards of each."""
+    drawn = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    got = standardise(drawn[2], "running", moments(*drawn))
+    for run in range(2):
+        own = drawn[:, run].double().numpy()
+        expected = (own[2] - own.mean()) / own.std(ddof=1)
+        np.testing.assert_allclose(got[run].numpy(), expected, rtol=1e-5, atol=1e-6)
+    first = standardise(drawn[0], "running", moments(drawn[0]))
+    torch.testing.assert_close(first, standardise(drawn[0]))
+    assert not torch.allclose(got, standardise(drawn[2]), atol=0.1)
+
+
+def test_without_standardisation_rewards_stay_as_they_are():
+    rewards = torch.tensor([[[3.0, -700.0]]])
+    assert torch.equal(standardise(rewards, "none"), rewards)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7000001, 1 / 3, 0.9183, 40.1])
+@pytest.mark.parametrize("over", ["batch", "prompt", "running"])
 def test_equal_rewards_stay_a_tie(value, over):
     """Ten equal float32 rewards: their mean differs from them by rounding, their ranks do not."""
     rewards = torch.full((1, 1, 10), value)
-    assert standardise(rewards, over).abs().max() < 1e-6
+    assert standardise(rewards, over, moments(rewards, rewards)).abs().max() < 1e-6
 
 
 def test_standardise_is_in_float64():

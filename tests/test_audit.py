@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lib import audit, claims, experiments, methods, overview, stats
+from lib.advantages import Moments
 from lib.audit import Audit, Deviation, Effect
 from lib.bandit.config import CONVENTIONS, BanditRun
 from lib.bandit.reference import histogram
@@ -141,7 +142,8 @@ ACTS_ON = {
     "completions": "completions", "reward_over": "rewards", "shift": "logp",
     "standardise": "labels", "weights": "labels", "temperature": "labels", "gap": "labels",
     "beta": "loss", "threshold": "loss", "ratio_over": "loss", "kl_penalty": "loss",
-    "dropout": "trained", "inner_steps": "trained",
+    "margin_over": "loss", "dropout": "trained", "reference_dropout": "trained",
+    "inner_steps": "trained",
 }  # fmt: skip
 
 
@@ -150,7 +152,10 @@ def stages(run):
     problem, state, updates = start(run)
     state.behaviour = state.reference
     batch = problem.collect(state, problem.method)
-    labels = problem.method.prepare(batch, run.hyper)
+    moments = Moments()
+    for rewards in (torch.zeros_like(batch.rewards), batch.rewards):  # the first ones are long gone
+        moments.add(rewards)
+    labels = problem.method.prepare(batch, {**run.hyper, "moments": moments})
     nudge = torch.linspace(-3, 3, batch.logp.numel()).view_as(batch.logp)  # away from pi = pi_ref
     loss, _ = problem.method.loss(batch.labelled(labels), batch.logp + nudge, run.hyper)
     trained = [next(updates)["grad_norm"].clone() for _ in range(2)]

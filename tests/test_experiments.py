@@ -142,6 +142,29 @@ def test_options_added_later_are_told_apart_and_older_tables_have_none():
         assert matching(old, experiments.Setting("dpo", "min", (option,)), profile).empty
 
 
+def test_a_rate_that_a_setting_names_is_not_chosen():
+    """Its runs are those at that rate, also where another one is chosen for the base."""
+    profile = experiments.CHAPTERS["on_policy_length"].profiles["full"]
+    fast, slow = (experiments.Setting("reinforce", "skew", (("learning_rate", r),), "base", "dial")
+                  for r in profile.reuse_rates)  # fmt: skip
+    table = pd.concat([rows("reinforce", "skew", rate, seed, ends=-seed, proxy=rate)
+                       for rate in profile.reuse_rates for seed in (0, 1, *profile.dial_seeds)],
+                      ignore_index=True)  # fmt: skip
+    assert experiments.selected_rate(table, fast.base, profile) == 1e-3
+    for setting, rate in ((fast, 1e-3), (slow, 3e-4)):
+        assert setting.name == f"reinforce@skew[learning_rate={rate}]"
+        found = experiments.reported(table, setting, profile)
+        assert set(found["learning_rate"]) == {rate} and set(found["seed"]) == {5, 6, 7, 8, 9}
+        runs = [c for stage in experiments.stages("on_policy_length", profile,
+                choose=experiments.assumer) for c in stage(table)]  # fmt: skip
+        own = [c for c in runs if (c.method, c.task, c.batch, c.inner_steps, c.learning_rate)
+               == ("reinforce", "skew", 64, 1, rate) and c.seed in profile.dial_seeds]  # fmt: skip
+        assert {c.seed for c in own} == set(profile.dial_seeds)
+    given = profile.with_rates((1e-2,))
+    rates = {s.rate for s in experiments.settings("on_policy_length", given)}
+    assert rates == {None, 1e-2}
+
+
 @pytest.mark.parametrize("chapter", experiments.CHAPTERS)
 def test_no_run_executes_the_code_that_stores_it(chapter):
     """An edit of the store, which moves no number, makes no published table stale."""

@@ -138,6 +138,28 @@ def test_a_kl_coefficient_follows_the_samples_and_counts_from_the_next_sampling_
     assert used == pytest.approx([0.2, 0.2 * (1 + 0.2 * 16 / 80)])
 
 
+def test_rewards_are_added_to_the_moments_once_a_sampling_and_where_they_are_asked_for():
+    schedule = Schedule(3, 8, 8, 4, inner_steps=2)
+    state, problem, rows = training(schedule)
+    list(rows)
+    assert state.moments.sums is None
+    drawn = []
+    collect = problem.collect
+    problem.collect = lambda *args: drawn.append(collect(*args).rewards) or collect(*args)
+    state, _, rows = training(schedule, problem=problem, standardise="running")
+    losses = [next(rows)["loss"] for _ in range(3)]  # in the midst of the second sampling
+    hyper = REINFORCE.resolve({"standardise": "running"})
+    losses += [row["loss"] for row in fine_tune(state, problem, REINFORCE, schedule, hyper)]
+    assert len(drawn) == 4  # the second one twice
+    everything = torch.stack([drawn[0], drawn[1], drawn[3]]).double().flatten(-2)
+    everything = everything.transpose(0, 1).flatten(1)
+    mean, std = state.moments.mean_and_std()
+    torch.testing.assert_close(mean, everything.mean(1))
+    torch.testing.assert_close(std, everything.std(1))
+    _, _, rows = training(schedule, standardise="running")
+    torch.testing.assert_close(losses, [row["loss"] for row in rows], rtol=0, atol=0)
+
+
 def test_a_stopped_iterator_continues_where_it_was():
     """A new loop over the same state, at any update, goes on with the same numbers."""
     schedule = Schedule(2, 16, 8, 4, inner_steps=2)

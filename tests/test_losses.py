@@ -129,6 +129,44 @@ def test_pairs_by_hand():
     assert gradient[0].tolist() == pytest.approx([-6.0, 6.0])
 
 
+def test_pairs_of_tokens_by_hand():
+    """Two tokens against one: the one place that both have counts, with margin 2 - 0.5."""
+    logp, ref = leaf([[-1.0, -5.0], [-2.5, -9.0]]), torch.tensor([[[-3.0, -1.0], [-3.0, 0.0]]])
+    mask = torch.tensor([[[True, True], [True, False]]])
+    prefer = torch.tensor([[[False, True], [False, False]]])
+    dpo, (gradient,) = value_and_gradient(losses.dpo_token(logp, ref, mask, prefer, 2.0), logp)
+    assert dpo[0, 0, 1].item() == pytest.approx(0.04858735)  # log(1 + e^-3)
+    assert dpo.count_nonzero() == 1
+    slope = -2.0 * 0.04742587  # -beta sigmoid(-beta h)
+    expected = torch.tensor([[slope, 0.0], [-slope, 0.0]])
+    torch.testing.assert_close(gradient[0], expected)
+    ipo, (gradient,) = value_and_gradient(losses.ipo_token(logp, ref, mask, prefer, 0.5), logp)
+    assert ipo[0, 0, 1].item() == pytest.approx(0.0625)  # (0.5 * 1.5 - 1)^2
+    torch.testing.assert_close(gradient[0], torch.tensor([[-0.25, 0.0], [0.25, 0.0]]))
+
+
+def test_pairs_of_tokens_average_over_the_places_that_both_have():
+    generator = torch.Generator().manual_seed(1)
+    logp, ref = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([[5, 3, 1], [2, 4, 4]])[..., None]
+    prefer = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.3, 0.8]])
+    prefer = prefer[..., :, None] > prefer[..., None, :]
+    forms = (
+        (losses.dpo_token, 0.3, lambda h: -torch.nn.functional.logsigmoid(0.3 * h)),
+        (losses.ipo_token, 0.2, lambda h: (0.2 * h - 2.5) ** 2),
+    )
+    for loss, weight, form in forms:
+        got = loss(logp, ref, mask, prefer, weight)
+        for group, first, second in prefer.nonzero().tolist():
+            shared = int(min(mask[group, first].sum(), mask[group, second].sum()))
+            own = (logp - ref)[group, :, :shared]
+            expected = form(own[first] - own[second]).mean()
+            torch.testing.assert_close(got[group, first, second], expected)
+        assert got[~prefer].count_nonzero() == 0
+        assert loss(logp, logp, mask, prefer, weight)[prefer].tolist() == pytest.approx(
+            [form(torch.zeros(())).item()] * int(prefer.sum()))  # fmt: skip
+
+
 def test_pair_margin_has_a_row_for_each_first_completion():
     margin = losses.pair_margin(torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -3.0]))
     assert margin.tolist() == [[0.0, 2.0], [-2.0, 0.0]]

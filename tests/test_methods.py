@@ -8,6 +8,8 @@ from math import log
 import pytest
 import torch
 
+from lib import losses
+from lib.advantages import Moments, standardise
 from lib.finetune import Schedule, State, fine_tune
 from lib.methods import METHODS, NEEDS, Method, _entries, get
 from lib.rollouts import Rollout, sequence_logp
@@ -331,6 +333,37 @@ def test_standardise_option_reaches_the_advantage():
     assert per_prompt.mean(2).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["reinforce", "ppo_sequence", "ppo_token", "rwr", "rwr_offline"])
+def test_running_moments_reach_every_method_that_standardises(name):
+    """Moments of many equal rewards of 0.2: a small spread, and nearly all rewards above the mean
+    (but for whitening, which comes after)."""
+    method, batch, moments = METHODS[name], rollout(), Moments()
+    moments.add(torch.full((*batch.rewards.shape[:2], 10_000), 0.2))
+    moments.add(batch.rewards)
+    hyper = {**method.resolve({"standardise": "running"}), "moments": moments}
+    ready = replace(batch, rewards=standardise(batch.rewards, "running", moments))
+    expected = method.prepare(ready, method.resolve({"standardise": "none"}))
+    got, usual = method.prepare(batch, hyper), method.prepare(batch, method.hyper)
+    for label in got:
+        torch.testing.assert_close(got[label], expected[label])
+    assert any(not torch.allclose(got[label], usual[label]) for label in got)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "dpo_offline", "ipo_offline"])
+def test_pairs_of_tokens_are_a_switch_of_the_loss_alone(name):
+    method, batch = METHODS[name], rollout()
+    hyper = method.resolve({"margin_over": "token"})
+    batch = batch.labelled(method.prepare(batch, hyper))
+    logp = batch.logp + torch.linspace(-1, 1, batch.logp.numel()).view_as(batch.logp)
+    by_token, metrics = method.loss(batch, logp, hyper)
+    whole, same = method.loss(batch, logp, method.hyper)
+    form = {"d": losses.dpo_token, "i": losses.ipo_token}[name[0]]
+    weight = hyper.get("beta", hyper.get("tau"))
+    expected = form(logp, batch.ref, batch.mask, batch.labels["prefer"], weight)
+    assert torch.equal(by_token, expected) and not torch.allclose(by_token, whole)
+    assert all(torch.equal(metrics[k], same[k]) for k in same)
+
+
 def test_resolve_overrides_the_defaults_and_leaves_them_alone():
     method = METHODS["rwr"]
     assert method.resolve({}) == method.hyper
@@ -341,9 +374,11 @@ def test_resolve_overrides_the_defaults_and_leaves_them_alone():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("dpo", {"tau": 0.1}, r"dpo has no hyperparameter \['tau'\]; it has \['beta', 'gap'\]"),
+        ("dpo", {"tau": 0.1}, r"dpo has no hyperparameter \['tau'\]; it has \['beta', 'gap', "
+         r"'margin_over'\]"),
         ("best_of_n_negative", {"top_k": 2}, "no hyperparameter .*top_k"),
-        ("rwr", {"standardise": "run"}, r"standardise must be one of \('batch', 'prompt'\)"),
+        ("rwr", {"standardise": "run"}, r"standardise must be one of \('batch', 'prompt', 'run"),
+        ("dpo", {"margin_over": "word"}, "margin_over must be .*'completion', 'token'"),
         ("rwr", {"weights": "huge"}, "weights must be one of .*'huge'"),
         ("ppo_sequence", {"ratio_over": "word"}, "ratio_over must be .*'completion', 'token'"),
         ("ipo", {"tau": 0.0}, "tau must be between .* got 0.0"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lib import methods
-from lib.allowed import check_fields
+from lib.allowed import LATER, check_fields
 from lib.finetune import Schedule, exact_div
 
 VOCABULARY = 100
@@ -27,7 +27,7 @@ CONVENTIONS: dict[str, tuple[Any, ...]] = {
 }
 # Fields that override a hyperparameter of the method; None keeps the method's default.
 HYPER = ("beta", "tau", "temperature", "clip", "threshold", "top_k", "gap", "standardise",
-         "weights", "ratio_over", "kl_penalty")  # fmt: skip
+         "weights", "ratio_over", "kl_penalty", "margin_over")  # fmt: skip
 
 
 def reference_file(histogram: str, seed: int) -> Path:
@@ -50,10 +50,11 @@ class BanditRun:
         inner_steps: T, passes over one sampling. Offline methods: all their updates.
         iterations: samplings; always 1 for offline methods, which draw once, from pi_ref.
         evaluations: rows of the result table after the one at update 0.
-        beta ... kl_penalty: hyperparameters of the method, None for its default.
+        beta ... kl_penalty, margin_over: hyperparameters of the method, None for its default.
         length: completion tokens. histogram: how Cauchy(-0.7, 0.4) is brought into (-1, 1).
         reward_over: what the training reward is the mean over. shift: score token t with the
-            logits before it. dropout: in training, the released code's 0.1.
+            logits before it. dropout: in training, the released code's 0.1. reference_dropout: in
+            the reference, whose log-probabilities are then other ones at every update.
         reference_seed: of the network fitted to the histogram.
         held_out: whether y_w and y_l of held-out prompts are followed as well.
         alone: train by itself and not in a stack, so that its seconds are those of one run.
@@ -89,6 +90,8 @@ class BanditRun:
     reference_seed: int = 0
     held_out: bool = True
     alone: bool = False
+    margin_over: str | None = field(default=None, metadata=LATER)
+    reference_dropout: float = field(default=0.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         method = methods.get(self.method)
@@ -115,6 +118,7 @@ class BanditRun:
             "sets": (1, 1000),
             "evaluations": (1, 10_000),
             "dropout": (0.0, 0.9),
+            "reference_dropout": (0.0, 0.9),
             "reference_seed": (0, 2**31 - 1),
         }
         if self.top_k is not None:

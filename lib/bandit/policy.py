@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,19 @@ class Scorer:
         return logits(self.parameters, inputs, self.arch)
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of a stack. numbers: (updates so far, shape) -> (R, *shape) uniform numbers."""
+
+    rate: float
+    numbers: Callable[[int, tuple[int, ...]], Tensor]
+
+    def masks(self, updates: int, inputs: Tensor, arch: Architecture) -> Tensor:
+        """The factors for tokens `inputs` (R, S, L): (R, places, S, L, d)."""
+        numbers = self.numbers(updates, arch.dropped(inputs[0].numel())).to(inputs.device)
+        return dropout_masks(numbers, self.rate).unflatten(2, inputs.shape[1:])
+
+
 class StackedAdam:
     """torch.optim.Adam with one learning rate per run, on one flat (R, n) buffer.
 
@@ -112,9 +125,10 @@ class StackedPolicy(Scorer):
     Args:
         initial: parameters of one run, copied to all.
         rates: (R,) learning rates.
-        dropout: in training only; breaks the identity "recomputed".
-        shift: False also breaks "recomputed" and "reference".
-        numbers: for dropout, (updates so far, shape) -> (R, *shape) uniform numbers.
+        dropout: in training only; breaks the identities "recomputed" and "first loss".
+        shift: False breaks "recomputed" and "reference".
+        reference_dropout: score completions under `initial` with dropout, afresh at every update,
+            in place of the log-probabilities that a rollout holds; breaks "first loss".
     """
 
     tolerance = TOLERANCE
@@ -124,9 +138,9 @@ class StackedPolicy(Scorer):
         initial: Parameters,
         rates: Tensor,
         arch: Architecture = GPT_NANO,
-        dropout: float = 0.0,
+        dropout: Dropout | None = None,
         shift: bool = True,
-        numbers: Callable[[int, tuple[int, ...]], Tensor] | None = None,
+        reference_dropout: Dropout | None = None,
     ):
         runs, shapes = len(rates), arch.shapes()
         sizes = [shape.numel() for shape in map(torch.Size, shapes.values())]
@@ -141,9 +155,11 @@ class StackedPolicy(Scorer):
             self.parameters[name].copy_(value.expand_as(self.parameters[name]))
         self.optimiser = StackedAdam(runs, self.flat.shape[1], rates)
         self.alive = torch.ones(runs, dtype=torch.bool, device=rates.device)
-        self.dropout, self.numbers = dropout, numbers
+        self.dropout, self.reference_dropout = dropout, reference_dropout
+        self.initial = {k: v.expand(runs, *v.shape[1:]) for k, v in initial.items()}
         self.breaks = frozenset(
             (["recomputed", "first loss"] if dropout else [])
+            + (["first loss"] if reference_dropout else [])
             + ([] if shift else ["recomputed", "reference"])
         )
 
@@ -161,9 +177,13 @@ class StackedPolicy(Scorer):
         is known how many completions of a prompt carry loss, the others do not pass through the
         network; their log-probabilities are returned as those of the sampling.
         """
+        if self.reference_dropout and batch.ref is not None:
+            with torch.no_grad():
+                ref = self._logp_of(self.initial, batch, None, self.reference_dropout)
+            batch = replace(batch, ref=ref.view_as(batch.ref))
         leaves = {k: v.detach().requires_grad_() for k, v in self.parameters.items()}
         rows = carrying(batch, method, hyper)
-        logp = self._training_logp(leaves, batch, rows)
+        logp = self._logp_of(leaves, batch, rows, self.dropout)
         if rows is not None:
             logp = batch.logp.flatten(1, 2).scatter(1, rows[..., None].expand_as(logp), logp)
         logp = logp.view_as(batch.logp)
@@ -177,26 +197,23 @@ class StackedPolicy(Scorer):
         self.optimiser.step(self.flat, gradient, self.alive)
         return logp.detach(), {"loss": loss.detach(), "grad_norm": norm, **metrics}
 
-    def _training_logp(self, leaves: Parameters, batch: Rollout, rows: Tensor | None) -> Tensor:
+    def _logp_of(
+        self, parameters: Parameters, batch: Rollout, rows: Tensor | None, dropout: Dropout | None
+    ) -> Tensor:
         """Log-probabilities of the completions at `rows` (R, n), or of all: (R, n, L) nats."""
         prompts, completions = flat_groups(batch)
         tokens = torch.cat([prompts[..., None], completions], -1)
-        masks = self._masks(tokens[..., :-1] if self.shift else tokens)
+        masks = None
+        if dropout is not None:
+            inputs = tokens[..., :-1] if self.shift else tokens
+            masks = dropout.masks(self.optimiser.steps, inputs, self.arch)
         if rows is not None:
             tokens = tokens.take_along_dim(rows[..., None], 1)
             if masks is not None:  # drawn for all, so that they do not depend on who is trained on
                 masks = masks.take_along_dim(rows[:, None, :, None, None], 2)
         inputs = tokens[..., :-1] if self.shift else tokens
         masks = None if masks is None else masks.flatten(2, 3)
-        return token_logp(logits(leaves, inputs, self.arch, masks), tokens, shift=self.shift)
-
-    def _masks(self, inputs: Tensor) -> Tensor | None:
-        """The factors of dropout of the update to come, (R, places, S, L, d); inputs (R, S, L)."""
-        if not self.dropout:
-            return None
-        shape = self.arch.dropped(inputs[0].numel())
-        numbers = self.numbers(self.optimiser.steps, shape).to(inputs.device)
-        return dropout_masks(numbers, self.dropout).unflatten(2, inputs.shape[1:])
+        return token_logp(logits(parameters, inputs, self.arch, masks), tokens, shift=self.shift)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changes, as tensors."""

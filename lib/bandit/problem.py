@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.advantages import select_best
 from lib.bandit.config import VOCABULARY, BanditRun
-from lib.bandit.policy import Scorer, StackedPolicy, flat_groups
+from lib.bandit.policy import Dropout, Scorer, StackedPolicy, flat_groups
 from lib.bandit.reference import load, reward_table
 from lib.divergences import entropy, sequence_kl
 from lib.finetune import State
@@ -20,7 +20,7 @@ from lib.rollouts import GROUPED, Rollout, sequence_logp
 from lib.timing import Clock
 
 # Streams of random numbers; a run's numbers depend on its seed, the stream and a counter only.
-PROMPTS, TRAIN, EVALUATE, HELD_OUT, DROPOUT = range(5)
+PROMPTS, TRAIN, EVALUATE, HELD_OUT, DROPOUT, REFERENCE_DROPOUT = range(6)
 TRACKED = 10  # prompts whose y_w and y_l are followed, of however many are trained on
 BINS = 20  # of the token marginal
 # Completions decoded at once, in all runs together: bounds the memory of a sampling (the cache of
@@ -63,8 +63,9 @@ class BanditProblem:
         """Policy = reference = the fitted network; also draws the pairs that are followed."""
         config = self.config
         policy = StackedPolicy(
-            self.initial, self.rates, dropout=config.dropout, shift=config.shift,
-            numbers=partial(uniforms, self.seeds, DROPOUT),
+            self.initial, self.rates, shift=config.shift,
+            dropout=self._dropout(config.dropout, DROPOUT),
+            reference_dropout=self._dropout(config.reference_dropout, REFERENCE_DROPOUT),
         )  # fmt: skip
         state = State(policy, Scorer(self.initial, len(self.seeds), policy.arch, config.shift))
         self.fixed = self._draw(state.reference, self.prompts, TRAIN, 0, True).narrow(
@@ -72,6 +73,9 @@ class BanditProblem:
         )
         self.held_out = self._draw(state.reference, self.unseen, HELD_OUT, 0, True)
         return state
+
+    def _dropout(self, rate: float, stream: int) -> Dropout | None:
+        return Dropout(rate, partial(uniforms, self.seeds, stream)) if rate else None
 
     def collect(self, state: State, method: Method) -> Rollout:
         """k sets of C completions for every prompt, drawn from `state.behaviour`, with rewards.

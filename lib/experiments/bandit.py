@@ -128,14 +128,18 @@ def _conventions(names: Iterable[str], profile: BanditProfile) -> list[Setting]:
                       (("dropout", 0.1),), (("reward_over", "prompt_and_response"),)],
         "rwr": [(("standardise", "prompt"),), (("weights", "raw"),), (("weights", "clipped"),),
                 (("temperature", 0.05),), (("reward_over", "prompt_and_response"),)],
-        "reinforce": [(("standardise", "prompt"),), (("reward_over", "prompt_and_response"),)],
-        "ppo_sequence": [(("ratio_over", "token"), ("kl_penalty", 0.05))],
+        "reinforce": [(("standardise", "prompt"),), (("reward_over", "prompt_and_response"),),
+                      (("standardise", "running"),)],
+        "ppo_sequence": [(("ratio_over", "token"), ("kl_penalty", 0.05)),
+                         (("standardise", "running"),)],
         "dpo": [(("gap", 0.1),), (("completions", 2),)],
-        "ipo": [(("completions", 2),)],
+        "ipo": [(("completions", 2),), (("reference_dropout", 0.1),)],
         "best_of_n_offline": [(("histogram", "clipped"),)],
         "best_of_n_negative": [(("beta", 0.1),), (("threshold", 0.5),)],
+        "dpo_offline": [(("margin_over", "token"),)],
         "ipo_offline": [(("length", 10),), (("histogram", "clipped"),), (("shift", False),),
-                        (("dropout", 0.1),)],
+                        (("dropout", 0.1),), (("margin_over", "token"),),
+                        (("dropout", 0.1), ("reference_dropout", 0.1))],
     }  # fmt: skip
     return [
         Setting(name, "R1", switched, "base", "few")

@@ -52,8 +52,9 @@ class LengthProfile(PilotProfile):
         betas: of DPO, and temperatures: of RWR, beside their defaults.
         slowest: no rate below it is tried with on-policy methods. Fixed data need smaller rates:
             an offline run can leave them for good, an on-policy one sees where it went.
-        extras: whether to run what no claim compares: IPO and REINFORCE beside the others, and
-            training on the rule's label.
+        extras: whether to run what no claim compares: IPO and REINFORCE beside the others,
+            training on the rule's label, and other ways to standardise a score.
+        reuse_rates: learning rates at which REINFORCE reuses its samples, whatever the pilot says.
     """
 
     batches: tuple[int, ...] = (2, 3, 4)
@@ -63,6 +64,7 @@ class LengthProfile(PilotProfile):
     temperatures: tuple[float, ...] = ()
     slowest: float = 0.0
     extras: bool = True
+    reuse_rates: tuple[float, ...] = ()
 
     def competing(self, setting: Setting) -> tuple[float, ...]:
         if not methods.get(setting.method).on_policy:
@@ -70,7 +72,8 @@ class LengthProfile(PilotProfile):
         return tuple(rate for rate in self.rates if rate >= self.slowest)
 
     def with_rates(self, rates: tuple[float, ...]) -> LengthProfile:
-        return replace(self, rates=rates, slowest=0.0)
+        reused = rates if self.reuse_rates else ()
+        return replace(self, rates=rates, slowest=0.0, reuse_rates=reused)
 
     def configuration(self, setting: Setting, rate: float, seed: int) -> LengthRun:
         options = fields_of(LengthRun, {**dict(self.options), **dict(setting.options)})
@@ -95,8 +98,9 @@ SHARED: dict[str, dict[str, Any]] = {
 SMALL_CAP = 24
 SMALL = (("prompts", 4), ("held_out", 4), ("minibatch", 8), ("max_tokens", SMALL_CAP))
 FULL = LengthProfile(
-    **SHARED["full"], updates=48, options=(("evaluations", 12),), slowest=3e-4
-)
+    **SHARED["full"], updates=48, options=(("evaluations", 12),), slowest=3e-4,
+    reuse_rates=(1e-3, 3e-4),
+)  # fmt: skip
 GPU_RATES = (1e-4, 3e-5, 1e-5)  # a tenth of the tiny policy's: wider models bear less
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
@@ -106,6 +110,7 @@ PROFILES: dict[str, LengthProfile] = {
         batches=(2,),
         inner_steps=(2,),
         betas=(0.5,),
+        reuse_rates=SHARED["smoke"]["rates"],
         options=(("evaluations", 1), *SMALL),
     ),
     "cpu": replace(
@@ -114,6 +119,7 @@ PROFILES: dict[str, LengthProfile] = {
         batches=(4,),
         inner_steps=(8,),
         betas=(0.5,),
+        reuse_rates=SHARED["cpu"]["rates"],
         options=(("evaluations", 6),),
     ),
     "full": FULL,
@@ -126,6 +132,7 @@ PROFILES: dict[str, LengthProfile] = {
         device="cuda",
         options=(("prepared", "smollm2"), ("dtype", "bfloat16"), *FULL.options),
         extras=False,
+        reuse_rates=(),
     ),
     "paper": replace(
         FULL,
@@ -135,6 +142,7 @@ PROFILES: dict[str, LengthProfile] = {
         every_batch=True,
         betas=(0.01, 0.05, 0.5),
         temperatures=(1.0, 10.0, 20.0),
+        reuse_rates=(),
         device="cuda",
         options=(("prepared", "pythia"), ("dtype", "bfloat16"), ("max_tokens", 256)),
     ),
@@ -159,7 +167,7 @@ def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Seque
 
 
 def _on_policy(p: LengthProfile) -> list[Setting]:
-    """Dials of B and T, and of RWR's temperature on Min."""
+    """Dials of B and T, of REINFORCE's rate where it reuses samples, and of RWR's temperature."""
     ends, last = sorted({min(p.batches), max(p.batches)}), max(p.inner_steps)
     two, one = (p.batches, p.batches) if p.every_batch else (ends, ends[-1:])
     staleness = _dial(("ppo_token",), "sets", p.batches, ("min",))
@@ -169,6 +177,11 @@ def _on_policy(p: LengthProfile) -> list[Setting]:
     reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, ("skew",))
     reuse += _dial(("best_of_n",), "inner_steps", sorted({min(p.inner_steps), last}), ("min",))
     reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew"))
+    reuse += [
+        Setting("reinforce", task, (*passes, ("learning_rate", rate)), "base", "dial")
+        for task in ("min", "skew") for rate in p.reuse_rates
+        for passes in ((), (("inner_steps", last),))
+    ]  # fmt: skip
     sharper = _dial(("rwr",), "temperature", p.temperatures, ("min",))
     learned = ("rwr", "reinforce", "ppo_token")
     base = _base(learned) + _base(("best_of_n",), ("min", "skew", GIVEN))
@@ -182,6 +195,10 @@ def _negative_gradient(p: LengthProfile) -> list[Setting]:
     return _present(_base(names) + _base(("ipo_offline",), ("min", GIVEN)) + beta, p)
 
 
+# Weights of the released language-model code: exp(score) up to 20, of scores as they are.
+RELEASED_RWR = (("standardise", "none"), ("temperature", 1.0), ("weights", "clipped"))
+
+
 def _complementary(p: LengthProfile) -> list[Setting]:
     """On-policy contrastive methods against the best of either side; Min with the rule's label."""
     names = ("dpo_offline", "rwr", "ppo_token", "dpo")
@@ -189,6 +206,8 @@ def _complementary(p: LengthProfile) -> list[Setting]:
     if p.extras:
         found += _base(("ipo", "reinforce"), ("min",))
         found += _dial(("dpo", "reinforce"), "label", ("rule",), ("min",))
+        found += _dial(("reinforce",), "standardise", ("running",), ("min",))
+        found += [Setting("rwr", "min", RELEASED_RWR, "base", "dial")]
     return _present(found, p)
 
 

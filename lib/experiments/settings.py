@@ -99,9 +99,15 @@ class Setting:
         options = ",".join(f"{k}={v}" for k, v in self.options)
         return f"{self.method}@{self.reward_function}" + (f"[{options}]" if options else "")
 
+    @property
+    def rate(self) -> float | None:
+        """The learning rate that the options name, in place of one that is chosen."""
+        return dict(self.options).get("learning_rate")
+
     def run(self, profile: Profile, rate: float, seed: int) -> Any:
         """The configuration at a learning rate and seed."""
-        return profile.configuration(self, rate, seed)
+        others = tuple(option for option in self.options if option[0] != "learning_rate")
+        return profile.configuration(dataclasses.replace(self, options=others), rate, seed)
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,8 @@ def _equal(runs: pd.DataFrame, field: dataclasses.Field, value: Any) -> pd.Serie
 
 def candidates(setting: Setting, profile: Profile, base_rate: float | None) -> tuple[float, ...]:
     """The learning rates that compete in a setting."""
+    if setting.rate is not None:
+        return (setting.rate,)
     if setting.sweep == "all":
         return profile.competing(setting)
     if setting.sweep == "base" or not profile.dial_sweep_seeds:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import safe_open
 
 from lib import methods
-from lib.allowed import check_fields
+from lib.allowed import LATER, check_fields
 from lib.finetune import Schedule, exact_div
 from lib.lm.length import GIVEN, TASKS, check_task
 
@@ -21,12 +21,11 @@ PRESETS = ("smollm2", "pythia")
 LABELS = ("learned", "rule")
 DTYPES = ("float32", "bfloat16", "float16")
 DECODERS = (None, "growing", "static", "compiled")
-LATER = {"later": True}  # see lib.runs.identity
 MINIBATCH = 64  # M, completions of one update (Table 4)
 
 # Fields that override a hyperparameter of the method; None keeps the method's default.
 HYPER = ("beta", "tau", "temperature", "clip", "top_k", "standardise", "weights", "kl_start",
-         "kl_target", "value_weight", "lam")  # fmt: skip
+         "kl_target", "value_weight", "lam", "margin_over")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LengthRun:
         max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
         dtype: of the matrix products, and of matrices that do not train; weights that train are
             float32 in either case.
-        beta ... lam: hyperparameters of the method, None for its default.
+        beta ... lam, margin_over: hyperparameters of the method, None for its default.
         lora_rank: train matrices of this rank beside every linear layer (LoRA) in place of the
             weights; None trains the weights.
         checkpointing: keep each layer's input for the backward pass, and compute the rest again.
@@ -94,6 +93,7 @@ class LengthRun:
     checkpointing: bool = field(default=False, metadata=LATER)
     decoder: str | None = field(default=None, metadata=LATER)
     held_out: int = field(default=64, metadata=LATER)
+    margin_over: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         method = methods.get(self.method)
@@ -106,7 +106,7 @@ class LengthRun:
         if over == "prompt" and self.completions < 2:
             raise ValueError("one reward has no standard deviation: completions must be at least 2 "
                              "(or standardise='batch')")  # fmt: skip
-        if over == "batch" and self.batch < 2:
+        if over in ("batch", "running") and self.batch < 2:
             raise ValueError("one reward has no standard deviation: batch must be at least 2")
         if "pairs" in method.needs and self.completions < 2:
             raise ValueError(f"{self.method} learns from pairs: completions must be at least 2, "

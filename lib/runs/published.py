@@ -104,8 +104,9 @@ class Published:
     def replaced(self) -> str:
         """Which runs were put in later, for a reader ("" if none were)."""
         return "; ".join(
-            f"{e['runs']} runs again at commit `{e['commit'][:10]}`, {e['date'][:10]}"
-            for e in self.meta.get("replaced", [])
+            f"{e['runs']} runs {word} at commit `{e['commit'][:10]}`, {e['date'][:10]}"
+            for word, kind in (("again", "replaced"), ("more", "added"))
+            for e in self.meta.get(kind, [])
         )
 
     def merged(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -131,9 +132,33 @@ class Published:
         computed or verified by: if that is another one than now, it stays stale until it is
         verified.
         """
+        return self._rewritten("replaced", self.merged(table), table, records, command)
+
+    def add(
+        self, table: pd.DataFrame, records: Mapping[str, dict[str, Any]], command: str = ""
+    ) -> Published:
+        """Publish further runs beside the others, which keep rows and provenance.
+
+        Arguments and refusals are those of `publish`.
+        Raises PublishError for a run that is published already, or if the code of the others is
+        not the present one: all of a table is of one code.
+        """
+        if known := sorted(set(table["run"]) & set(self.runs)):
+            raise PublishError(f"{', '.join(known)} are in {self.path.name} already")
+        if notice := self.notice():
+            raise PublishError(f"{self.path.name}: {notice}: verify it, or publish all of it")
+        whole = pd.concat([self.table, table], ignore_index=True)
+        return self._rewritten("added", whole, table, records, command)
+
+    def _rewritten(
+        self, kind: str, whole: pd.DataFrame, table: pd.DataFrame,
+        records: Mapping[str, dict[str, Any]], command: str,
+    ) -> Published:  # fmt: skip
+        """The files written anew with the runs of `table` in `whole`. kind: the entry it is."""
         used = {run: _record(run, records) for run in table["run"].unique()}
         _refuse(used)
-        compact = _compact(self.merged(table), self.meta["configuration"])
+        settings = sorted({*self.meta["configuration"], *_settings(used)})
+        compact = _compact(whole, settings)
         kept = {run: _split(own) for run, own in self.runs.items() if run not in used}
         totals = self._totals(len(compact), used)
         write_atomically(self.path, lambda temporary: _write_table(compact, temporary))
@@ -143,21 +168,23 @@ class Published:
             **self.meta,
             "sha256": file_hash(self.path),
             "totals": totals,
+            "configuration": settings,
             "environments": _environments({**kept, **used}),
-            "replaced": [*self.meta.get("replaced", []), entry],
+            kind: [*self.meta.get(kind, []), entry],
         }
         _write_json(self.path.with_suffix(".json"), meta)
         return Published.load(self.path)
 
     def _totals(self, rows: int, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The totals after some runs were replaced; published seconds are those of their rows."""
-        gone = pd.concat([self.metrics(run).tail(1) for run in records])
+        """The totals with the runs of `records`; the seconds of published runs that they replace
+        are those of their rows."""
+        gone = [self.metrics(run).tail(1) for run in records if run in self.runs]
         seconds = {
-            name: round(total - float(gone[f"seconds_{name}"].sum())
+            name: round(total - sum(float(row[f"seconds_{name}"].iloc[0]) for row in gone)
                         + sum(record["seconds"].get(name, 0.0) for record in records.values()), 1)
             for name, total in self.meta["totals"]["seconds"].items()
         }  # fmt: skip
-        return {"runs": len(self.runs), "rows": rows, "seconds": seconds}
+        return {"runs": len({*self.runs, *records}), "rows": rows, "seconds": seconds}
 
     def stamp(self, verification: dict[str, Any], modules: Sequence[str]) -> None:
         """Take the present code as these results' own after a sample was verified against it.
@@ -192,9 +219,7 @@ def publish(
         raise ValueError(f"{path.name} names no profile; allowed: {allowed}")
     used = {run: _record(run, records) for run in table["run"].unique()}
     _refuse(used)
-    settings = sorted(
-        {name for record in used.values() for name in _names(record["configuration"])}
-    )
+    settings = sorted(_settings(used))
     compact = _compact(table, settings)
     write_atomically(path, lambda temporary: _write_table(compact, temporary))
     meta = {
@@ -291,6 +316,11 @@ def _names(configuration: dict[str, Any], prefix: str = "") -> list[str]:
         nested = isinstance(value, dict) and set(value) == {"class", "fields"}
         names += _names(value, f"{prefix}{name}_") if nested else [prefix + name]
     return names
+
+
+def _settings(records: Mapping[str, dict[str, Any]]) -> set[str]:
+    """The columns of all their configurations."""
+    return {name for record in records.values() for name in _names(record["configuration"])}
 
 
 def _compact(table: pd.DataFrame, settings: list[str]) -> pd.DataFrame:

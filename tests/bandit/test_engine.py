@@ -135,8 +135,12 @@ def test_a_run_with_dropout_has_the_same_masks_in_blocks_of_any_size(monkeypatch
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 4, 6])
-@pytest.mark.parametrize("run", [DROPPED, small("ipo_offline", inner_steps=8, dropout=0.1)])
-def test_a_killed_run_with_dropout_resumes_with_the_same_numbers(run, kill_at, quick):
+@pytest.mark.parametrize(
+    "run",
+    [DROPPED, small("ipo_offline", inner_steps=8, dropout=0.1, reference_dropout=0.1),
+     small("reinforce", iterations=3, inner_steps=2, standardise="running")],
+)  # fmt: skip
+def test_a_killed_run_with_a_memory_of_its_own_resumes_with_the_same_numbers(run, kill_at, quick):
     checkpoint = Checkpoint(kill_at)
     with pytest.raises(Checkpoint.Killed):
         tables(run, checkpoint=checkpoint)

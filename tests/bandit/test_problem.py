@@ -399,13 +399,13 @@ def test_every_update_of_every_seed_has_masks_of_its_own(method):
     dials = {"sets": 2, "inner_steps": 2, "iterations": 2} if method == "best_of_n" else {}
     run = small(method, dropout=0.1, **dials)
     _, state, rows = start(run, replace(run, learning_rate=0.1), replace(run, seed=1))
-    drawn, numbers = [], state.policy.numbers
+    drawn, dropout = [], state.policy.dropout
 
     def spy(counter, shape):
-        drawn.append(numbers(counter, shape))
+        drawn.append(dropout.numbers(counter, shape))
         return drawn[-1]
 
-    state.policy.numbers = spy
+    state.policy.dropout = replace(dropout, numbers=spy)
     assert len(list(rows)) == len(drawn) == run.updates
     assert all(torch.equal(one[0], one[1]) for one in drawn)
     apart = [one[row] < 0.1 for one in drawn for row in (0, 2)]
@@ -428,6 +428,32 @@ def test_samples_and_evaluations_are_without_dropout():
     drawn, alike = plain.collect(one, plain.method), dropped.collect(two, dropped.method)
     assert torch.equal(drawn.completions, alike.completions)
     assert torch.equal(drawn.logp, alike.logp)
+
+
+def test_dropout_in_the_reference_moves_what_the_loss_reads_and_nothing_else():
+    """Fresh noise at every update, of the reference alone; the policy has none."""
+    run = small("ipo", rate=0.01, reference_dropout=0.5, inner_steps=2, iterations=2)
+    _, state, rows = start(run)
+    method, seen = state.policy.update.__self__, []
+    score = method._logp_of
+
+    def spy(parameters, batch, chosen, dropout):
+        seen.append((dropout, score(parameters, batch, chosen, dropout)))
+        return seen[-1][1]
+
+    method._logp_of = spy
+    losses = [row["loss"].item() for row in rows]
+    noisy = [logp for dropout, logp in seen if dropout is state.policy.reference_dropout]
+    assert len(noisy) == len(losses) == len(seen) / 2
+    assert all(dropout is None for dropout, _ in seen[1::2])
+    assert not torch.allclose(noisy[0], noisy[1], atol=0.1)  # two passes over one sampling
+    assert losses[0] != pytest.approx(100, rel=1e-3)
+    plain, clean, _ = advanced(replace(run, reference_dropout=0.0), updates=1)
+    other, mine, _ = advanced(run, updates=1)
+    assert not torch.equal(clean.policy.flat, mine.policy.flat)
+    mine.policy.flat.copy_(clean.policy.flat)
+    first, same = plain.evaluate(clean), other.evaluate(mine)
+    assert all(torch.equal(first[name], same[name]) for name in first)
 
 
 def test_dropout_breaks_recomputed_and_says_so():

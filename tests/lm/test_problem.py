@@ -350,6 +350,7 @@ def without_seconds(table):
 
 @pytest.mark.parametrize(("name", "options"), [
     ("ppo_token", {}), ("dpo", {"batch": 16}), ("rwr", {"inner_steps": 2}), ("dpo_offline", {}),
+    ("reinforce", {"standardise": "running"}),
 ])  # fmt: skip
 @pytest.mark.parametrize("kill_at", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_numbers(folder, name, options, kill_at):

@@ -122,6 +122,41 @@ def test_a_stale_table_stays_stale_when_some_runs_are_replaced(
     assert walks.replace(table, records).stale() == ["lib/helper.py"]
 
 
+def test_added_runs_stand_beside_the_others_which_stay_as_they_were(
+    walks, engine, repository, tmp_path
+):
+    repository.write("README", "")
+    repository.commit()
+    new = [Walk("plain", seed=9), Walk("plain", seed=9, drift=0.5)]
+    table, records = computed(new, runs.Store(tmp_path / "again"), engine)
+    made = walks.add(table, records, "more")
+    assert set(made.runs) == {*walks.runs, *records}
+    for run, before in walks.runs.items():
+        assert made.runs[run] == before
+        pd.testing.assert_frame_equal(made.metrics(run), walks.metrics(run), check_exact=True)
+    assert {made.runs[run]["commit"] for run in records} == {module.provenance.commit()}
+    whole, wholly = computed([*grid(), *new], runs.Store(tmp_path / "whole"), engine)
+    at_once = runs.publish(whole, wholly, walks.path.parent / "full.parquet")
+    without = [c for c in made.table if not c.startswith("seconds")]
+    pd.testing.assert_frame_equal(made.table[without], at_once.table[without], check_exact=True)
+    assert made.meta["configuration"] == at_once.meta["configuration"]
+    assert {k: made.meta["totals"][k] for k in ("runs", "rows")} == {"runs": 8, "rows": 328}
+    assert made.replaced().startswith("2 runs more at commit `")
+    with pytest.raises(runs.PublishError, match="are in cpu.parquet already"):
+        made.add(table, records)
+
+
+def test_runs_are_added_to_results_of_the_same_code_alone(walks, engine, repository, tmp_path):
+    repository.write("lib/helper.py", "LIMIT = 50\n")
+    repository.commit()
+    module.fingerprint._first_seen.clear()
+    table, records = computed([Walk(seed=9)], runs.Store(tmp_path / "again"), engine)
+    before = walks.path.read_bytes()
+    with pytest.raises(runs.PublishError, match=r"code changed since: lib/helper.py: verify it"):
+        walks.add(table, records)
+    assert walks.path.read_bytes() == before
+
+
 def test_runs_that_are_not_published_replace_nothing(walks, store, engine):
     new, records = computed([Walk(seed=9)], store, engine)
     (run,) = records
@@ -275,6 +310,28 @@ def test_the_command_replaces_the_runs_with_a_setting(experiments, repository, t
     assert "no published run has {'seed': 99}" in capsys.readouterr().err
     assert command.main([*again, "methods=walk"]) == 1
     assert "'methods' is no field of these runs; there are [" in capsys.readouterr().err
+
+
+def test_the_command_adds_what_a_larger_grid_has_and_computes_nothing_else(
+    experiments, engine, repository, tmp_path, monkeypatch, capsys
+):
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1"]
+    assert command.main([*arguments, "--missing"]) == 1
+    assert "cpu.parquet is not there: publish all of it" in capsys.readouterr().err
+    assert command.main([*arguments, "--store", str(tmp_path / "store")]) == 0
+    before, done = runs.largest_published("walks"), len(engine.computed())
+    again = [*arguments, "--store", str(tmp_path / "again"), "--missing"]
+    assert command.main(again) == 1
+    assert "all 8 runs of the grid are published" in capsys.readouterr().err
+    sweep, report = experiments.stages("walks", "cpu")
+    more = [sweep, lambda results: [*report(results), Walk("other", seed=7)]]
+    monkeypatch.setattr(experiments, "stages", lambda *_, **__: more)
+    assert command.main(again) == 0
+    assert "added 1 runs to 8" in capsys.readouterr().out
+    made = runs.largest_published("walks")
+    assert len(engine.computed()) == done + 1
+    assert len(made.runs) == 9 and set(before.runs) < set(made.runs)
+    assert made.meta["added"][0]["command"].endswith("walks --profile cpu --missing")
 
 
 def test_results_that_choose_another_grid_replace_nothing(
