@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from myst_nb import glue
 from scipy import stats as scipy_stats
 
 from lib import claims, costs, experiments, methods, overview, stats
 from lib.allowed import one_of
+from lib.bandit import reference
 from lib.bandit.network import GPT_NANO
 from lib.bandit.reference import LOCATION, SCALE
 from lib.chapter import Chapter, contrast_text
@@ -78,7 +80,8 @@ SUMMARIES = {"matters": "partly", "no effect": "reproduced", "undecided": "incon
              "arithmetic": "inconclusive", "not measured here": "inconclusive"}  # fmt: skip
 
 BETAS = (0.01, 0.05, 0.1, 0.5)  # Table 6
-SUMMED = {"reference": 10, "sampler": 100}  # samples over which the released code sums a KL
+SUMMED = {"reference": 100, "sampler": 1000}  # samples over which the released code sums a KL
+LARGEST_RATE = 1e-5  # Tables 6 to 10
 PAPER_SEEDS = 5  # I.3
 PAPER_LENGTH = 203  # tokens: Figure 12, J.1
 SPREADS = ("standard error", "standard deviation")  # what the brackets of Table 3 may be
@@ -446,18 +449,40 @@ def histogram() -> str:
 
 
 def kl_factors() -> dict[str, float]:
-    """What the released code draws for a KL of 1 nat per completion of 9 tokens, by its kind."""
-    tokens = costs.PROMPT_AND_RESPONSE - 1
-    return {name: samples / tokens for name, samples in SUMMED.items()}
+    """What the released code draws for a KL of 1 nat per completion, by its kind: a sum over
+    samples of the mean over prompt and completion."""
+    return {name: samples / costs.PROMPT_AND_RESPONSE for name, samples in SUMMED.items()}
 
 
 def kl_axes() -> str:
     """Nats per completion against the released code's axes."""
     factor = kl_factors()
-    return (f"1 nat per completion of 9 tokens is {factor['reference']:.2f} on the code's axis to "
-            f"the reference and {factor['sampler']:.1f} on its axis to the sampler: the two axes "
-            f"differ by a factor {factor['sampler'] / factor['reference']:.0f} among themselves. "
-            "Which of two runs is further away does not change")  # fmt: skip
+    return (f"1 nat per completion is about {factor['reference']:.0f} on the code's axis to the "
+            f"reference and {factor['sampler']:.0f} on its axis to the sampler (plus what the "
+            "prompt's own token adds): the two axes differ by a factor "
+            f"{factor['sampler'] / factor['reference']:.0f} among themselves")  # fmt: skip
+
+
+def running_variance() -> str:
+    """What the released code takes the root of at the first reward of its second sampling."""
+    rewards, mass = costs.reward_table("R1").double().numpy(), reference.histogram()
+    tokens, count = costs.PROMPT_AND_RESPONSE - 1, 100
+    mean = float(mass @ rewards)
+    square = mean**2 + float(mass @ rewards**2 - mean**2) / tokens
+    before, after = count * square, count * square - (count * mean) ** 2
+    return (f"100 completions of the reference policy have an expected sum of rewards of "
+            f"{count * mean:.1f} on R1 and of their squares of {before:.1f}. With the counter at 1 "
+            f"again the variance is about {before:.1f} - {count * mean:.1f}² = {after:.0f}, and "
+            "negative for any rewards between 0 and 1 whose sum is above 1")  # fmt: skip
+
+
+def bfloat16_steps() -> str:
+    """The smallest change of a bfloat16 weight beside the largest learning rate in print."""
+    weight = 0.02
+    gap = float(torch.finfo(torch.bfloat16).eps * 2 ** np.floor(np.log2(weight)))
+    return (f"neighbours of {weight} in bfloat16 are {gap:.1e} apart, so that a step of Adam below "
+            f"{gap / 2:.0e} leaves such a weight as it is; the largest rate in print is "
+            f"{LARGEST_RATE:g}")  # fmt: skip
 
 
 def ipo_target() -> str:
@@ -567,8 +592,9 @@ def clock_statement() -> str:
 
 
 ARITHMETIC: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (ceiling, histogram, kl_axes, ipo_target, parameters, betas,
-                            mean_and_mode, shorter, spread, clock_statement)
+    f.__name__: f for f in (ceiling, histogram, kl_axes, running_variance, bfloat16_steps,
+                            ipo_target, parameters, betas, mean_and_mode, shorter, spread,
+                            clock_statement)
 }  # fmt: skip
 
 

@@ -154,6 +154,8 @@ def grid(settings: Sequence[experiments.Setting], profile: experiments.Profile) 
 
 
 def _tried(setting: experiments.Setting, profile: experiments.Profile) -> str:
+    if setting.rate is not None:
+        return "the one named"
     count = len(profile.competing(setting))
     fewer = setting.sweep == "all" and count < len(profile.rates)
     return f"the largest {count}" if fewer else RATES_TRIED[setting.sweep]

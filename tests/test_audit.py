@@ -264,8 +264,30 @@ def test_tails_are_those_of_the_sampled_histogram():
 
 
 def test_kl_axes_by_hand():
-    """Nine tokens of 1/9 nat: 10 samples of their mean sum to 10/9, 100 samples to 100/9."""
-    assert audit.kl_factors() == pytest.approx({"reference": 10 / 9, "sampler": 100 / 9})
+    """Nine tokens of 1/9 nat and a prompt of none: a mean of 1/10, summed over the samples."""
+    completion = np.array([0.0, *[1 / 9] * 9])
+    for name, samples in (("reference", 100), ("sampler", 1000)):
+        assert audit.kl_factors()[name] == pytest.approx(samples * completion.mean())
+
+
+def test_a_running_variance_with_a_counter_that_starts_again_is_negative():
+    """The released code's sums, step by step, over two samplings of the reference's rewards."""
+    generator = np.random.default_rng(0)
+    tokens = generator.choice(100, (2, 100, 9), p=histogram())
+    rewards = audit.costs.reward_table("R1").double().numpy()[tokens].mean(-1)
+    total, squares = rewards[0].sum() + rewards[1, 0], (rewards[0] ** 2).sum() + rewards[1, 0] ** 2
+    said = re.search(r"sum of rewards of ([\d.]+) on R1 and of their squares of ([\d.]+)\.",
+                     audit.running_variance())  # fmt: skip
+    assert float(said[1]) == pytest.approx(rewards[0].sum(), rel=0.2)
+    assert float(said[2]) == pytest.approx((rewards[0] ** 2).sum(), rel=0.3)
+    assert squares - total**2 / 1 < 0 and re.search(r"= -\d+, and", audit.running_variance())
+
+
+def test_small_steps_vanish_in_bfloat16():
+    weight = torch.tensor(0.02, dtype=torch.bfloat16)
+    assert weight + torch.tensor(audit.LARGEST_RATE, dtype=torch.bfloat16) == weight
+    assert weight + torch.tensor(7e-5, dtype=torch.bfloat16) != weight
+    assert "1.2e-04 apart, so that a step of Adam below 6e-05" in audit.bfloat16_steps()
 
 
 def test_printed_gap_by_hand():

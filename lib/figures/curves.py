@@ -90,17 +90,15 @@ def dial_looks(labels: Sequence[str]) -> dict[str, dict]:
 
 
 def paired_looks(settings: Mapping[str, str]) -> dict[str, dict]:
-    """Label -> the look of its setting's method: solid for the first of a method, then dotted.
+    """Label -> the look of its setting's method: solid for the first of a method, then dotted,
+    then dashed.
 
     Args: settings: label -> name of a setting, such as "dpo@min[label=rule]".
     """
-    looks: dict[str, dict] = {}
-    seen: set[str] = set()
-    for label, setting in settings.items():
-        method = setting.partition("@")[0]
-        looks[label] = {**style.look(method), "linestyle": ":" if method in seen else "-"}
-        seen.add(method)
-    return looks
+    methods_of = {label: setting.partition("@")[0] for label, setting in settings.items()}
+    styles = {method: iter(("-", ":", "--")) for method in methods_of.values()}
+    return {label: {**style.look(method), "linestyle": next(styles[method])}
+            for label, method in methods_of.items()}  # fmt: skip
 
 
 def staleness_looks(names: Iterable[str], last: int, minibatch: int = 64) -> dict[str, dict]:

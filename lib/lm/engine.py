@@ -10,7 +10,7 @@ import torch
 
 from lib.lm.config import TINY, LengthRun, parameters
 from lib.lm.policy import has_dtype
-from lib.lm.problem import LengthProblem
+from lib.lm.problem import LengthProblem, check_length
 from lib.training import Training, run
 
 
@@ -26,9 +26,12 @@ class LengthEngine:
         self.device = device
 
     def check(self, configs: Sequence[LengthRun]) -> None:
-        """Raises: RuntimeError for bfloat16 on a GPU that has none, before any run has begun."""
+        """Before any run has begun. Raises: RuntimeError for bfloat16 on a GPU that has none;
+        ValueError where completions may be longer than a policy has positions for."""
         for dtype in {config.dtype for config in configs}:
             _check_dtype(dtype, self.device)
+        for config in {(c.policy_folder, c.pairs_file, c.max_tokens): c for c in configs}.values():
+            check_length(config)
 
     def block_key(self, config: LengthRun) -> LengthRun:
         return config

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -248,7 +249,7 @@ def stored_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenIds:
     Raises: as `ids`; SourceError, ModelTypeError.
     """
     _check_config(folder, str(folder), AutoModelForCausalLM, "causal language model", False)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = stored_config(folder)
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
     else:
@@ -352,10 +353,14 @@ def _load(
     return model.to(place).eval(), origin
 
 
-def positions(model: PreTrainedModel) -> float:
+def stored_config(folder: Path) -> PreTrainedConfig:
+    """A stored model's configuration, without its weights."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def positions(config: PreTrainedConfig) -> float:
     """The most tokens of a prompt and its response together that a model was made for."""
-    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return named or math.inf
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _device(name: str) -> torch.device:

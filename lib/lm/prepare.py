@@ -259,7 +259,7 @@ def check_model(model: Any, options: argparse.Namespace) -> None:
     """Raises: ValueError for a policy that the loop cannot train, or whose positions end before
     those of a prompt and a response: before pairs are sampled and reward models trained."""
     Network(model)
-    longest = positions(model)
+    longest = positions(model.config)
     if options.max_prompt + options.max_tokens > longest:
         raise ValueError(f"--max-prompt {options.max_prompt} and --max-tokens {options.max_tokens} "
                          f"are more than the {longest} tokens that the policy takes")  # fmt: skip

@@ -20,6 +20,7 @@ from lib.lm.models import (
     load_reward_model,
     load_tokenizer,
     positions,
+    stored_config,
     stored_ids,
 )
 from lib.lm.network import Network, halve
@@ -96,6 +97,16 @@ def unlabelled(pairs: Pairs, index: Tensor, pad: int, device: str) -> Rollout:
     )  # fmt: skip
 
 
+def check_length(config: LengthRun) -> None:
+    """Raises: ValueError where a completion may be longer than the policy has positions for."""
+    prompts = task_data(config.policy_folder, config.pairs_file, config.task).prompts
+    longest = positions(stored_config(config.policy_folder))
+    room = longest - max(map(len, chain(*prompts.values())))
+    if config.max_tokens > room:
+        raise ValueError(f"max_tokens must be at most {room}: the policy takes {longest} tokens, "
+                         f"the longest prompt among them; got {config.max_tokens}")  # fmt: skip
+
+
 class LengthProblem:
     """One run of a method on a length problem."""
 
@@ -106,21 +117,11 @@ class LengthProblem:
         self.method: Method = get(config.method)
         self.data = task_data(config.policy_folder, config.pairs_file, config.task)
         self.reference = self._scorer()
-        self._check_length()
         self.reward = None
         if config.label == "learned":
             model, _ = load_reward_model(config.reward_folder, device=device)
             self.reward = RewardModel(model, dtype=config.dtype)
         self.held_out = self._held_out()
-
-    def _check_length(self) -> None:
-        """Raises: ValueError where a completion may be longer than the policy has positions for."""
-        longest = positions(self.reference.network.model)
-        room = longest - max(map(len, chain(*self.data.prompts.values())))
-        if self.config.max_tokens > room:
-            raise ValueError(f"max_tokens must be at most {room}: the policy takes {longest} "
-                             "tokens, the longest prompt among them; got "
-                             f"{self.config.max_tokens}")  # fmt: skip
 
     def _scorer(self) -> Scorer:
         config = self.config

@@ -105,7 +105,7 @@ def sft(model, tokenizer, train: Sequence[Example], validation: Sequence[Example
 def check(model, examples: Sequence[Example]) -> None:
     """ValueError, naming the example, for an empty or too long one or ids without an embedding."""
     rows = model.get_input_embeddings().num_embeddings
-    longest = positions(model)
+    longest = positions(model.config)
     if not examples:
         raise ValueError("no examples: supervised fine-tuning needs training and validation pairs")
     for number, (prompt, response) in enumerate(examples):

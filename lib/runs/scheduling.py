@@ -92,7 +92,7 @@ def compute(
 
 def refuse_missing(engine: Engine, overview: Callable[[], Plan]) -> None:
     """Raises: FileNotFoundError for what the runs to be computed need and is not here, RuntimeError
-    for what the device cannot do.
+    for what the device cannot do, ValueError for what a model cannot.
 
     Args: overview: gives the plan; called for engines alone whose runs may need something. One with
         several stages has them all, so that nothing is missed when the first has taken its hours.

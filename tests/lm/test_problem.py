@@ -344,6 +344,17 @@ def test_long_enough_training_against_the_rule_shortens_the_completions(folder):
     assert table["length"].iloc[-1] < table["length"].iloc[0] - 2
 
 
+def test_completions_that_a_policy_has_no_positions_for_are_refused_before_any_run(folder):
+    """Whether the first of several runs or the last has them; a run alone is refused as well."""
+    fits, long = small(folder, "dpo"), small(folder, "dpo", max_tokens=5000)
+    for several in ([fits, long], [long, fits]):
+        with pytest.raises(ValueError, match=r"max_tokens must be at most \d+: the policy takes"):
+            LengthEngine().check(several)
+    LengthEngine().check([fits])
+    with pytest.raises(ValueError, match="max_tokens must be at most"):
+        LengthEngine().run([long], Untracked())
+
+
 def without_seconds(table):
     return table[[c for c in table if not c.startswith("seconds_")]]
 
