@@ -26,11 +26,13 @@ from scipy import stats as scipy_stats
 from lib import claims, costs, experiments, methods, overview, stats
 from lib.allowed import one_of
 from lib.bandit import reference
+from lib.bandit.config import BanditRun
 from lib.bandit.network import GPT_NANO
 from lib.bandit.reference import LOCATION, SCALE
 from lib.chapter import Chapter, contrast_text
 from lib.decisions import MIN_SEEDS
 from lib.experiments import REWARDS, Setting
+from lib.experiments.length import PAPER_RATES
 from lib.lm.config import TINY
 from lib.overview import Chapters
 from lib.tables import NEAR, interval_text
@@ -81,7 +83,6 @@ SUMMARIES = {"matters": "partly", "no effect": "reproduced", "undecided": "incon
 
 BETAS = (0.01, 0.05, 0.1, 0.5)  # Table 6
 SUMMED = {"reference": 100, "sampler": 1000}  # samples over which the released code sums a KL
-LARGEST_RATE = 1e-5  # Tables 6 to 10
 PAPER_SEEDS = 5  # I.3
 PAPER_LENGTH = 203  # tokens: Figure 12, J.1
 SPREADS = ("standard error", "standard deviation")  # what the brackets of Table 3 may be
@@ -465,12 +466,13 @@ def kl_axes() -> str:
 
 def running_variance() -> str:
     """What the released code takes the root of at the first reward of its second sampling."""
-    rewards, mass = costs.reward_table("R1").double().numpy(), reference.histogram()
-    tokens, count = costs.PROMPT_AND_RESPONSE - 1, 100
+    rewards, mass = reference.reward_table("R1").double().numpy(), reference.histogram()
+    run = BanditRun("reinforce", "R1", 0.0, 0)
+    tokens, count = run.length, run.schedule.batch
     mean = float(mass @ rewards)
     square = mean**2 + float(mass @ rewards**2 - mean**2) / tokens
     before, after = count * square, count * square - (count * mean) ** 2
-    return (f"100 completions of the reference policy have an expected sum of rewards of "
+    return (f"{count} completions of the reference policy have an expected sum of rewards of "
             f"{count * mean:.1f} on R1 and of their squares of {before:.1f}. With the counter at 1 "
             f"again the variance is about {before:.1f} - {count * mean:.1f}² = {after:.0f}, and "
             "negative for any rewards between 0 and 1 whose sum is above 1")  # fmt: skip
@@ -482,7 +484,7 @@ def bfloat16_steps() -> str:
     gap = float(torch.finfo(torch.bfloat16).eps * 2 ** np.floor(np.log2(weight)))
     return (f"neighbours of {weight} in bfloat16 are {gap:.1e} apart, so that a step of Adam below "
             f"{gap / 2:.0e} leaves such a weight as it is; the largest rate in print is "
-            f"{LARGEST_RATE:g}")  # fmt: skip
+            f"{max(PAPER_RATES):g}")  # fmt: skip
 
 
 def ipo_target() -> str:

@@ -284,7 +284,8 @@ class Chapter(Page):
                 f"{self.published.path} lacks {lacking} of the {len(wanted)} runs that "
                 f"profile {self.profile_name} has now: recompute=True with "
                 f"profile={self.profile_name!r} computes them, "
-                f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes"
+                f"make publish CHAPTER={self.name} PROFILE={self.profile_name} publishes all, "
+                "python -m lib.publish ... --missing those"
             )
         runs.refuse_missing(self.engine, lambda: self._plan(self._planned()))
         if not self._begun:
@@ -315,7 +316,7 @@ class Chapter(Page):
                 f"Published results, profile `{self.profile_name}`: {n:,} runs, computed at "
                 f"commit `{meta['commit'][:10]}`, published {meta['published'][:10]}"
             )
-            later = self.published.replaced()
+            later = self.published.changes()
             text += f"; {later}." if later else "."
             if self._elsewhere:
                 text += (" They are of a policy that was made where they ran; one that is here is "

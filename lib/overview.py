@@ -266,7 +266,7 @@ def _published_row(result: runs.Published) -> tuple[Any, ...]:
     return (
         f"[{result.chapter.replace('_', ' ')}]({result.chapter}.ipynb)", result.profile,
         f"{meta['totals']['runs']:,}", f"{hours:.2f}",
-        "; ".join(filter(None, (f"`{meta['commit'][:10]}`", result.replaced()))),
+        "; ".join(filter(None, (f"`{meta['commit'][:10]}`", result.changes()))),
         meta["published"][:10],
         times.get(len(checks), f"{len(checks)} times"), result.notice() or "current",
     )  # fmt: skip

@@ -117,7 +117,8 @@ def compute_missing(
 ) -> pd.DataFrame:
     """The runs of the grid that are not published yet, computed by the present code.
 
-    Raises PublishError if there are none, or if the published ones are of other code.
+    Raises PublishError if there are none, if the published ones are of other code, or if the grid,
+    chosen on all results, has no use for some of those.
     """
     if notice := published.notice():
         raise runs.PublishError(f"{published.path.name}: {notice}: verify it first")
@@ -132,6 +133,9 @@ def compute_missing(
             whole = pd.concat([published.table, found], ignore_index=True)
     if found is None:
         raise runs.PublishError(f"all {len(configs):,} runs of the grid are published")
+    if unused := set(published.runs) - set(configs):
+        raise runs.PublishError(f"with the new results {len(unused):,} published runs are of no "
+                                "use to the grid: publish all of it")  # fmt: skip
     return found
 
 

@@ -136,6 +136,14 @@ def test_grid_names_every_value_of_a_dial_once():
     assert found["seeds"].min() > 0 and found.duplicated().sum() == 0
 
 
+def test_grid_tells_a_rate_that_is_named_from_one_that_is_chosen():
+    profile = experiments.profile_named("on_policy_length", "full")
+    found = tables.grid(experiments.settings("on_policy_length", profile), profile)
+    named = found[found["varied"].str.contains("learning_rate")]
+    assert len(named) == 2 and set(named["rates tried"]) == {"the one named"}
+    assert set(named["values"]) == {"0.001; 0.0003", "8, 0.001; 8, 0.0003"}
+
+
 def test_quantiles_of_an_even_number():
     values = pd.Series([4.0, 1.0, 3.0, 2.0])
     assert [tables.quantile(values, q) for q in (0.25, 0.5, 0.75)] == [1, 2, 3]

@@ -51,6 +51,8 @@ class BanditRun:
         iterations: samplings; always 1 for offline methods, which draw once, from pi_ref.
         evaluations: rows of the result table after the one at update 0.
         beta ... kl_penalty, margin_over: hyperparameters of the method, None for its default.
+            With margin_over="token" DPO and IPO compare tokens at one place of two completions,
+            and IPO has tau inside its square (`lib.losses.ipo_token`).
         length: completion tokens. histogram: how Cauchy(-0.7, 0.4) is brought into (-1, 1).
         reward_over: what the training reward is the mean over. shift: score token t with the
             logits before it. dropout: in training, the released code's 0.1. reference_dropout: in
@@ -102,6 +104,9 @@ class BanditRun:
         method.resolve(self.overrides)
         if self.length == 10 and not self.shift:
             raise ValueError("shift=False reads the last token too: length must be 9 or 1, got 10")
+        if self.reference_dropout and not ("reference" in method.needs or self.kl_penalty):
+            raise ValueError(f"{self.method} reads no reference: reference_dropout must be 0, "
+                             f"got {self.reference_dropout}")  # fmt: skip
         if not method.on_policy and (self.iterations, self.sets) != (1, 1):
             raise ValueError(
                 f"{self.method} is offline: iterations and sets must be 1 "

@@ -51,6 +51,7 @@ class BanditEngine:
         loss = method.carriers(config.hyper) or config.completions
         draw = 0.009 + 0.005 * ("reference" in method.needs)
         update = 0.0015 + 0.0165 * hundreds * loss / config.completions
+        update += 0.0025 * hundreds * (config.reference_dropout > 0)
         evaluations = len(evaluated_updates(config.updates, config.evaluations))
         run = draw * drawn + update * schedule.updates + 0.034 * evaluations
         return width(config) * run

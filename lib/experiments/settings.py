@@ -144,13 +144,15 @@ def at_best(results: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def matching(results: pd.DataFrame, setting: Setting, profile: Profile) -> pd.DataFrame:
-    """The rows of a setting, at every learning rate and seed."""
+    """The rows of a setting, at every seed and every learning rate that it may have."""
     runs = results.drop_duplicates("run")  # a thirtieth of the rows: compared field by field
     keep = pd.Series(True, runs.index)
     run = setting.run(profile, 0.1, 0)
     for field in dataclasses.fields(run):
         if field.name not in ("learning_rate", "seed"):
             keep &= _equal(runs, field, getattr(run, field.name))
+    if setting.rate is not None:
+        keep &= runs["learning_rate"] == setting.rate
     return results[results["run"].isin(runs.loc[keep, "run"])]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 
 import numpy as np
 import pandas as pd
@@ -96,7 +96,7 @@ def paired_looks(settings: Mapping[str, str]) -> dict[str, dict]:
     Args: settings: label -> name of a setting, such as "dpo@min[label=rule]".
     """
     methods_of = {label: setting.partition("@")[0] for label, setting in settings.items()}
-    styles = {method: iter(("-", ":", "--")) for method in methods_of.values()}
+    styles = {method: cycle(("-", ":", "--")) for method in methods_of.values()}
     return {label: {**style.look(method), "linestyle": next(styles[method])}
             for label, method in methods_of.items()}  # fmt: skip
 

@@ -51,7 +51,8 @@ class LengthRun:
         max_tokens: cap of a completion, EOS included. sampling_temperature: of completions.
         dtype: of the matrix products, and of matrices that do not train; weights that train are
             float32 in either case.
-        beta ... lam, margin_over: hyperparameters of the method, None for its default.
+        beta ... lam, margin_over: hyperparameters of the method, None for its default
+            (margin_over: see `lib.bandit.config.BanditRun`).
         lora_rank: train matrices of this rank beside every linear layer (LoRA) in place of the
             weights; None trains the weights.
         checkpointing: keep each layer's input for the backward pass, and compute the rest again.

@@ -101,7 +101,7 @@ class Published:
             else ""
         )
 
-    def replaced(self) -> str:
+    def changes(self) -> str:
         """Which runs were put in later, for a reader ("" if none were)."""
         return "; ".join(
             f"{e['runs']} runs {word} at commit `{e['commit'][:10]}`, {e['date'][:10]}"

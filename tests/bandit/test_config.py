@@ -41,6 +41,7 @@ RUN = bandit_run("best_of_n", "R1", 0.003, 0)
         ({"method": "rwr", "temperature": 0.0}, "temperature must be between .* got 0.0"),
         ({"method": "dpo_offline"}, "dpo_offline is offline: iterations and sets must be 1"),
         ({"method": "ipo_offline", "iterations": 1, "sets": 2}, "got 1 and 2"),
+        ({"reference_dropout": 0.1}, "best_of_n reads no reference: reference_dropout must be 0"),
     ],
     ids=str,
 )  # fmt: skip

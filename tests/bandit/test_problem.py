@@ -430,6 +430,12 @@ def test_samples_and_evaluations_are_without_dropout():
     assert torch.equal(drawn.logp, alike.logp)
 
 
+def test_policy_and_reference_drop_other_units():
+    _, state, _ = start(small("ipo", dropout=0.1, reference_dropout=0.1))
+    one, other = state.policy.dropout, state.policy.reference_dropout
+    assert not torch.equal(one.numbers(0, (3, 4)), other.numbers(0, (3, 4)))
+
+
 def test_dropout_in_the_reference_moves_what_the_loss_reads_and_nothing_else():
     """Fresh noise at every update, of the reference alone; the policy has none."""
     run = small("ipo", rate=0.01, reference_dropout=0.5, inner_steps=2, iterations=2)
@@ -438,6 +444,9 @@ def test_dropout_in_the_reference_moves_what_the_loss_reads_and_nothing_else():
     score = method._logp_of
 
     def spy(parameters, batch, chosen, dropout):
+        if dropout is not None:
+            first = state.reference.parameters
+            assert all(torch.equal(parameters[k][0], first[k][0]) for k in first)
         seen.append((dropout, score(parameters, batch, chosen, dropout)))
         return seen[-1][1]
 

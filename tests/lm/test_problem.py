@@ -77,6 +77,7 @@ def test_dials_b_and_t_keep_the_updates(batch, inner, iterations):
         ({"tau": 0.1}, r"reinforce has no hyperparameter \['tau'\]"),
         ({"standardise": "prompt"}, r"completions must be at least 2 \(or standardise='batch'\)"),
         ({"batch": 1, "minibatch": 1}, "one reward has no .*: batch must be at least 2"),
+        ({"batch": 1, "minibatch": 1, "standardise": "running"}, "batch must be at least 2"),
         ({"batch": 100}, "batch in minibatches: 100 is not a multiple of 64"),
     ],
 )

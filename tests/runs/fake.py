@@ -9,7 +9,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from lib import runs
+from lib.allowed import LATER
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Walk:
     updates: int = 40
     drift: float | None = None
     note: str | None = None
+    lean: float = field(default=0.0, metadata=LATER)
 
 
 @dataclass(frozen=True)

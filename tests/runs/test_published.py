@@ -94,8 +94,8 @@ def test_replaced_runs_name_their_own_commit_and_the_others_keep_theirs(
     assert {k: made.meta["totals"][k] for k in ("runs", "rows")} == {"runs": 6, "rows": 246}
     (entry,) = made.meta["replaced"]
     assert (entry["runs"], entry["command"]) == (2, "again")
-    assert made.replaced().startswith(f"2 runs again at commit `{entry['commit'][:10]}`, 20")
-    assert walks.replaced() == ""
+    assert made.changes().startswith(f"2 runs again at commit `{entry['commit'][:10]}`, 20")
+    assert walks.changes() == ""
 
 
 def test_replacing_runs_by_the_same_ones_gives_the_same_bytes(walks, store, engine):
@@ -127,7 +127,7 @@ def test_added_runs_stand_beside_the_others_which_stay_as_they_were(
 ):
     repository.write("README", "")
     repository.commit()
-    new = [Walk("plain", seed=9), Walk("plain", seed=9, drift=0.5)]
+    new = [Walk("plain", seed=9), Walk("plain", seed=9, drift=0.5, lean=0.1)]
     table, records = computed(new, runs.Store(tmp_path / "again"), engine)
     made = walks.add(table, records, "more")
     assert set(made.runs) == {*walks.runs, *records}
@@ -140,8 +140,10 @@ def test_added_runs_stand_beside_the_others_which_stay_as_they_were(
     without = [c for c in made.table if not c.startswith("seconds")]
     pd.testing.assert_frame_equal(made.table[without], at_once.table[without], check_exact=True)
     assert made.meta["configuration"] == at_once.meta["configuration"]
+    assert "lean" in made.table and "lean" not in walks.table
+    assert set(made.table["lean"].dropna()) == {0.1}  # not the nearest float32
     assert {k: made.meta["totals"][k] for k in ("runs", "rows")} == {"runs": 8, "rows": 328}
-    assert made.replaced().startswith("2 runs more at commit `")
+    assert made.changes().startswith("2 runs more at commit `")
     with pytest.raises(runs.PublishError, match="are in cpu.parquet already"):
         made.add(table, records)
 
@@ -332,6 +334,47 @@ def test_the_command_adds_what_a_larger_grid_has_and_computes_nothing_else(
     assert len(engine.computed()) == done + 1
     assert len(made.runs) == 9 and set(before.runs) < set(made.runs)
     assert made.meta["added"][0]["command"].endswith("walks --profile cpu --missing")
+
+
+def test_a_sweep_that_has_grown_feeds_what_comes_after_it(
+    experiments, engine, repository, tmp_path, monkeypatch, capsys
+):
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1"]
+    assert command.main([*arguments, "--store", str(tmp_path / "store")]) == 0
+    before, (sweep, report) = runs.largest_published("walks"), experiments.stages("walks", "cpu")
+    best = before.table[before.table["seed"] == 5]["step"].iloc[0]
+    again = [*arguments, "--store", str(tmp_path / "again"), "--missing"]
+
+    def grown(step):
+        def after(results):
+            assert set(results["step"]) == {0.1, 0.5, step}
+            return report(results)
+
+        new = [Walk(step=step, seed=seed) for seed in (0, 1)]
+        more = [lambda results: [*sweep(results), *new], after]
+        monkeypatch.setattr(experiments, "stages", lambda *_, **__: more)
+
+    grown(10 * best)  # a walk of larger steps goes further in the same direction
+    assert command.main(again) == 1
+    assert "4 published runs are of no use to the grid: publish" in capsys.readouterr().err
+    assert runs.largest_published("walks").meta == before.meta
+    grown(-10 * best)
+    assert command.main(again) == 0
+    assert len(runs.largest_published("walks").runs) == 10
+
+
+def test_results_of_other_code_are_not_added_to(
+    experiments, engine, repository, tmp_path, capsys
+):
+    arguments = ["walks", "--profile", "cpu", "--jobs", "1"]
+    assert command.main([*arguments, "--store", str(tmp_path / "store")]) == 0
+    done = len(engine.computed())
+    repository.write("lib/helper.py", "LIMIT = 50\n")
+    repository.commit()
+    module.fingerprint._first_seen.clear()
+    assert command.main([*arguments, "--store", str(tmp_path / "again"), "--missing"]) == 1
+    assert "code changed since: lib/helper.py: verify it first" in capsys.readouterr().err
+    assert len(engine.computed()) == done
 
 
 def test_results_that_choose_another_grid_replace_nothing(
