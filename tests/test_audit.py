@@ -17,6 +17,7 @@ from lib.audit import Audit, Deviation, Effect
 from lib.bandit.config import CONVENTIONS, BanditRun
 from lib.bandit.reference import histogram
 from lib.experiments import Setting
+from lib.lm.config import LengthRun
 from tests.bandit.helpers import small, start
 
 ROW = asdict(audit.deviations()[0])
@@ -127,12 +128,12 @@ def test_switches_named_in_the_table_are_those_that_are_measured():
         options = dict(re.findall(r"`(\w+)(?:=([^`]*))?`", deviation.option))
         assert own <= set(options), deviation.id
         for option, value in options.items():
-            fields = BanditRun.__dataclass_fields__
+            fields = {**BanditRun.__dataclass_fields__, **LengthRun.__dataclass_fields__}
             if value and option in CONVENTIONS:
                 assert eval(value) in CONVENTIONS[option]
             elif option in methods.INTERVALS | methods.CHOICES and value:
                 methods.check_hyperparameter(option, eval(value))
-            assert option in fields or option in ("kl_target", "lam", "label", "ppo_token")
+            assert option in fields or option == "ppo_token"
 
 
 # Where in a run each switch acts first. All that comes earlier must stay bit for bit as it is.

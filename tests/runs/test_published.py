@@ -354,11 +354,12 @@ def test_a_sweep_that_has_grown_feeds_what_comes_after_it(
         more = [lambda results: [*sweep(results), *new], after]
         monkeypatch.setattr(experiments, "stages", lambda *_, **__: more)
 
-    grown(10 * best)  # a walk of larger steps goes further in the same direction
+    further = 5.0 if best == 0.5 else -5.0  # than the larger of two steps, or the other way
+    grown(further)
     assert command.main(again) == 1
     assert "4 published runs are of no use to the grid: publish" in capsys.readouterr().err
     assert runs.largest_published("walks").meta == before.meta
-    grown(-10 * best)
+    grown(-further)
     assert command.main(again) == 0
     assert len(runs.largest_published("walks").runs) == 10
 
