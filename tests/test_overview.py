@@ -118,7 +118,7 @@ def test_checks_of_a_published_result_are_counted_in_words():
     said = {
         n: overview._published_row(SimpleNamespace(
             meta={**meta, "verified": [{}] * n}, chapter="on_policy", profile="full",
-            notice=lambda: "", replaced=lambda: ""))[6]
+            notice=lambda: "", changes=lambda: ""))[6]
         for n in range(4)
     }  # fmt: skip
     assert said == {0: "not yet", 1: "once", 2: "twice", 3: "3 times"}
