@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from math import prod
 from time import perf_counter
 
 import torch
@@ -80,12 +81,18 @@ def graphs_skipped() -> int:
     return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
+def _packed_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * prod(x) * weight[0]
+
+
 @contextmanager
 def counting(device: str) -> Iterator[FlopCounterMode]:
     """Counts matrix products. On a GPU attention is computed by them meanwhile: not every PyTorch
     can count its kernels where several heads share keys."""
     math = sdpa_kernel(SDPBackend.MATH) if device == "cuda" else nullcontext()
-    with math, FlopCounterMode(display=False) as counter:
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # of `lib.lm.packed`
+    packed = {} if product is None else {product: _packed_flops}
+    with math, FlopCounterMode(display=False, custom_mapping=packed) as counter:
         yield counter
 
 

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from lib.lm import parallel
 from lib.lm.cache import growing_cache
 from lib.lm.network import Network
+from lib.lm.packed import one_query, packed
 from lib.rollouts import invert_cdf
 
 LOOK = 8  # steps between two looks at who has finished: a look makes a GPU wait for the host
@@ -61,10 +63,22 @@ def sample(
     trace = Trace(network, rows, length, pad)
     if rows == 0:
         return trace.samples()
+    with packed(network.model, network.dtype, rows) as dtype:
+        cache = growing_cache(network.model.config, dtype)
+        with one_query(cache):
+            _fill(trace, network, cache, prompts, prompt_mask, uniforms, eos)
+    return trace.samples()
+
+
+def _fill(
+    trace: Trace, network: Network, cache: Cache, prompts: Tensor, prompt_mask: Tensor,
+    uniforms: Tensor, eos: Tensor,
+) -> None:  # fmt: skip
+    """Samples as `sample` says, with an empty cache."""
+    rows, length = uniforms.shape
     count = rows // len(prompts)
     active = torch.ones(rows, dtype=torch.bool, device=prompts.device)
     index = torch.arange(rows, device=prompts.device)
-    cache = growing_cache(network.model.config)
     state = network.hidden(prompts, prompt_mask, cache)[:, -1]
     mask, state = repeated(count, prompt_mask, state)
     if count > 1:
@@ -84,7 +98,6 @@ def sample(
         if t + 1 < length:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             state = network.hidden(tokens[:, None], mask, cache)[:, 0]
-    return trace.samples()
 
 
 def repeated(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -66,7 +66,8 @@ class Likelihood:
     def __init__(self, source: str | Path, revision: str | None = None, device: str = "cpu"):
         model, self.source = load_policy(source, revision, device=device)
         self.tokenizer, _ = load_tokenizer(source, revision)
-        self.special, self.network = ids(self.tokenizer, model), Network(model)
+        self.special = ids(self.tokenizer, model)
+        self.network = Network(model, packs=False)  # as the published scores, to the last digit
         self.budget: int | None = None  # tokens read at once; None for the device's
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:

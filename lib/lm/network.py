@@ -20,9 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
+from lib.lm.packed import Chosen, is_packed, large
 
 # Logits held at once (numbers, not bytes): 256 MB in float32.
 LOGIT_BUDGET = 2**26
+# The same where a CPU reads them from its cache again, and no gradient needs them: 4 MB.
+NEAR = 2**20
 # Layers that multiply by a matrix, and that autocast knows; GPT-2 and its kin have the second.
 LINEAR = (nn.Linear, Conv1D)
 
@@ -46,6 +49,7 @@ class Network(nn.Module):
         dtype: of the matrix products, "float32", "bfloat16" or "float16"; weights are as they come.
         checkpointing: of a layer, keep what went in for the backward pass, and compute the rest
             again (Chen et al. 2016).
+        packs: whether products on a CPU may be those of `lib.lm.packed`, which round otherwise.
     Raises: ValueError if the head is not where it should be, or for checkpointing if transformers
         knows no layers of the model.
     """
@@ -57,8 +61,10 @@ class Network(nn.Module):
         value_head: bool = False,
         dtype: str = "float32",
         checkpointing: bool = False,
+        packs: bool = True,
     ):
         super().__init__()
+        self.packs = packs
         self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
         self.value: nn.Linear | None = None
         if value_head:
@@ -75,6 +81,11 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def large(self) -> bool:
+        """Whether it packs, and is large enough to gain by it."""
+        return self.packs and large(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -182,12 +193,18 @@ class Network(nn.Module):
 
     def logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of tokens from the states before them. (N, d), (N,) -> (N,) nats."""
-        head = self._head()
+        head = None if is_packed(self.model.get_output_embeddings()) else self._head()
+        in_place = self.large
 
         def part(h: Tensor, t: Tensor) -> Tensor:
-            return self.logits(h, head).log_softmax(-1).gather(-1, t[:, None])[:, 0]
+            logits = self.logits(h, head)
+            if in_place:
+                return Chosen.apply(logits, t)
+            return logits.log_softmax(-1).gather(-1, t[:, None])[:, 0]
 
-        pieces = list(zip(*(x.split(self._chunk) for x in (hidden, targets)), strict=True))
+        near = in_place and not torch.is_grad_enabled()
+        chunk = max(1, NEAR // self.vocabulary) if near else self._chunk
+        pieces = list(zip(*(x.split(chunk) for x in (hidden, targets)), strict=True))
         if len(pieces) == 1 or not torch.is_grad_enabled():
             return torch.cat([part(*piece) for piece in pieces])
         # a chunk's logits are computed again in the backward pass, and never held together

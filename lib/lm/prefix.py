@@ -29,6 +29,7 @@ class Prefixed(Network):
         nn.Module.__init__(self)
         self.model, self.value = network.model, None
         self.temperature, self.dtype = network.temperature, network.dtype
+        self.packs = network.packs
         self.checkpointing = self.continues = False
         tokens = torch.tensor([list(prefix)], dtype=torch.long, device=network.device)
         self.read, self.start = len(prefix), DynamicCache(config=network.model.config)

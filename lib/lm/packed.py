@@ -1,0 +1,221 @@
+"""What a CPU multiplies by, laid out for it once and not at every product.
+
+A step of decoding multiplies a few rows by every matrix of the model, and attends to every key with
+one query. PyTorch's products would lay each weight out anew at every token, and its attention reads
+the cache at a third of the memory's speed. Here weights are packed by oneDNN once for many
+products, and one query is multiplied by a whole cache in a batched product. Rounding differs, the
+arithmetic does not. Nothing changes elsewhere than on a CPU, nor for a model that is not `large`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+
+from lib.lm.cache import WholeLayer
+
+# Bytes of float32 weights below which a processor's cache holds them, and nothing is done here.
+FITS = 2**25
+SDPA = "sdpa"  # transformers' name of PyTorch's attention
+# What models tell it that changes nothing for one query
+UNREAD = {"is_causal", "position_ids", "use_cache", "sliding_window"}
+
+
+def large(model: nn.Module) -> bool:
+    """Whether a model stands on a CPU whose cache does not hold the weights of its linear layers:
+    for this module, and for `Chosen`."""
+    weights = [m.weight for m in model.modules() if type(m) is nn.Linear]
+    here = all(w.device.type == "cpu" for w in weights)
+    return here and 4 * sum(w.numel() for w in weights) >= FITS
+
+
+@contextmanager
+def packed(model: nn.Module, dtype: str, rows: int) -> Iterator[torch.dtype | None]:
+    """A `large` model's linear layers with packed weights, which must not change inside. Where
+    gradients are wanted the transposed weights, which pass them back, are packed as well; in
+    bfloat16 nothing is, which gains 1% of a step at most.
+
+    Args: dtype: of the products. rows: that are multiplied at once, roughly.
+    Yields: that dtype, or None where nothing is packed.
+    """
+    of, trains = getattr(torch, dtype), torch.is_grad_enabled()
+    wanted = large(model) and not (trains and of != torch.float32)
+    layers = [m for m in model.modules() if _packable(m, of)] if wanted else []
+    try:
+        for layer in layers:
+            layer.forward = _packed_forward(layer, of, rows)
+        yield of if layers else None
+    finally:
+        for layer in filter(is_packed, layers):
+            del layer.forward  # the class's own again
+
+
+def is_packed(layer: nn.Module) -> bool:
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
+
+
+def _packable(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """A plain linear layer whose forward pass is its class's own."""
+    return (
+        type(layer) is nn.Linear and "forward" not in vars(layer)
+        and layer.weight.dtype in (torch.float32, dtype) and _packs(dtype)
+    )  # fmt: skip
+
+
+def _packed_forward(layer: nn.Linear, dtype: torch.dtype, rows: int) -> partial[Tensor]:
+    weight, bias = (x if x is None else x.detach().to(dtype) for x in (layer.weight, layer.bias))
+    back = _pack(weight.t().contiguous(), rows) if torch.is_grad_enabled() else None
+    return partial(_forward, layer, _pack(weight, rows), back, bias)
+
+
+def _forward(
+    layer: nn.Linear, ahead: Tensor, back: Tensor | None, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    """The layer's own pass where the product is in another dtype, or wants gradients that it was
+    not packed for. x (..., inputs) -> (..., outputs)."""
+    cast = torch.is_autocast_enabled("cpu")
+    of = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    if of != ahead.dtype or (back is None and torch.is_grad_enabled()):
+        return type(layer).forward(layer, x)
+    if back is None:
+        return _product(ahead, bias, x)
+    return _Differentiable.apply(x, layer.weight, layer.bias, ahead, back, bias)
+
+
+def _pack(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+class _Differentiable(torch.autograd.Function):
+    """`_product` of a layer and its gradients, each in the dtype of what it is the gradient of.
+
+    x (..., inputs), the layer's weight and bias, then what is packed: weight (outputs, inputs), its
+    transpose, and the bias in their dtype. -> (..., outputs).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, _: Tensor | None, ahead: Tensor, back: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.back, ctx.dtypes = back, (x.dtype, weight.dtype)
+        x = x.to(ahead.dtype)
+        ctx.save_for_backward(x)
+        return _product(ahead, bias, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (of_x, of_weight) = ctx.saved_tensors, ctx.dtypes
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _product(ctx.back, None, grad.contiguous()).to(of_x)
+        if ctx.needs_input_grad[1]:
+            dw = rows.t().mm(x.reshape(-1, x.shape[-1])).to(of_weight)
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0, dtype=of_weight)
+        return dx, dw, db, None, None, None
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has oneDNN's packed products in `dtype`. Tried and not assumed."""
+    try:
+        emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype not in (torch.float32, torch.bfloat16)[: 1 if emulated else 2]:
+            return False
+        eye, x = torch.eye(32, dtype=dtype), torch.arange(64.0).view(2, 32).to(dtype)
+        return torch.equal(_product(_pack(eye, 2), None, x), x)
+    except (AttributeError, RuntimeError):  # no such operation, or not on this machine
+        return False
+
+
+class Chosen(torch.autograd.Function):
+    """Log-probabilities of tokens: logits (N, V) float32, tokens (N,) -> (N,) nats.
+
+    All is computed in the one place that the logits have, which nobody may read again: to be handed
+    other places by the system would take longer than the arithmetic does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        logp = torch.log_softmax(logits.detach(), -1, out=logits.detach())
+        ctx.save_for_backward(logp, tokens)
+        return logp.gather(-1, tokens[:, None])[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logp, tokens = ctx.saved_tensors
+        place = logp.exp_().mul_(-grad[:, None])
+        return place.scatter_add_(-1, tokens[:, None], grad[:, None]), None
+
+
+@contextmanager
+def one_query(cache: DynamicCache) -> Iterator[None]:
+    """Attention of a single query to the `WholeLayer`s of a cache by batched products.
+
+    It goes by the name of PyTorch's attention meanwhile, and not by one of its own: by that name
+    some models of transformers choose how to mask. What comes from no such layer attends as usual.
+    """
+    if not any(isinstance(x, WholeLayer) for x in cache.layers):
+        yield
+        return
+    usual = AttentionInterface()[SDPA]
+    AttentionInterface.register(SDPA, partial(_attend, usual, cache))
+    try:
+        yield
+    finally:
+        AttentionInterface.register(SDPA, usual)
+
+
+def _attend(
+    usual: Callable, cache: DynamicCache, module: nn.Module, query: Tensor, key: Tensor,
+    value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """(S, heads, 1, w) of queries -> (S, 1, heads, w). `usual` for all that is not that simple."""
+    held = _held(cache, key, value)
+    asked = any(x is not None for name, x in more.items() if name not in UNREAD)
+    if query.shape[2] != 1 or held is None or dropout or asked:
+        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                     **more)  # fmt: skip
+    keys, values = held
+    (rows, heads, _, width), (groups, places) = query.shape, keys.shape[1:3]
+    query = query * (width**-0.5 if scaling is None else scaling)
+    query = query.to(keys.dtype).reshape(rows * groups, heads // groups, width)
+    # A product with the unused places of the cache costs less than one with gaps between rows
+    scores = torch.bmm(query, keys.flatten(0, 1).transpose(1, 2)).float()
+    scores = _masked(scores.view(rows, heads, 1, places), key.shape[2], attention_mask)
+    share = scores.softmax(-1).to(values.dtype).view(rows * groups, heads // groups, places)
+    return torch.bmm(share, values.flatten(0, 1)).view(rows, 1, heads, -1), None
+
+
+def _held(cache: DynamicCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """All that the layer holds that returned key and value, None if there is no such layer."""
+    layers = (x for x in cache.layers if isinstance(x, WholeLayer))
+    return next((x.held for x in layers if x.keys is key and x.values is value), None)
+
+
+def _masked(scores: Tensor, used: int, mask: Tensor | None) -> Tensor:
+    """Scores (S, heads, 1, places), in place: of `used` places those that mask (S, *, 1, used)
+    admits, which is bool or is added."""
+    scores[..., used:] = -torch.inf
+    part = scores[..., :used]
+    if mask is not None and mask.dtype == torch.bool:
+        part.masked_fill_(~mask, -torch.inf)
+    elif mask is not None:
+        part += mask
+    return scores
