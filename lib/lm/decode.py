@@ -16,7 +16,7 @@ from transformers import Cache
 from lib.lm import parallel
 from lib.lm.cache import growing_cache
 from lib.lm.network import Network
-from lib.lm.packed import one_query, packed
+from lib.lm.packed import one_query
 from lib.rollouts import invert_cdf
 
 LOOK = 8  # steps between two looks at who has finished: a look makes a GPU wait for the host
@@ -63,7 +63,7 @@ def sample(
     trace = Trace(network, rows, length, pad)
     if rows == 0:
         return trace.samples()
-    with packed(network.model, network.dtype, rows) as dtype:
+    with network.packed(rows) as dtype:
         cache = growing_cache(network.model.config, dtype)
         with one_query(cache):
             _fill(trace, network, cache, prompts, prompt_mask, uniforms, eos)

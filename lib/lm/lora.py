@@ -56,6 +56,7 @@ class Base(Network):
         nn.Module.__init__(self)
         self.model, self.value = network.model, None
         self.temperature, self.dtype = network.temperature, network.dtype
+        self.packs = network.packs
         self.checkpointing, self.continues = False, network.continues
 
     @torch.no_grad()

@@ -20,12 +20,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
-from lib.lm.packed import Chosen, is_packed, large
+from lib.lm.packed import Chosen, is_packed, large, packed
 
 # Logits held at once (numbers, not bytes): 256 MB in float32.
 LOGIT_BUDGET = 2**26
-# The same where a CPU reads them from its cache again, and no gradient needs them: 4 MB.
-NEAR = 2**20
+# The same where a CPU reads them from its cache again, and no gradient needs them: 4 MB, but so
+# many rows at least that the head need not be read for a few.
+NEAR, ROWS = 2**20, 32
 # Layers that multiply by a matrix, and that autocast knows; GPT-2 and its kin have the second.
 LINEAR = (nn.Linear, Conv1D)
 
@@ -86,6 +87,10 @@ class Network(nn.Module):
     def large(self) -> bool:
         """Whether it packs, and is large enough to gain by it."""
         return self.packs and large(self.model)
+
+    def packed(self, rows: int) -> AbstractContextManager[torch.dtype | None]:
+        """`lib.lm.packed.packed`, where it is to be."""
+        return packed(self.model, self.dtype, rows) if self.packs else nullcontext()
 
     @property
     def vocabulary(self) -> int:
@@ -202,8 +207,8 @@ class Network(nn.Module):
                 return Chosen.apply(logits, t)
             return logits.log_softmax(-1).gather(-1, t[:, None])[:, 0]
 
-        near = in_place and not torch.is_grad_enabled()
-        chunk = max(1, NEAR // self.vocabulary) if near else self._chunk
+        near = in_place and head is None and not torch.is_grad_enabled()
+        chunk = max(ROWS, NEAR // self.vocabulary) if near else self._chunk
         pieces = list(zip(*(x.split(chunk) for x in (hidden, targets)), strict=True))
         if len(pieces) == 1 or not torch.is_grad_enabled():
             return torch.cat([part(*piece) for piece in pieces])

@@ -46,7 +46,9 @@ def packed(model: nn.Module, dtype: str, rows: int) -> Iterator[torch.dtype | No
     """
     of, trains = getattr(torch, dtype), torch.is_grad_enabled()
     wanted = large(model) and not (trains and of != torch.float32)
-    layers = [m for m in model.modules() if _packable(m, of)] if wanted else []
+    layers = [m for m in model.modules() if type(m) is nn.Linear] if wanted else []
+    if not all(_packable(m, of) for m in layers):  # keys would be of another dtype than queries
+        layers = []
     try:
         for layer in layers:
             layer.forward = _packed_forward(layer, of, rows)
@@ -61,10 +63,10 @@ def is_packed(layer: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func is _forward
 
 
-def _packable(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """A plain linear layer whose forward pass is its class's own."""
+def _packable(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether a linear layer's forward pass is its class's own, and its weight a plain one."""
     return (
-        type(layer) is nn.Linear and "forward" not in vars(layer)
+        "forward" not in vars(layer) and type(layer.weight) is nn.Parameter
         and layer.weight.dtype in (torch.float32, dtype) and _packs(dtype)
     )  # fmt: skip
 

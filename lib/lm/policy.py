@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from contextlib import nullcontext
 from functools import cache, cached_property
 from pathlib import Path
 from sysconfig import get_paths
@@ -19,7 +18,6 @@ from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
-from lib.lm.packed import packed
 from lib.lm.static import StaticDecoder, compilable, why_not_compiled, why_not_fixed
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
@@ -147,7 +145,7 @@ class Scorer:
         rows = Rows.of_rollout(batch)
         out = torch.zeros(rows.mask.shape, device=rows.mask.device)
         network = self.network
-        with packed(network.model, network.dtype, self.budget) if network.packs else nullcontext():
+        with network.packed(self.budget):
             for index in rows.buckets(self.budget):
                 part = rows.pick(index)
                 hidden, targets, at = part.states(network)
@@ -296,7 +294,7 @@ class CausalPolicy(Scorer):
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
-        with packed(self.network.model, self.network.dtype, self.budget):
+        with self.network.packed(self.budget):
             for groups in self._micro_batches(batch, method):
                 part = batch.pick(groups)
                 new, predicted = self._forward(part, method.active(part))

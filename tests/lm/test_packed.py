@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -18,7 +19,6 @@ from transformers import (
 
 from lib.lm import decode, lora, packed
 from lib.lm import network as network_module
-from lib.lm import policy as policy_module
 from lib.lm.cache import WholeLayer, growing_cache
 from lib.lm.network import Network
 from lib.lm.policy import CausalPolicy, Scorer
@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(
     not packed._packs(torch.float32), reason="no packed products on this machine"
 )
 
+BF16 = pytest.param("bfloat16", 0.03, marks=pytest.mark.skipif(
+    not packed._packs(torch.bfloat16), reason="bfloat16 is emulated here"))  # fmt: skip
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": None,
          "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.2}  # fmt: skip
@@ -69,8 +71,7 @@ def unpacked(*_):
 def plainly(monkeypatch):
     """The feature patched out."""
     monkeypatch.setattr(network_module, "large", lambda model: False)
-    for module in (decode, policy_module):
-        monkeypatch.setattr(module, "packed", unpacked)
+    monkeypatch.setattr(network_module, "packed", unpacked)
 
 
 def rows(seed=0):
@@ -108,7 +109,7 @@ def distance(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("dtype, most", [("float32", 1e-5), ("bfloat16", 0.03)])
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-5), BF16])
 def test_values_are_those_of_plain_layers(model, all_sizes, dtype, most, monkeypatch):
     """In chunks of logits as well."""
     network = Network(model, dtype=dtype)
@@ -237,6 +238,23 @@ def test_rows_that_finish_are_left_out_of_the_whole_cache(model, all_sizes, monk
     torch.testing.assert_close(found.logp, plain.logp, **CLOSE)
 
 
+def test_a_weight_that_is_made_anew_at_every_pass_is_not_packed(all_sizes):
+    """As pruning and quantisation make it; then no layer is, since keys and queries must agree."""
+    one, two = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+    torch.nn.utils.prune.random_unstructured(one, "weight", 0.5)
+    with torch.no_grad(), packed.packed(torch.nn.Sequential(one, two), "float32", 4) as dtype:
+        assert dtype is None and not packed.is_packed(one) and not packed.is_packed(two)
+
+
+def test_a_network_without_its_adapters_packs_as_it_does(all_sizes):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["LoRA"])
+    lora.attach(model, 4, 0)
+    for packs in (True, False):
+        base = lora.Base(Network(model, packs=packs))
+        assert base.large == packs and torch.isfinite(logp(base)).all()
+
+
 def test_products_outside_of_the_dtype_that_was_packed_are_the_layers_own(all_sizes):
     """Such as a router's, which some models keep in float32."""
     layer, x = torch.nn.Linear(32, 32), torch.randn(4, 32)
@@ -308,13 +326,16 @@ def test_a_network_that_is_not_to_pack_scores_by_its_own_products_at_any_size(
         assert torch.equal(Scorer(make(False), (3,), 0).score(batch), plain)
         torch.testing.assert_close(expected, plain, **CLOSE)
         assert make(True).large and not make(False).large
+    network = Network(model, packs=False)
+    with network.packed(4) as dtype:
+        assert dtype is None and not packed.is_packed(model.get_output_embeddings())
 
 
 def test_weights_count_in_float32_and_from_the_limit_on(monkeypatch):
     layer = torch.nn.Linear(32, 64)
-    for limit, expected in ((4 * 32 * 64, torch.bfloat16), (4 * 32 * 64 + 1, None)):
+    for limit, expected in ((4 * 32 * 64, torch.float32), (4 * 32 * 64 + 1, None)):
         monkeypatch.setattr(packed, "FITS", limit)
-        with torch.no_grad(), packed.packed(layer, "bfloat16", 4) as dtype:
+        with torch.no_grad(), packed.packed(layer, "float32", 4) as dtype:
             assert dtype == expected and packed.is_packed(layer) == (expected is not None)
 
 
