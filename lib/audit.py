@@ -28,7 +28,6 @@ from lib.allowed import one_of
 from lib.bandit import reference
 from lib.bandit.config import BanditRun
 from lib.bandit.network import GPT_NANO
-from lib.bandit.reference import LOCATION, SCALE
 from lib.chapter import Chapter, contrast_text
 from lib.decisions import MIN_SEEDS
 from lib.experiments import REWARDS, Setting
@@ -436,7 +435,7 @@ def tails(unsquash: Callable[[float], float]) -> tuple[float, float]:
     """
 
     def below(x: float) -> float:
-        return 0.5 + atan((x - LOCATION) / SCALE) / pi
+        return 0.5 + atan((x - reference.LOCATION) / reference.SCALE) / pi
 
     edge = 0.98
     return below(unsquash(-edge)), 1 - below(unsquash(edge))

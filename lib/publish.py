@@ -179,21 +179,22 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     jobs = options.jobs or experiments.CHAPTERS[options.chapter].jobs
     path = runs.results_folder(options.results) / options.chapter / f"{options.profile}.parquet"
     command = f"python -m lib.publish {options.chapter} --profile {options.profile}"
-    if options.only:
-        name, value = options.only
-        command += f" --only {name}={value}"
-        published = _loaded(path)
-        table = recompute(published, stages, {name: value}, store, engine, jobs)
+    if options.only or options.missing:
+        if not path.exists():
+            raise runs.PublishError(f"{path} is not there: publish all of it")
+        published = runs.Published.load(path)
+        if options.only:
+            name, value = options.only
+            command += f" --only {name}={value}"
+            table = recompute(published, stages, {name: value}, store, engine, jobs)
+            done, change = "replaced {} of {}", published.replace
+        else:
+            command += " --missing"
+            table = compute_missing(published, stages, store, engine, jobs)
+            done, change = "added {} to {}", published.add
         records = store.provenance(table["run"].unique())
-        published.replace(table, records, command)
-        print(f"replaced {len(records):,} of {len(published.runs):,} runs: {path}")
-        return
-    if options.missing:
-        published = _loaded(path)
-        table = compute_missing(published, stages, store, engine, jobs)
-        records = store.provenance(table["run"].unique())
-        published.add(table, records, f"{command} --missing")
-        print(f"added {len(records):,} runs to {len(published.runs):,}: {path}")
+        change(table, records, command)
+        print(f"{done.format(f'{len(records):,}', f'{len(published.runs):,}')} runs: {path}")
         return
 
     planned = experiments.stages(options.chapter, options.profile, choose=experiments.assumer)
@@ -206,12 +207,6 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     total = published.meta["totals"]
     kilobytes = path.stat().st_size / 1e3
     print(f"published {total['runs']:,} runs, {total['rows']:,} rows, {kilobytes:,.0f} kB: {path}")
-
-
-def _loaded(path: Path) -> runs.Published:
-    if not path.exists():
-        raise runs.PublishError(f"{path} is not there: publish all of it")
-    return runs.Published.load(path)
 
 
 def _parser(experiments: ModuleType) -> argparse.ArgumentParser:

@@ -329,7 +329,7 @@ def test_the_command_adds_what_a_larger_grid_has_and_computes_nothing_else(
     more = [sweep, lambda results: [*report(results), Walk("other", seed=7)]]
     monkeypatch.setattr(experiments, "stages", lambda *_, **__: more)
     assert command.main(again) == 0
-    assert "added 1 runs to 8" in capsys.readouterr().out
+    assert "added 1 to 8 runs" in capsys.readouterr().out
     made = runs.largest_published("walks")
     assert len(engine.computed()) == done + 1
     assert len(made.runs) == 9 and set(before.runs) < set(made.runs)
