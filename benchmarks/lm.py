@@ -436,7 +436,8 @@ def graphs(numbers: dict[str, Any]) -> list[str]:
 
 
 def dpo_step(name: str, threads: int, effort: Effort) -> Iterator[Result | Unmeasured]:
-    """Our step in both dtypes against TRL's better one, and against TRL's default."""
+    """Our step in both dtypes against TRL's better one; in float32 also against TRL's in float32
+    and TRL's default."""
     shape = SHAPES[name]
     if left_out := SETTINGS.keys() - settings_here().keys():
         yield Unmeasured(f"lm/dpo_step/{name}/bfloat16/threads_{threads}", "this CPU has no "
@@ -446,12 +447,14 @@ def dpo_step(name: str, threads: int, effort: Effort) -> Iterator[Result | Unmea
     trl = [s for s in ("TRL float32", "TRL bfloat16") if s in numbers]
     best = min(trl, key=lambda s: numbers[s]["seconds"])
     default = next(s for s in numbers if "default" in s)
-    compared = [(setting, best) for setting in numbers if setting.startswith("ours")]
-    for setting, baseline in (*compared, ("ours float32", default)):
+    compared = [(setting, best, "") for setting in numbers if setting.startswith("ours")]
+    more = {"/float32": "TRL float32", "/default": default}
+    compared += [("ours float32", x, suffix) for suffix, x in more.items() if x != best]
+    for setting, baseline, suffix in compared:
         mine, other = numbers[setting], numbers[baseline]
         short = setting.removeprefix("ours ").replace(", ", "_").replace(" ", "_")
         yield Result(
-            f"lm/dpo_step/{name}/{short}/threads_{threads}" + "/default" * (baseline == default),
+            f"lm/dpo_step/{name}/{short}/threads_{threads}{suffix}",
             other["seconds"] / mine["seconds"],
             f"OnlineDPOTrainer ({baseline}; {shape.size}; {described(other)})",
             mine["seconds"], other["seconds"], str(threads), described(mine),

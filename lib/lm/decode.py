@@ -6,6 +6,7 @@ does not depend on batching, on the number of processes, or on how often a run w
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from transformers import Cache
 
 from lib.lm import parallel
 from lib.lm.cache import growing_cache
+from lib.lm.kept import Kept
 from lib.lm.network import Network
 from lib.lm.packed import one_query
 from lib.rollouts import invert_cdf
@@ -49,6 +51,7 @@ def sample(
     uniforms: Tensor,
     eos: Tensor,
     pad: int,
+    kept: Kept | None = None,
 ) -> Samples:
     """Ancestral sampling until EOS or `L` tokens; EOS counts as a token, a capped row has none.
 
@@ -58,6 +61,7 @@ def sample(
         prompts, prompt_mask: (P, *), padded on the left.
         uniforms: (S, L) in [0, 1), S a multiple of P: completions of a prompt stand together.
         eos: (k,) ids that end a completion.
+        kept: takes the outputs of layers, if their weights are packed.
     """
     rows, length = uniforms.shape
     trace = Trace(network, rows, length, pad)
@@ -65,14 +69,16 @@ def sample(
         return trace.samples()
     with network.packed(rows) as dtype:
         cache = growing_cache(network.model.config, dtype)
-        with one_query(cache):
-            _fill(trace, network, cache, prompts, prompt_mask, uniforms, eos)
+        kept = kept if dtype is not None else None
+        recording = kept.recording(prompts, trace.completions) if kept else nullcontext()
+        with one_query(cache), recording:
+            _fill(trace, network, cache, prompts, prompt_mask, uniforms, eos, kept)
     return trace.samples()
 
 
 def _fill(
     trace: Trace, network: Network, cache: Cache, prompts: Tensor, prompt_mask: Tensor,
-    uniforms: Tensor, eos: Tensor,
+    uniforms: Tensor, eos: Tensor, kept: Kept | None,
 ) -> None:  # fmt: skip
     """Samples as `sample` says, with an empty cache."""
     rows, length = uniforms.shape
@@ -97,6 +103,8 @@ def _fill(
                 index, tokens, mask, active = (x[keep] for x in (index, tokens, mask, active))
         if t + 1 < length:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if kept:
+                kept.at(index, t)
             state = network.hidden(tokens[:, None], mask, cache)[:, 0]
 
 

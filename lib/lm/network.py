@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
+from lib.lm.kept import Kept
 from lib.lm.packed import Chosen, is_packed, large, packed
 
 # Logits held at once (numbers, not bytes): 256 MB in float32.
@@ -88,9 +89,16 @@ class Network(nn.Module):
         """Whether it packs, and is large enough to gain by it."""
         return self.packs and large(self.model)
 
-    def packed(self, rows: int) -> AbstractContextManager[torch.dtype | None]:
+    def packed(
+        self, rows: int, kept: Kept | None = None
+    ) -> AbstractContextManager[torch.dtype | None]:
         """`lib.lm.packed.packed`, where it is to be."""
-        return packed(self.model, self.dtype, rows) if self.packs else nullcontext()
+        return packed(self.model, self.dtype, rows, kept) if self.packs else nullcontext()
+
+    def to_keep(self) -> Kept:
+        """A place for products of samplings; for none where `continued` could not use them."""
+        modules = self.model.base_model.modules() if self.large and self.continues else ()
+        return Kept((m for m in modules if type(m) is nn.Linear), getattr(torch, self.dtype))
 
     @property
     def vocabulary(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from lib.lm.cache import WholeLayer
+from lib.lm.kept import Kept
 
 # Bytes of float32 weights below which a processor's cache holds them, and nothing is done here.
 FITS = 2**25
@@ -36,22 +37,26 @@ def large(model: nn.Module) -> bool:
 
 
 @contextmanager
-def packed(model: nn.Module, dtype: str, rows: int) -> Iterator[torch.dtype | None]:
+def packed(
+    model: nn.Module, dtype: str, rows: int, kept: Kept | None = None
+) -> Iterator[torch.dtype | None]:
     """A `large` model's linear layers with packed weights, which must not change inside. Where
     gradients are wanted the transposed weights, which pass them back, are packed as well; in
-    bfloat16 nothing is, which gains 1% of a step at most.
+    bfloat16 those alone whose outputs are kept, since others gain 1% of a step at most.
 
-    Args: dtype: of the products. rows: that are multiplied at once, roughly.
+    Args: dtype: of the products. rows: that are multiplied at once, roughly. kept: outputs that are
+        known already, and taken from there.
     Yields: that dtype, or None where nothing is packed.
     """
     of, trains = getattr(torch, dtype), torch.is_grad_enabled()
-    wanted = large(model) and not (trains and of != torch.float32)
-    layers = [m for m in model.modules() if type(m) is nn.Linear] if wanted else []
+    layers = [m for m in model.modules() if type(m) is nn.Linear] if large(model) else []
     if not all(_packable(m, of) for m in layers):  # keys would be of another dtype than queries
         layers = []
+    if trains and of != torch.float32:
+        layers = [m for m in layers if kept is not None and m in kept]
     try:
         for layer in layers:
-            layer.forward = _packed_forward(layer, of, rows)
+            layer.forward = _packed_forward(layer, of, rows, kept)
         yield of if layers else None
     finally:
         for layer in filter(is_packed, layers):
@@ -71,24 +76,30 @@ def _packable(layer: nn.Linear, dtype: torch.dtype) -> bool:
     )  # fmt: skip
 
 
-def _packed_forward(layer: nn.Linear, dtype: torch.dtype, rows: int) -> partial[Tensor]:
+def _packed_forward(
+    layer: nn.Linear, dtype: torch.dtype, rows: int, kept: Kept | None
+) -> partial[Tensor]:
     weight, bias = (x if x is None else x.detach().to(dtype) for x in (layer.weight, layer.bias))
     back = _pack(weight.t().contiguous(), rows) if torch.is_grad_enabled() else None
-    return partial(_forward, layer, _pack(weight, rows), back, bias)
+    return partial(_forward, layer, _pack(weight, rows), back, bias, kept)
 
 
 def _forward(
-    layer: nn.Linear, ahead: Tensor, back: Tensor | None, bias: Tensor | None, x: Tensor
-) -> Tensor:
+    layer: nn.Linear, ahead: Tensor, back: Tensor | None, bias: Tensor | None, kept: Kept | None,
+    x: Tensor,
+) -> Tensor:  # fmt: skip
     """The layer's own pass where the product is in another dtype, or wants gradients that it was
     not packed for. x (..., inputs) -> (..., outputs)."""
     cast = torch.is_autocast_enabled("cpu")
     of = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    known = kept and kept.take(layer)
     if of != ahead.dtype or (back is None and torch.is_grad_enabled()):
         return type(layer).forward(layer, x)
     if back is None:
         return _product(ahead, bias, x)
-    return _Differentiable.apply(x, layer.weight, layer.bias, ahead, back, bias)
+    if known is not None and known.shape[:-1] == x.shape[:-1]:
+        return _Differentiable.apply(x, layer.weight, layer.bias, back, lambda _: known)
+    return _Differentiable.apply(x, layer.weight, layer.bias, back, partial(_product, ahead, bias))
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor:
@@ -100,21 +111,21 @@ def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 class _Differentiable(torch.autograd.Function):
-    """`_product` of a layer and its gradients, each in the dtype of what it is the gradient of.
+    """A layer's product and its gradients, each in the dtype of what it is the gradient of.
 
-    x (..., inputs), the layer's weight and bias, then what is packed: weight (outputs, inputs), its
-    transpose, and the bias in their dtype. -> (..., outputs).
+    x (..., inputs), weight and bias of the layer, the weight's transpose as it is packed, and what
+    gives the product of an x in that dtype. -> (..., outputs).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, _: Tensor | None, ahead: Tensor, back: Tensor,
-        bias: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, _: Tensor | None, back: Tensor,
+        product: Callable[[Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         ctx.back, ctx.dtypes = back, (x.dtype, weight.dtype)
-        x = x.to(ahead.dtype)
+        x = x.to(back.dtype)
         ctx.save_for_backward(x)
-        return _product(ahead, bias, x)
+        return product(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -128,7 +139,7 @@ class _Differentiable(torch.autograd.Function):
             dw = rows.t().mm(x.reshape(-1, x.shape[-1])).to(of_weight)
         if ctx.needs_input_grad[2]:
             db = rows.sum(0, dtype=of_weight)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None
 
 
 @cache

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
+from lib.lm.kept import Kept
 from lib.lm.network import Network
 from lib.lm.static import StaticDecoder, compilable, why_not_compiled, why_not_fixed
 from lib.methods import Hyper, Method
@@ -36,8 +37,9 @@ LOSS_SCALE = 2.0**16
 # and keeps activations in the cache (an update of the tiny policy: 0.5 s at 1,024, 0.8 s at 8,192).
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
 # The same for a model that is `large` on a CPU: each bucket reads its weights and writes their
-# gradients once more (a step of width 512: 14.2 s at 1,024, 13.7 s at this, with 0.6 GB more).
-LARGE_BUDGET = 4096
+# gradients once more (a step of width 512: 12.4 s at 1,024, 12.2 s at this; in bfloat16 8.0 s and
+# 7.7 s, and no less above).
+LARGE_BUDGET = 2048
 # Prompts are read once for several completions where that spares this share of the tokens. What a
 # second pass costs of its own is regained from about there on (tiny policy).
 SPARED = 1 / 16
@@ -130,10 +132,14 @@ class Scorer:
         inputs = (prompts[own], prompt_mask[own], uniforms[rows], self.eos, self.pad)
         if self.decoder == "growing":
             with self.network.autocast():  # one context: weights are cast once, not at every token
-                part = sample(self.network, *inputs)
+                part = sample(self.network, *inputs, self._to_keep())
         else:
             part = self._static.sample(*inputs)
         return part.placed(rows, len(uniforms))
+
+    def _to_keep(self) -> Kept | None:
+        """Where the decoder "growing" keeps what it computes for completions (see `sample`)."""
+        return None
 
     @cached_property
     def _static(self) -> StaticDecoder:
@@ -213,10 +219,15 @@ class Rows:
         return (torch.cat([self.prompts[self.of], self.completions], 1),
                 torch.cat([self.prompt_mask[self.of], self.mask], 1))  # fmt: skip
 
-    def states(self, network: Network) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def states(
+        self, network: Network, continued: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Hidden states before every token that counts (N, d), those tokens (N,), and where they
-        stand: (row, position), each (N,)."""
-        if network.continues and self._spared() >= SPARED:
+        stand: (row, position), each (N,).
+
+        Args: continued: read each prompt once even where that spares little.
+        """
+        if continued or (network.continues and self._spared() >= SPARED):
             hidden = network.continued(self.prompts, self.prompt_mask, self.of, self.completions,
                                        self.mask)  # fmt: skip
         else:
@@ -273,11 +284,23 @@ class CausalPolicy(Scorer):
             self.loss_scale = torch.tensor(LOSS_SCALE, device=network.device)
         self.tolerance = TOLERANCE[network.dtype]
         self.fresh = False  # whether nothing was learned since the last sampling
+        self.kept = network.to_keep()
 
     def frozen(self) -> CausalPolicy:
         """Itself: an iteration's completions are drawn before its first update, and not again."""
         self.fresh = True
+        self.kept.clear()
         return self
+
+    def _to_keep(self) -> Kept | None:
+        """For the first update on a sampling, which is on what is drawn first.
+
+        A run's very first computes all anew: its log-probabilities are those that show a mistake in
+        positions, mask or temperature (`lib.finetune.check_identities`).
+        """
+        alone, learned = parallel.place()[1] == 1, bool(self.optimiser.state)
+        due = self.fresh and alone and learned and self.kept.tokens is None
+        return self.kept if due else None
 
     def update(
         self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
@@ -294,10 +317,11 @@ class CausalPolicy(Scorer):
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
-        with self.network.packed(self.budget):
+        kept = self.kept if self.kept.holds(batch.completions.flatten(0, 1)) else None
+        with self.network.packed(self.budget, kept):
             for groups in self._micro_batches(batch, method):
                 part = batch.pick(groups)
-                new, predicted = self._forward(part, method.active(part))
+                new, predicted = self._forward(part, method.active(part), groups, kept)
                 loss = self._loss(method, part, new, predicted, hyper, items)
                 (loss if self.loss_scale is None else loss * self.loss_scale).backward()
                 logp[groups] = new.detach()
@@ -308,6 +332,7 @@ class CausalPolicy(Scorer):
         if self.fresh and self.network.dtype != "float32":
             self._check_mean(batch, method, logp)
         self.fresh = False
+        self.kept.clear()  # the weights are about to change
         norm = self._step()
         item, metrics = method.loss(batch, logp, hyper)
         metrics = {"loss": item.sum() / items, "grad_norm": norm, **metrics}
@@ -334,11 +359,22 @@ class CausalPolicy(Scorer):
         sizes = (longest * active.sum(-1).amax()).tolist()
         return _cut(order, [sizes[i] for i in order.tolist()], self.budget)
 
-    def _forward(self, batch: Rollout, active: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities and values (P, C, L) of active completions; the rest as sampled."""
+    def _forward(
+        self, batch: Rollout, active: Tensor, groups: Tensor, kept: Kept | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and values (P, C, L) of active completions; the rest as sampled.
+
+        Args: groups: (P,), which of the sampling's these are. kept: of that sampling.
+        """
         rows = Rows.of_rollout(batch)
         index = active.flatten().nonzero()[:, 0]
-        hidden, targets, at = rows.pick(index).states(self.network)
+        rows, count = rows.pick(index), active.shape[1]
+        if kept is not None:
+            of = index // count
+            kept.ready(groups[of.unique()], rows.prompts.shape[1],
+                       groups[of] * count + index % count,
+                       rows.completions.shape[1] - 1)  # fmt: skip
+        hidden, targets, at = rows.states(self.network, kept is not None)
         at = (index[at[0]], at[1])
         logp = batch.logp.flatten(0, 1).index_put(at, self.network.logp(hidden, targets))
         if batch.values is None:
