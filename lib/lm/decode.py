@@ -16,8 +16,8 @@ from transformers import Cache
 
 from lib.lm import parallel
 from lib.lm.cache import growing_cache
-from lib.lm.kept import Kept
 from lib.lm.network import Network
+from lib.lm.outputs import Outputs
 from lib.lm.packed import one_query
 from lib.rollouts import invert_cdf
 
@@ -51,7 +51,7 @@ def sample(
     uniforms: Tensor,
     eos: Tensor,
     pad: int,
-    kept: Kept | None = None,
+    outputs: Outputs | None = None,
 ) -> Samples:
     """Ancestral sampling until EOS or `L` tokens; EOS counts as a token, a capped row has none.
 
@@ -61,24 +61,23 @@ def sample(
         prompts, prompt_mask: (P, *), padded on the left.
         uniforms: (S, L) in [0, 1), S a multiple of P: completions of a prompt stand together.
         eos: (k,) ids that end a completion.
-        kept: takes the outputs of layers, if their weights are packed.
+        outputs: where those of layers are kept, if their weights are packed.
     """
     rows, length = uniforms.shape
     trace = Trace(network, rows, length, pad)
     if rows == 0:
         return trace.samples()
-    with network.packed(rows) as dtype:
+    recording = outputs.recording(prompts, trace.completions) if outputs else nullcontext()
+    with network.packed(rows, outputs) as dtype, recording:
         cache = growing_cache(network.model.config, dtype)
-        kept = kept if dtype is not None else None
-        recording = kept.recording(prompts, trace.completions) if kept else nullcontext()
-        with one_query(cache), recording:
-            _fill(trace, network, cache, prompts, prompt_mask, uniforms, eos, kept)
+        with one_query(cache):
+            _fill(trace, network, cache, prompts, prompt_mask, uniforms, eos, outputs)
     return trace.samples()
 
 
 def _fill(
     trace: Trace, network: Network, cache: Cache, prompts: Tensor, prompt_mask: Tensor,
-    uniforms: Tensor, eos: Tensor, kept: Kept | None,
+    uniforms: Tensor, eos: Tensor, outputs: Outputs | None,
 ) -> None:  # fmt: skip
     """Samples as `sample` says, with an empty cache."""
     rows, length = uniforms.shape
@@ -103,8 +102,8 @@ def _fill(
                 index, tokens, mask, active = (x[keep] for x in (index, tokens, mask, active))
         if t + 1 < length:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            if kept:
-                kept.at(index, t)
+            if outputs:
+                outputs.at(index, t)
             state = network.hidden(tokens[:, None], mask, cache)[:, 0]
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
-from lib.lm.kept import Kept
+from lib.lm.outputs import Outputs
 from lib.lm.packed import Chosen, is_packed, large, packed
 
 # Logits held at once (numbers, not bytes): 256 MB in float32.
@@ -90,15 +90,16 @@ class Network(nn.Module):
         return self.packs and large(self.model)
 
     def packed(
-        self, rows: int, kept: Kept | None = None
+        self, rows: int, outputs: Outputs | None = None
     ) -> AbstractContextManager[torch.dtype | None]:
         """`lib.lm.packed.packed`, where it is to be."""
-        return packed(self.model, self.dtype, rows, kept) if self.packs else nullcontext()
+        return packed(self.model, self.dtype, rows, outputs) if self.packs else nullcontext()
 
-    def to_keep(self) -> Kept:
-        """A place for products of samplings; for none where `continued` could not use them."""
+    def outputs(self) -> Outputs:
+        """A place for those of its present layers, the head left out; for none if the network does
+        not pack, or could not use them in `continued`."""
         modules = self.model.base_model.modules() if self.large and self.continues else ()
-        return Kept((m for m in modules if type(m) is nn.Linear), getattr(torch, self.dtype))
+        return Outputs((m for m in modules if type(m) is nn.Linear), getattr(torch, self.dtype))
 
     @property
     def vocabulary(self) -> int:

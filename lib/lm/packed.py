@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from lib.lm.cache import WholeLayer
-from lib.lm.kept import Kept
+from lib.lm.outputs import Outputs
 
 # Bytes of float32 weights below which a processor's cache holds them, and nothing is done here.
 FITS = 2**25
@@ -38,14 +38,14 @@ def large(model: nn.Module) -> bool:
 
 @contextmanager
 def packed(
-    model: nn.Module, dtype: str, rows: int, kept: Kept | None = None
+    model: nn.Module, dtype: str, rows: int, outputs: Outputs | None = None
 ) -> Iterator[torch.dtype | None]:
     """A `large` model's linear layers with packed weights, which must not change inside. Where
     gradients are wanted the transposed weights, which pass them back, are packed as well; in
-    bfloat16 those alone whose outputs are kept, since others gain 1% of a step at most.
+    bfloat16 those alone whose outputs are known, since others gain 1% of a step at most.
 
-    Args: dtype: of the products. rows: that are multiplied at once, roughly. kept: outputs that are
-        known already, and taken from there.
+    Args: dtype: of the products. rows: that are multiplied at once, roughly. outputs: where
+        products are noted, or where gradients are wanted taken from.
     Yields: that dtype, or None where nothing is packed.
     """
     of, trains = getattr(torch, dtype), torch.is_grad_enabled()
@@ -53,10 +53,10 @@ def packed(
     if not all(_packable(m, of) for m in layers):  # keys would be of another dtype than queries
         layers = []
     if trains and of != torch.float32:
-        layers = [m for m in layers if kept is not None and m in kept]
+        layers = [m for m in layers if outputs is not None and m in outputs]
     try:
         for layer in layers:
-            layer.forward = _packed_forward(layer, of, rows, kept)
+            layer.forward = _packed_forward(layer, of, rows, outputs)
         yield of if layers else None
     finally:
         for layer in filter(is_packed, layers):
@@ -77,29 +77,38 @@ def _packable(layer: nn.Linear, dtype: torch.dtype) -> bool:
 
 
 def _packed_forward(
-    layer: nn.Linear, dtype: torch.dtype, rows: int, kept: Kept | None
+    layer: nn.Linear, dtype: torch.dtype, rows: int, outputs: Outputs | None
 ) -> partial[Tensor]:
     weight, bias = (x if x is None else x.detach().to(dtype) for x in (layer.weight, layer.bias))
-    back = _pack(weight.t().contiguous(), rows) if torch.is_grad_enabled() else None
-    return partial(_forward, layer, _pack(weight, rows), back, bias, kept)
+    trains = torch.is_grad_enabled()
+    known = trains and outputs is not None and layer in outputs
+    ahead = None if known else _pack(weight, rows)
+    back = _pack(weight.t().contiguous(), rows) if trains else None
+    return partial(_forward, layer, ahead, back, bias, outputs)
 
 
 def _forward(
-    layer: nn.Linear, ahead: Tensor, back: Tensor | None, bias: Tensor | None, kept: Kept | None,
-    x: Tensor,
+    layer: nn.Linear, ahead: Tensor | None, back: Tensor | None, bias: Tensor | None,
+    outputs: Outputs | None, x: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The layer's own pass where the product is in another dtype, or wants gradients that it was
-    not packed for. x (..., inputs) -> (..., outputs)."""
+    """The layer's own pass where the product is in another dtype, or wants what was not packed.
+    x (..., inputs) -> (..., outputs)."""
     cast = torch.is_autocast_enabled("cpu")
     of = torch.get_autocast_dtype("cpu") if cast else x.dtype
-    known = kept and kept.take(layer)
-    if of != ahead.dtype or (back is None and torch.is_grad_enabled()):
+    if of != (ahead if back is None else back).dtype or (back is None and torch.is_grad_enabled()):
         return type(layer).forward(layer, x)
     if back is None:
-        return _product(ahead, bias, x)
-    if known is not None and known.shape[:-1] == x.shape[:-1]:
-        return _Differentiable.apply(x, layer.weight, layer.bias, back, lambda _: known)
-    return _Differentiable.apply(x, layer.weight, layer.bias, back, partial(_product, ahead, bias))
+        out = _product(ahead, bias, x)
+        if outputs is not None:
+            outputs.note(layer, out)
+        return out
+    if ahead is not None:
+        product = partial(_product, ahead, bias)
+    elif (known := outputs.take(layer, x.shape[:-1])) is not None:
+        product = partial(_given, known)
+    else:
+        return type(layer).forward(layer, x)
+    return _Differentiable.apply(x, layer.weight, layer.bias, back, product)
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor:
@@ -108,6 +117,10 @@ def _pack(weight: Tensor, rows: int) -> Tensor:
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+def _given(known: Tensor, _: Tensor) -> Tensor:
+    return known
 
 
 class _Differentiable(torch.autograd.Function):

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from lib.finetune import exact_div
 from lib.lm import parallel
 from lib.lm.decode import Samples, sample
-from lib.lm.kept import Kept
 from lib.lm.network import Network
+from lib.lm.outputs import Outputs
 from lib.lm.static import StaticDecoder, compilable, why_not_compiled, why_not_fixed
 from lib.methods import Hyper, Method
 from lib.rollouts import Rollout
@@ -40,6 +40,9 @@ TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
 # gradients once more (a step of width 512: 12.4 s at 1,024, 12.2 s at this; in bfloat16 8.0 s and
 # 7.7 s, and no less above).
 LARGE_BUDGET = 2048
+# One update in so many computes anew what it could take from its sampling (`lib.lm.outputs`): only
+# there do mistakes in positions and mask show (`lib.finetune.check_identities`).
+ANEW = 10
 # Prompts are read once for several completions where that spares this share of the tokens. What a
 # second pass costs of its own is regained from about there on (tiny policy).
 SPARED = 1 / 16
@@ -132,13 +135,13 @@ class Scorer:
         inputs = (prompts[own], prompt_mask[own], uniforms[rows], self.eos, self.pad)
         if self.decoder == "growing":
             with self.network.autocast():  # one context: weights are cast once, not at every token
-                part = sample(self.network, *inputs, self._to_keep())
+                part = sample(self.network, *inputs, self._outputs_due())
         else:
             part = self._static.sample(*inputs)
         return part.placed(rows, len(uniforms))
 
-    def _to_keep(self) -> Kept | None:
-        """Where the decoder "growing" keeps what it computes for completions (see `sample`)."""
+    def _outputs_due(self) -> Outputs | None:
+        """Where the decoder "growing" keeps outputs of what it samples now, None for nowhere."""
         return None
 
     @cached_property
@@ -284,23 +287,22 @@ class CausalPolicy(Scorer):
             self.loss_scale = torch.tensor(LOSS_SCALE, device=network.device)
         self.tolerance = TOLERANCE[network.dtype]
         self.fresh = False  # whether nothing was learned since the last sampling
-        self.kept = network.to_keep()
+        self.outputs = network.outputs()
 
     def frozen(self) -> CausalPolicy:
         """Itself: an iteration's completions are drawn before its first update, and not again."""
         self.fresh = True
-        self.kept.clear()
+        self.outputs.clear()
         return self
 
-    def _to_keep(self) -> Kept | None:
-        """For the first update on a sampling, which is on what is drawn first.
-
-        A run's very first computes all anew: its log-probabilities are those that show a mistake in
-        positions, mask or temperature (`lib.finetune.check_identities`).
-        """
-        alone, learned = parallel.place()[1] == 1, bool(self.optimiser.state)
-        due = self.fresh and alone and learned and self.kept.tokens is None
-        return self.kept if due else None
+    def _outputs_due(self) -> Outputs | None:
+        """For the first update on a sampling, which is on what is drawn first. Of several processes
+        none samples the rows that it learns from."""
+        first = self.fresh and not self.outputs.recorded
+        if not (first and self.outputs.layers) or parallel.place()[1] > 1:
+            return None
+        updates = max((int(x["step"]) for x in self.optimiser.state.values()), default=0)
+        return self.outputs if updates % ANEW else None
 
     def update(
         self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
@@ -317,11 +319,13 @@ class CausalPolicy(Scorer):
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
-        kept = self.kept if self.kept.holds(batch.completions.flatten(0, 1)) else None
-        with self.network.packed(self.budget, kept):
+        outputs = self.outputs
+        if not outputs.hold(batch.prompts, batch.completions.flatten(0, 1)):
+            outputs = None
+        with self.network.packed(self.budget, outputs):
             for groups in self._micro_batches(batch, method):
                 part = batch.pick(groups)
-                new, predicted = self._forward(part, method.active(part), groups, kept)
+                new, predicted = self._forward(part, method.active(part), groups, outputs)
                 loss = self._loss(method, part, new, predicted, hyper, items)
                 (loss if self.loss_scale is None else loss * self.loss_scale).backward()
                 logp[groups] = new.detach()
@@ -332,7 +336,7 @@ class CausalPolicy(Scorer):
         if self.fresh and self.network.dtype != "float32":
             self._check_mean(batch, method, logp)
         self.fresh = False
-        self.kept.clear()  # the weights are about to change
+        self.outputs.clear()  # the weights are about to change
         norm = self._step()
         item, metrics = method.loss(batch, logp, hyper)
         metrics = {"loss": item.sum() / items, "grad_norm": norm, **metrics}
@@ -360,21 +364,21 @@ class CausalPolicy(Scorer):
         return _cut(order, [sizes[i] for i in order.tolist()], self.budget)
 
     def _forward(
-        self, batch: Rollout, active: Tensor, groups: Tensor, kept: Kept | None
+        self, batch: Rollout, active: Tensor, groups: Tensor, outputs: Outputs | None
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and values (P, C, L) of active completions; the rest as sampled.
 
-        Args: groups: (P,), which of the sampling's these are. kept: of that sampling.
+        Args: groups: (P,), which of the sampling's these are. outputs: of that sampling.
         """
         rows = Rows.of_rollout(batch)
         index = active.flatten().nonzero()[:, 0]
         rows, count = rows.pick(index), active.shape[1]
-        if kept is not None:
+        if outputs is not None:
             of = index // count
-            kept.ready(groups[of.unique()], rows.prompts.shape[1],
-                       groups[of] * count + index % count,
-                       rows.completions.shape[1] - 1)  # fmt: skip
-        hidden, targets, at = rows.states(self.network, kept is not None)
+            outputs.ready(groups[of.unique()], rows.prompts.shape[1],
+                          groups[of] * count + index % count,
+                          rows.completions.shape[1] - 1)  # fmt: skip
+        hidden, targets, at = rows.states(self.network, outputs is not None)
         at = (index[at[0]], at[1])
         logp = batch.logp.flatten(0, 1).index_put(at, self.network.logp(hidden, targets))
         if batch.values is None:
@@ -421,6 +425,7 @@ class CausalPolicy(Scorer):
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.outputs.clear()
         own = dict(self.network.named_parameters())
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")

@@ -20,8 +20,8 @@ from transformers import (
 from lib.lm import decode, lora, packed
 from lib.lm import network as network_module
 from lib.lm.cache import WholeLayer, growing_cache
-from lib.lm.kept import Kept
 from lib.lm.network import Network
+from lib.lm.outputs import Outputs
 from lib.lm.policy import CausalPolicy, Scorer
 from lib.lm.prefix import Prefixed
 from lib.methods import METHODS
@@ -305,7 +305,7 @@ def test_a_small_model_runs_what_it_ran_bit_for_bit(dtype, monkeypatch):
         monkeypatch.setattr(packed, name, forbidden)
     monkeypatch.setattr(packed.Chosen, "forward", forbidden)
     monkeypatch.setattr(WholeLayer, "update", forbidden)
-    monkeypatch.setattr(Kept, "recording", forbidden)
+    monkeypatch.setattr(Outputs, "recording", forbidden)
     for x, y in zip(step(dtype), expected, strict=True):
         assert torch.equal(x, y)
 
