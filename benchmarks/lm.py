@@ -159,7 +159,8 @@ def ours(
     folder: Path, dtype: str, threads: int, steps: int, decoder: str | None = None,
     device: str = "cpu", turn: Callable[[], None] = at_once, _process: int = 0,
 ) -> Measured:  # fmt: skip
-    """Steps of `lib.finetune`: collect and update.
+    """Steps of `lib.finetune`: collect and update. On a CPU without those, one in ten, that compute
+    anew what others take over from their sampling.
 
     Args: turn: returns when the device may be used; a decoder is compiled before that.
     """

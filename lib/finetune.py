@@ -176,8 +176,8 @@ def check_identities(
     - reference: before the first update the policy is the reference, so their KL is 0;
     - first loss: before the first update the loss is what the method says (ln 2 for DPO).
 
-    A policy that takes what a sampling computed for what it would find itself (`lib.lm.outputs`)
-    shows the first in one update of ten alone.
+    Where an update takes over what its sampling computed (`lib.lm.outputs`), "recomputed" compares
+    little; now and then such a policy computes all anew for it.
     A switch that breaks an identity on purpose declares it in `policy.breaks`. Runs that have
     gone non-finite are left out; before the first update that is an error.
     Raises: AssertionError that names the identity and the deviation; FloatingPointError.

@@ -67,7 +67,9 @@ def sample(
     trace = Trace(network, rows, length, pad)
     if rows == 0:
         return trace.samples()
-    recording = outputs.recording(prompts, trace.completions) if outputs else nullcontext()
+    recording = nullcontext()
+    if outputs is not None:
+        recording = outputs.recording(prompts, trace.completions)
     with network.packed(rows, outputs) as dtype, recording:
         cache = growing_cache(network.model.config, dtype)
         with one_query(cache):
@@ -79,7 +81,7 @@ def _fill(
     trace: Trace, network: Network, cache: Cache, prompts: Tensor, prompt_mask: Tensor,
     uniforms: Tensor, eos: Tensor, outputs: Outputs | None,
 ) -> None:  # fmt: skip
-    """Samples as `sample` says, with an empty cache."""
+    """Samples as `sample` says, with an empty cache; announces its passes to `outputs`."""
     rows, length = uniforms.shape
     count = rows // len(prompts)
     active = torch.ones(rows, dtype=torch.bool, device=prompts.device)
@@ -102,7 +104,7 @@ def _fill(
                 index, tokens, mask, active = (x[keep] for x in (index, tokens, mask, active))
         if t + 1 < length:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            if outputs:
+            if outputs is not None:
                 outputs.at(index, t)
             state = network.hidden(tokens[:, None], mask, cache)[:, 0]
 

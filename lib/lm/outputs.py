@@ -1,8 +1,8 @@
 """Outputs of a sampling's linear layers, for the update that follows it.
 
 The first update on a sampling passes the same tokens through the same weights: its linear layers
-would give what they gave then, but for rounding. What is kept here, that update's forward pass does
-not multiply again. Its gradients are computed as ever.
+would give what they gave then, but for rounding. Where that is kept here, the update's forward pass
+takes it and does not multiply. Its gradients are computed as ever.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Outputs:
     """Of linear layers, for P prompts of m tokens and S completions of up to L tokens.
 
     A layer's are kept if it was called once in every pass, for every token of it: not those of one
-    that a model shares between its blocks, or that sees a part of the tokens.
+    that a model shares between its blocks, or that sees a part of the tokens. Weights must not
+    change between a sampling and its update.
     Args: layers: whose outputs may be kept. dtype: of their products.
     """
 
@@ -32,6 +33,8 @@ class Outputs:
         # writes to the same place: to be given another takes longer than to write. So what is left
         # of a completion that has ended is anything finite.
         self.completions: dict[nn.Linear, Tensor] = {}
+        self._due: list[tuple[dict[nn.Linear, Tensor], Tensor, slice]] = []
+        self._taken: Counter[nn.Linear] = Counter()
         self.clear()
 
     def clear(self) -> None:
@@ -42,8 +45,6 @@ class Outputs:
         self._shape = (0, 0)
         self._calls: Counter[nn.Linear] = Counter()  # -1 once a pass was not as it should be
         self._passes: list[tuple[torch.Size, Tensor | None, int]] = []
-        self._due: list[tuple[dict[nn.Linear, Tensor], Tensor, slice]] = []
-        self._taken: Counter[nn.Linear] = Counter()
 
     # --- while it is sampled ----------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ class Outputs:
         except BaseException:
             self.clear()
             raise
-        self._tokens = prompts, completions.clone()
+        self._tokens = prompts.clone(), completions.clone()
         for layer in self._chosen:
             if self._calls[layer] != len(self._passes):
                 self.prompts.pop(layer, None)
@@ -96,7 +97,7 @@ class Outputs:
 
     @property
     def recorded(self) -> bool:
-        """Whether there was a sampling since the last `clear`."""
+        """Whether a sampling was, to its end."""
         return self._tokens is not None
 
     # --- when it is learned from ------------------------------------------------------------------
@@ -104,7 +105,7 @@ class Outputs:
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self.prompts
 
-    def hold(self, prompts: Tensor, completions: Tensor) -> bool:
+    def are_of(self, prompts: Tensor, completions: Tensor) -> bool:
         """Whether anything is kept, and of these tokens: (P, *), whose padding on the left may be
         wider than it was, and (S, L)."""
         if not (self.recorded and self.prompts):
@@ -112,18 +113,19 @@ class Outputs:
         read, drawn = self._tokens
         return torch.equal(read, prompts[:, -read.shape[1] :]) and torch.equal(drawn, completions)
 
-    def ready(self, prompts: Tensor, width: int, rows: Tensor, length: int) -> None:
-        """What the next two passes take: the last `width` tokens of `prompts` (q,), then the first
-        `length` of the completions `rows` (s,)."""
-        self._due = [(self.prompts, prompts, slice(-width, None)),
+    def ready(self, groups: Tensor, width: int, rows: Tensor, length: int) -> None:
+        """What the next two passes take: the last `width` tokens of the prompts at `groups` (q,),
+        then the first `length` of the completions at `rows` (s,)."""
+        self._due = [(self.prompts, groups, slice(-width, None)),
                      (self.completions, rows, slice(length))]  # fmt: skip
         self._taken.clear()
 
     def take(self, layer: nn.Linear, shape: torch.Size) -> Tensor | None:
-        """What a layer gives in its next pass, for tokens of this shape; None if not known."""
+        """What a kept layer gives in its next pass, for tokens of this shape; None if it is not
+        known."""
         turn = self._taken[layer]
         self._taken[layer] += 1
-        if layer not in self or turn >= len(self._due):
+        if turn >= len(self._due):
             return None
         store, rows, columns = self._due[turn]
         found = store[layer][:, columns].index_select(0, rows)

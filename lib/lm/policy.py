@@ -40,8 +40,9 @@ TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
 # gradients once more (a step of width 512: 12.4 s at 1,024, 12.2 s at this; in bfloat16 8.0 s and
 # 7.7 s, and no less above).
 LARGE_BUDGET = 2048
-# One update in so many computes anew what it could take from its sampling (`lib.lm.outputs`): only
-# there do mistakes in positions and mask show (`lib.finetune.check_identities`).
+# What an update could take from its sampling (`lib.lm.outputs`) is computed anew where so many
+# updates, or a multiple, came before it: only there does a mistake in positions or mask show
+# (`lib.finetune.check_identities`).
 ANEW = 10
 # Prompts are read once for several completions where that spares this share of the tokens. What a
 # second pass costs of its own is regained from about there on (tiny policy).
@@ -314,13 +315,13 @@ class CausalPolicy(Scorer):
         finite is not taken, and no later one; in float16 later ones are, with half the loss scale,
         as long as that is above 1.
         Raises: AssertionError if in 16 bits the first after a sampling finds other
-            log-probabilities than it drew with, on average.
+            log-probabilities than it drew with, on average (see `ANEW`).
         """
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
         outputs = self.outputs
-        if not outputs.hold(batch.prompts, batch.completions.flatten(0, 1)):
+        if not outputs.are_of(batch.prompts, batch.completions.flatten(0, 1)):
             outputs = None
         with self.network.packed(self.budget, outputs):
             for groups in self._micro_batches(batch, method):
@@ -368,15 +369,15 @@ class CausalPolicy(Scorer):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and values (P, C, L) of active completions; the rest as sampled.
 
-        Args: groups: (P,), which of the sampling's these are. outputs: of that sampling.
+        Args: groups: (P,), which of the sampling's these are, each with an active completion.
+            outputs: of that sampling.
         """
         rows = Rows.of_rollout(batch)
         index = active.flatten().nonzero()[:, 0]
         rows, count = rows.pick(index), active.shape[1]
         if outputs is not None:
             of = index // count
-            outputs.ready(groups[of.unique()], rows.prompts.shape[1],
-                          groups[of] * count + index % count,
+            outputs.ready(groups, rows.prompts.shape[1], groups[of] * count + index % count,
                           rows.completions.shape[1] - 1)  # fmt: skip
         hidden, targets, at = rows.states(self.network, outputs is not None)
         at = (index[at[0]], at[1])
@@ -425,7 +426,7 @@ class CausalPolicy(Scorer):
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.outputs.clear()
+        self.outputs = self.network.outputs()  # what a run has left there need not be finite
         own = dict(self.network.named_parameters())
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")

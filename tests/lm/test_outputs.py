@@ -63,16 +63,20 @@ def learn(policy, method, batch, hyper):
     return policy.update(batch, method, hyper, method.items(batch))[0]
 
 
+def held(policy, batch):
+    return policy.outputs.are_of(batch.prompts, batch.completions.flatten(0, 1))
+
+
 def steps(monkeypatch, keep, method="dpo", count=2, **more):
     """Two samplings with an update each; all that the second found, and where it led."""
     monkeypatch.setattr(outputs, "KEEP", keep)
     one = policy(method=method, **more)
     for seed in range(2):
         batch, hyper = drawn(one, method, seed, count)
-        held = bool(one.outputs.prompts)
+        used = held(one, batch)
         logp = learn(one, method, batch, hyper)
         assert not one.outputs.prompts
-    return held, {"logp": logp, "drawn": batch.logp,
+    return used, {"logp": logp, "drawn": batch.logp,
                         **{n: p.grad for n, p in one.network.named_parameters()
                            if p.grad is not None}}  # fmt: skip
 
@@ -86,9 +90,9 @@ def test_gradients_are_those_of_a_pass_that_multiplies(name, dtype, most, monkey
     """In several micro-batches of rows in another order, whose prompts are padded less; and where
     there is no room for all."""
     for budget, keep in ((None, 2**30), (40, 2**30), (None, PART)):
-        held, found = steps(monkeypatch, keep, name=name, dtype=dtype, budget=budget)
+        used, found = steps(monkeypatch, keep, name=name, dtype=dtype, budget=budget)
         plain, expected = steps(monkeypatch, 0, name=name, dtype=dtype, budget=budget)
-        assert held and not plain and found.keys() == expected.keys()
+        assert used and not plain and found.keys() == expected.keys()
         for key, value in expected.items():
             assert found[key].dtype == value.dtype and distance(found[key], value) < most, key
 
@@ -98,9 +102,9 @@ def test_gradients_are_those_of_a_pass_that_multiplies(name, dtype, most, monkey
 )
 def test_every_method_takes_the_step_that_it_took(method, count, monkeypatch):
     """Some of the completions, a value head, one completion of a prompt."""
-    held, found = steps(monkeypatch, 2**30, method, count)
+    used, found = steps(monkeypatch, 2**30, method, count)
     _, expected = steps(monkeypatch, 0, method, count)
-    assert held
+    assert used
     for key, value in expected.items():
         assert distance(found[key], value) < 2e-5, key
 
@@ -148,8 +152,8 @@ def test_all_outputs_are_taken_in_both_passes_of_every_micro_batch(
 def test_a_model_that_cannot_go_on_from_a_prompt_or_has_other_layers_keeps_nothing(
     name, monkeypatch
 ):
-    held, _ = steps(monkeypatch, 2**30, name=name)
-    assert not held
+    used, _ = steps(monkeypatch, 2**30, name=name)
+    assert not used
 
 
 def trained():
@@ -157,10 +161,6 @@ def trained():
     one = policy()
     learn(one, "dpo", *drawn(one, "dpo", 0))
     return one
-
-
-def held(policy, batch):
-    return policy.outputs.hold(batch.prompts, batch.completions.flatten(0, 1))
 
 
 def test_nothing_is_kept_for_what_is_not_learned_from_next():
@@ -182,15 +182,24 @@ def test_wider_padding_is_no_other_prompt_and_all_else_is():
     assert held(one, replace(batch, prompts=nn.functional.pad(batch.prompts, (3, 0))))
     assert not held(one, replace(batch, prompts=batch.prompts.flip(0)))
     assert not held(one, replace(batch, completions=batch.completions.flip(0)))
-    batch.completions[0, 0, 0] += 1
-    assert not held(one, batch)
+    for tokens in (batch.prompts, batch.completions):
+        tokens[0, ..., -1] += 1
+        assert not held(one, batch)
+        tokens[0, ..., -1] -= 1
+        assert held(one, batch)
 
 
 def test_weights_that_are_loaded_are_not_those_of_the_sampling():
+    """Nor is what a run that went non-finite has left."""
     one = trained()
+    state = {k: v.clone() for k, v in one.state().items()}
     batch, _ = drawn(one, "dpo", 1)
-    one.load_state({k: v.clone() for k, v in policy().state().items()})
+    for place in one.outputs.completions.values():
+        place.fill_(torch.nan)
+    one.load_state(state)
     assert not held(one, batch)
+    learn(one, "dpo", *drawn(one, "dpo", 1))
+    assert one.alive
 
 
 def test_a_sampling_that_is_stopped_leaves_nothing(monkeypatch):
@@ -249,6 +258,45 @@ def test_several_processes_keep_nothing(monkeypatch):
     assert one.frozen()._outputs_due() is one.outputs
     monkeypatch.setattr("lib.lm.parallel.place", lambda: (0, 2))
     assert one._outputs_due() is None
+
+
+def test_the_heads_outputs_are_not_among_them():
+    one = policy()
+    assert one.network.model.get_output_embeddings() not in one.outputs.layers
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=BF16.marks)])
+def test_where_some_are_kept_the_others_multiply(dtype, monkeypatch):
+    """In bfloat16 by their own products, which are no packed ones."""
+    monkeypatch.setattr(outputs, "KEEP", PART if dtype == "float32" else PART // 2)
+    one = policy(dtype=dtype)
+    learn(one, "dpo", *drawn(one, "dpo", 0))
+    batch, hyper = drawn(one, "dpo", 1)
+    kept = len(one.outputs.prompts)
+    products, taken, _, layers = counted(one, batch, hyper, monkeypatch)
+    assert 0 < kept < layers and taken == 2 * kept
+    assert products == (2 * kept if dtype == "bfloat16" else 2 * layers + 2 * (layers - kept) + 2)
+
+
+def test_a_pass_that_is_not_known_multiplies_by_the_layers_own_weight():
+    """Packed it is not."""
+    one = trained()
+    batch, _ = drawn(one, "dpo", 1)
+    tokens, mask = batch.prompts, batch.prompt_mask
+    expected = one.network.hidden(tokens, mask)
+    with one.network.packed(24, one.outputs):
+        one.outputs.ready(torch.arange(3), 8, torch.arange(6), 3)
+        known, second, third = (one.network.hidden(tokens, mask) for _ in range(3))
+    for found in (known, second, third):  # the second is of another shape, a third is not due
+        assert distance(found[mask], expected[mask]) < 1e-5
+
+
+def test_weights_are_packed_for_a_sampling_whatever_is_kept():
+    one = trained()
+    drawn(one, "dpo", 1)
+    assert one.outputs.prompts
+    with torch.no_grad(), one.network.packed(6, one.outputs):
+        assert all(layer.forward.args[1] is not None for layer in one.outputs.layers)
 
 
 # --- layers that cannot be kept -------------------------------------------------------------------
