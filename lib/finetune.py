@@ -177,7 +177,7 @@ def check_identities(
     - first loss: before the first update the loss is what the method says (ln 2 for DPO).
 
     Where an update takes over what its sampling computed (`lib.lm.outputs`), "recomputed" compares
-    little; now and then such a policy computes all anew for it.
+    little or nothing; now and then such a policy computes all anew for it.
     A switch that breaks an identity on purpose declares it in `policy.breaks`. Runs that have
     gone non-finite are left out; before the first update that is an error.
     Raises: AssertionError that names the identity and the deviation; FloatingPointError.

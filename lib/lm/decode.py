@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import Cache
 
 from lib.lm import parallel
+from lib.lm.attention import one_query
 from lib.lm.cache import growing_cache
 from lib.lm.network import Network
 from lib.lm.outputs import Outputs
-from lib.lm.packed import one_query
 from lib.rollouts import invert_cdf
 
 LOOK = 8  # steps between two looks at who has finished: a look makes a GPU wait for the host

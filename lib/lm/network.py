@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
 from lib.lm.outputs import Outputs
-from lib.lm.packed import Chosen, is_packed, large, packed
+from lib.lm.packed import Chosen, is_packed, large, packed, takes
 
 # Logits held at once (numbers, not bytes): 256 MB in float32.
 LOGIT_BUDGET = 2**26
@@ -96,10 +96,13 @@ class Network(nn.Module):
         return packed(self.model, self.dtype, rows, outputs) if self.packs else nullcontext()
 
     def outputs(self) -> Outputs:
-        """A place for those of its present layers, the head left out; for none if the network does
-        not pack, or could not use them in `continued`."""
+        """A place for those of its present layers; for none if the network does not pack, or could
+        not use them in `continued`."""
         modules = self.model.base_model.modules() if self.large and self.continues else ()
-        return Outputs((m for m in modules if type(m) is nn.Linear), getattr(torch, self.dtype))
+        layers = [m for m in modules if type(m) is nn.Linear]
+        head = self.model.get_output_embeddings()
+        last = head if layers and type(head) is nn.Linear else None
+        return Outputs(layers, getattr(torch, self.dtype), last)
 
     @property
     def vocabulary(self) -> int:
@@ -207,7 +210,8 @@ class Network(nn.Module):
 
     def logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of tokens from the states before them. (N, d), (N,) -> (N,) nats."""
-        head = None if is_packed(self.model.get_output_embeddings()) else self._head()
+        layer = self.model.get_output_embeddings()
+        head = None if is_packed(layer) else self._head()
         in_place = self.large
 
         def part(h: Tensor, t: Tensor) -> Tensor:
@@ -218,6 +222,8 @@ class Network(nn.Module):
 
         near = in_place and head is None and not torch.is_grad_enabled()
         chunk = max(ROWS, NEAR // self.vocabulary) if near else self._chunk
+        if takes(layer):  # logits that are held already
+            chunk = max(1, len(hidden))
         pieces = list(zip(*(x.split(chunk) for x in (hidden, targets)), strict=True))
         if len(pieces) == 1 or not torch.is_grad_enabled():
             return torch.cat([part(*piece) for piece in pieces])

@@ -1,31 +1,26 @@
 """What a CPU multiplies by, laid out for it once and not at every product.
 
-A step of decoding multiplies a few rows by every matrix of the model, and attends to every key with
-one query. PyTorch's products would lay each weight out anew at every token, and its attention reads
-the cache at a third of the memory's speed. Here weights are packed by oneDNN once for many
-products, and one query is multiplied by a whole cache in a batched product. Rounding differs, the
-arithmetic does not. Nothing changes elsewhere than on a CPU, nor for a model that is not `large`.
+A step of decoding multiplies a few rows by every matrix of the model: PyTorch's products would lay
+each weight out anew at every token. Here weights are packed by oneDNN once for many products.
+Rounding differs, the arithmetic does not. Nothing changes elsewhere than on a CPU, nor for a model
+that is not `large`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
 
-from lib.lm.cache import WholeLayer
+from lib.lm.attention import many_queries
 from lib.lm.outputs import Outputs
 
 # Bytes of float32 weights below which a processor's cache holds them, and nothing is done here.
 FITS = 2**25
-SDPA = "sdpa"  # transformers' name of PyTorch's attention
-# What models tell it that changes nothing for one query
-UNREAD = {"is_causal", "position_ids", "use_cache", "sliding_window"}
 
 
 def large(model: nn.Module) -> bool:
@@ -42,7 +37,8 @@ def packed(
 ) -> Iterator[torch.dtype | None]:
     """A `large` model's linear layers with packed weights, which must not change inside. Where
     gradients are wanted the transposed weights, which pass them back, are packed as well; in
-    bfloat16 those alone whose outputs are known, since others gain 1% of a step at most.
+    bfloat16 those alone whose outputs are known, since others gain 1% of a step at most. It attends
+    by `many_queries`.
 
     Args: dtype: of the products. rows: that are multiplied at once, roughly. outputs: where
         products are noted, or where gradients are wanted taken from.
@@ -52,12 +48,14 @@ def packed(
     layers = [m for m in model.modules() if type(m) is nn.Linear] if large(model) else []
     if not all(_packable(m, of) for m in layers):  # keys would be of another dtype than queries
         layers = []
+    attention = many_queries(of) if layers else nullcontext()
     if trains and of != torch.float32:
         layers = [m for m in layers if outputs is not None and m in outputs]
     try:
         for layer in layers:
             layer.forward = _packed_forward(layer, of, rows, outputs)
-        yield of if layers else None
+        with attention:
+            yield of if layers else None
     finally:
         for layer in filter(is_packed, layers):
             del layer.forward  # the class's own again
@@ -66,6 +64,11 @@ def packed(
 def is_packed(layer: nn.Module) -> bool:
     forward = vars(layer).get("forward")
     return isinstance(forward, partial) and forward.func is _forward
+
+
+def takes(layer: nn.Module) -> bool:
+    """Whether a packed layer takes its products from `Outputs`."""
+    return is_packed(layer) and layer.forward.args[1] is None
 
 
 def _packable(layer: nn.Linear, dtype: torch.dtype) -> bool:
@@ -138,7 +141,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.back, ctx.dtypes = back, (x.dtype, weight.dtype)
         x = x.to(back.dtype)
         ctx.save_for_backward(x)
-        return product(x)
+        out = product(x)
+        return out.new_empty(0).set_(out)  # no view: a model may write to what its layer gave
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -187,61 +191,3 @@ class Chosen(torch.autograd.Function):
         logp, tokens = ctx.saved_tensors
         place = logp.exp_().mul_(-grad[:, None])
         return place.scatter_add_(-1, tokens[:, None], grad[:, None]), None
-
-
-@contextmanager
-def one_query(cache: DynamicCache) -> Iterator[None]:
-    """Attention of a single query to the `WholeLayer`s of a cache by batched products.
-
-    It goes by the name of PyTorch's attention meanwhile, and not by one of its own: by that name
-    some models of transformers choose how to mask. What comes from no such layer attends as usual.
-    """
-    if not any(isinstance(x, WholeLayer) for x in cache.layers):
-        yield
-        return
-    usual = AttentionInterface()[SDPA]
-    AttentionInterface.register(SDPA, partial(_attend, usual, cache))
-    try:
-        yield
-    finally:
-        AttentionInterface.register(SDPA, usual)
-
-
-def _attend(
-    usual: Callable, cache: DynamicCache, module: nn.Module, query: Tensor, key: Tensor,
-    value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **more: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """(S, heads, 1, w) of queries -> (S, 1, heads, w). `usual` for all that is not that simple."""
-    held = _held(cache, key, value)
-    asked = any(x is not None for name, x in more.items() if name not in UNREAD)
-    if query.shape[2] != 1 or held is None or dropout or asked:
-        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                     **more)  # fmt: skip
-    keys, values = held
-    (rows, heads, _, width), (groups, places) = query.shape, keys.shape[1:3]
-    query = query * (width**-0.5 if scaling is None else scaling)
-    query = query.to(keys.dtype).reshape(rows * groups, heads // groups, width)
-    # A product with the unused places of the cache costs less than one with gaps between rows
-    scores = torch.bmm(query, keys.flatten(0, 1).transpose(1, 2)).float()
-    scores = _masked(scores.view(rows, heads, 1, places), key.shape[2], attention_mask)
-    share = scores.softmax(-1).to(values.dtype).view(rows * groups, heads // groups, places)
-    return torch.bmm(share, values.flatten(0, 1)).view(rows, 1, heads, -1), None
-
-
-def _held(cache: DynamicCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
-    """All that the layer holds that returned key and value, None if there is no such layer."""
-    layers = (x for x in cache.layers if isinstance(x, WholeLayer))
-    return next((x.held for x in layers if x.keys is key and x.values is value), None)
-
-
-def _masked(scores: Tensor, used: int, mask: Tensor | None) -> Tensor:
-    """Scores (S, heads, 1, places), in place: of `used` places those that mask (S, *, 1, used)
-    admits, which is bool or is added."""
-    scores[..., used:] = -torch.inf
-    part = scores[..., :used]
-    if mask is not None and mask.dtype == torch.bool:
-        part.masked_fill_(~mask, -torch.inf)
-    elif mask is not None:
-        part += mask
-    return scores

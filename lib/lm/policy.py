@@ -320,9 +320,7 @@ class CausalPolicy(Scorer):
         self.optimiser.zero_grad()
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
-        outputs = self.outputs
-        if not outputs.are_of(batch.prompts, batch.completions.flatten(0, 1)):
-            outputs = None
+        outputs = self.outputs.once(batch.prompts, batch.completions.flatten(0, 1))
         with self.network.packed(self.budget, outputs):
             for groups in self._micro_batches(batch, method):
                 part = batch.pick(groups)
@@ -378,7 +376,7 @@ class CausalPolicy(Scorer):
         if outputs is not None:
             of = index // count
             outputs.ready(groups, rows.prompts.shape[1], groups[of] * count + index % count,
-                          rows.completions.shape[1] - 1)  # fmt: skip
+                          rows.mask)  # fmt: skip
         hidden, targets, at = rows.states(self.network, outputs is not None)
         at = (index[at[0]], at[1])
         logp = batch.logp.flatten(0, 1).index_put(at, self.network.logp(hidden, targets))

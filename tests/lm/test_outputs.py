@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lib.lm import lora, outputs, packed
+from lib.lm import lora, network, outputs, packed
 from lib.lm.network import Network
 from lib.lm.outputs import Outputs
 from lib.lm.policy import ANEW, CausalPolicy
@@ -36,8 +36,8 @@ def policy(name="GPTNeoX", method="dpo", dtype="float32", budget=None, rate=1e-2
     if name == "LoRA":
         lora.attach(model, 4, 0, dtype)
     value_head = "value_head" in METHODS[method].needs
-    network = Network(model, 0.9, value_head=value_head, dtype=dtype)
-    return CausalPolicy(network, ENDS, 0, rate, budget=budget)
+    whole = Network(model, 0.9, value_head=value_head, dtype=dtype)
+    return CausalPolicy(whole, ENDS, 0, rate, budget=budget)
 
 
 def drawn(policy, method, seed, count=2, length=30):
@@ -122,7 +122,7 @@ def counted(policy, batch, hyper, monkeypatch, method="dpo"):
     return len(products), sum(x is not None for x in taken), pieces, layers
 
 
-def test_one_update_in_ten_multiplies_by_all_matrices_others_by_none_but_the_heads(monkeypatch):
+def test_one_update_in_ten_multiplies_by_all_matrices_others_by_none(monkeypatch):
     """Forward: backward all do, in both passes. A second update on one sampling does as well."""
     one = policy()
     for number in range(ANEW + 2):
@@ -130,7 +130,8 @@ def test_one_update_in_ten_multiplies_by_all_matrices_others_by_none_but_the_hea
         anew = number % ANEW == 0
         products, taken, pieces, layers = counted(one, batch, hyper, monkeypatch)
         assert pieces == 1
-        assert (products, taken) == ((4 * layers + 2, 0) if anew else (2 * layers + 2, 2 * layers))
+        each = 2 * layers + 1
+        assert (products, taken) == ((2 * each, 0) if anew else (each, each))
     assert counted(one, batch, hyper, monkeypatch) == (4 * layers + 2, 0, 1, layers)
 
 
@@ -145,7 +146,7 @@ def test_all_outputs_are_taken_in_both_passes_of_every_micro_batch(
     learn(one, method, *drawn(one, method, 0, count))
     batch, hyper = drawn(one, method, 1, count)
     _, taken, pieces, layers = counted(one, batch, hyper, monkeypatch, method)
-    assert taken == 2 * layers * pieces and (pieces > 1) == ("budget" in more)
+    assert taken == (2 * layers + 1) * pieces and (pieces > 1) == ("budget" in more)
 
 
 @pytest.mark.parametrize("name", ["sliding window", "Conv1D"])
@@ -231,10 +232,12 @@ def test_the_next_sampling_is_written_to_the_same_place():
     one, places = trained(), []
     for length in (30, 30, 20):
         batch, hyper = drawn(one, "dpo", 1, length=length)
-        places.append(list(one.outputs.completions.values()))
+        places.append(dict(one.outputs.completions))
         learn(one, "dpo", batch, hyper)
-    assert all(x is y for x, y in zip(*places[:2], strict=True))
-    assert all(x.shape[1] == 19 for x in places[2])
+    assert all(place is places[1].pop(layer) for layer, place in places[0].items())
+    assert not places[1]
+    head = places[2].pop(one.outputs.head)
+    assert head.shape[1] == 20 and all(x.shape[1] == 19 for x in places[2].values())
 
 
 def test_a_run_that_goes_on_from_a_saved_state_finds_the_same_numbers():
@@ -260,9 +263,29 @@ def test_several_processes_keep_nothing(monkeypatch):
     assert one._outputs_due() is None
 
 
-def test_the_heads_outputs_are_not_among_them():
-    one = policy()
-    assert one.network.model.get_output_embeddings() not in one.outputs.layers
+def test_logits_that_are_held_are_learned_from_in_one_piece(monkeypatch):
+    """To compute those of a chunk again in the backward pass would spare no memory."""
+    one = trained()
+    batch, hyper = drawn(one, "dpo", 1)
+    monkeypatch.setattr(network, "LOGIT_BUDGET", 100)
+    _, taken, _, layers = counted(one, batch, hyper, monkeypatch)
+    assert taken == 2 * layers + 1
+
+
+def test_an_update_that_fails_leaves_nothing_to_take(monkeypatch):
+    """It has written gradients where the logits were."""
+    one = trained()
+    batch, hyper = drawn(one, "dpo", 1)
+    state = {k: v.clone() for k, v in one.state().items()}
+    plain = policy()
+    plain.load_state(state)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lib.lm.parallel.sum_gradients", lambda _: (_ for _ in ()).throw(
+            KeyboardInterrupt))  # fmt: skip
+        learn(one, "dpo", batch, hyper)
+    assert not held(one, batch)
+    found, expected = (learn(x, "dpo", batch, hyper) for x in (one, plain))
+    assert distance(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=BF16.marks)])
@@ -285,7 +308,7 @@ def test_a_pass_that_is_not_known_multiplies_by_the_layers_own_weight():
     tokens, mask = batch.prompts, batch.prompt_mask
     expected = one.network.hidden(tokens, mask)
     with one.network.packed(24, one.outputs):
-        one.outputs.ready(torch.arange(3), 8, torch.arange(6), 3)
+        one.outputs.ready(torch.arange(3), 8, torch.arange(6), WHOLE.repeat(6, 1))
         known, second, third = (one.network.hidden(tokens, mask) for _ in range(3))
     for found in (known, second, third):  # the second is of another shape, a third is not due
         assert distance(found[mask], expected[mask]) < 1e-5
@@ -312,6 +335,7 @@ class Odd(nn.Module):
         super().__init__()
         for name in self.NAMES:
             setattr(self, name, nn.Linear(4, 4))
+        self.head = nn.Linear(4, 7)
         self.passes = 0
 
     def forward(self, x):
@@ -330,36 +354,94 @@ class Odd(nn.Module):
 
 
 def recorded(model, length=3):
-    """Outputs of two prompts and four completions, and what `model` gave in each pass."""
-    found, given = Outputs(model.children(), torch.float32), []
+    """Outputs of two prompts and four completions, what `model` gave in each pass, and after it
+    its head. The last completion but one has ended at the end."""
+    found, given, logits = Outputs([*model.children()][:-1], torch.float32, model.head), [], []
     with (
         torch.no_grad(), packed.packed(model, "float32", 8, found),
         found.recording(torch.zeros(2, 5), torch.zeros(4, length)),
     ):  # fmt: skip
         given.append(model(torch.randn(2, 5, 4)))
+        logits.append(model.head(torch.randn(4, 4)))
         for t in range(length - 1):
-            found.at(torch.arange(4), t)
-            given.append(model(torch.randn(4, 1, 4)))
-    return found, given
+            rows = torch.tensor([0, 1, 3]) if t == length - 2 else torch.arange(4)
+            found.at(rows, t)
+            given.append(model(torch.randn(len(rows), 1, 4)))
+            logits.append(model.head(torch.randn(len(rows), 4)))
+    return found, given, logits
 
 
 def test_only_layers_that_see_every_token_once_are_kept():
     model = Odd()
-    found, _ = recorded(model)
+    found, *_ = recorded(model)
     assert [name for name in Odd.NAMES if getattr(model, name) in found] == ["plain"]
-    assert list(found.completions) == [model.plain]
+    assert found.completions.keys() == {model.plain, model.head}
+
+
+def test_a_head_that_is_called_once_more_is_not_kept():
+    model = Odd()
+    model.rare = model.head
+    found, *_ = recorded(model)
+    assert model.plain in found and model.head not in found
+
+
+WHOLE = torch.ones(1, 3, dtype=torch.bool)
 
 
 def test_rows_and_positions_are_found_again():
     """As they were given, whatever became of them."""
     model = Odd()
-    found, (prompts, *later) = recorded(model)
-    found.ready(torch.tensor([1]), 2, torch.tensor([3, 0]), 2)
+    found, (prompts, first, second), logits = recorded(model)
+    later = torch.cat([first[[3, 0]], second[[2, 0]]], 1)
+    mask = WHOLE.repeat(2, 1)
+    mask[1, 1:] = False
+    found.ready(torch.tensor([1]), 2, torch.tensor([3, 0]), mask)
     assert torch.equal(found.take(model.plain, torch.Size((1, 2))), prompts[[1], -2:])
-    assert torch.equal(found.take(model.plain, torch.Size((2, 2))), torch.cat(later, 1)[[3, 0]])
+    assert torch.equal(found.take(model.plain, torch.Size((2, 2))), later)
     assert found.take(model.plain, torch.Size((2, 2))) is None  # a third pass multiplies
-    found.ready(torch.tensor([1]), 2, torch.tensor([3, 0]), 2)
+    drawn = torch.stack([logits[0][3], logits[1][3], logits[2][2], logits[0][0]])
+    assert torch.equal(found.take(model.head, torch.Size((4,))), drawn)
+    assert found.take(model.head, torch.Size((4,))) is None
+    found.ready(torch.tensor([1]), 2, torch.tensor([3, 0]), mask)
     assert found.take(model.plain, torch.Size((2,))) is None  # as does one of another shape
+
+
+def test_what_follows_each_other_is_taken_where_it_stands():
+    """And may be written to, by a model or where gradients are computed."""
+    model = Odd()
+    found, (prompts, first, _), logits = recorded(model)
+    found.ready(torch.tensor([0, 1]), 5, torch.tensor([1, 2]), WHOLE.repeat(2, 1))
+    taken = [found.take(model.plain, torch.Size(shape)) for shape in ((2, 5), (2, 2))]
+    taken.append(found.take(model.head, torch.Size((6,))))
+    place = found.completions[model.plain]
+    assert [x.data_ptr() for x in taken] == [
+        found.prompts[model.plain].data_ptr(), place[1].data_ptr(),
+        found.completions[model.head][1].data_ptr()]  # fmt: skip
+    assert torch.equal(taken[0], prompts) and torch.equal(taken[1][:, 0], first[1:3, 0])
+    assert torch.equal(taken[2][[0, 3]], logits[0][1:3])
+    found.ready(torch.tensor([0]), 5, torch.tensor([1, 2]), WHOLE[:, :2].repeat(2, 1))
+    found.take(model.plain, torch.Size((1, 5)))
+    part = found.take(model.plain, torch.Size((2, 1)))  # their first tokens do not follow
+    assert part.is_contiguous() and torch.equal(part, first[1:3])
+
+
+def test_a_model_may_write_to_what_its_layer_gave(monkeypatch):
+    """As an activation in place does; also where a layer multiplies."""
+    found = []
+    for keep, fits in ((2**30, 0), (0, 0), (0, 2**40)):
+        monkeypatch.setattr(outputs, "KEEP", keep)
+        monkeypatch.setattr(packed, "FITS", fits)
+        one = policy()
+        for block in one.network.model.base_model.layers:
+            block.mlp.act = nn.ReLU(inplace=True)
+        for seed in range(2):
+            batch, hyper = drawn(one, "dpo", seed)
+            used = held(one, batch)
+            learn(one, "dpo", batch, hyper)
+        assert used == bool(keep)
+        found.append([p.grad for p in one.parameters])
+    for x, y, z in zip(*found, strict=True):
+        assert distance(x, z) < 2e-5 and distance(y, z) < 2e-5
 
 
 def test_where_there_is_no_room_the_dearest_layers_are_kept(monkeypatch):
@@ -373,7 +455,7 @@ def test_where_there_is_no_room_the_dearest_layers_are_kept(monkeypatch):
         with found.recording(torch.zeros(2, 5), torch.zeros(4, 3)):
             for layer in (wide, narrow, other):
                 found.note(layer, torch.zeros(2, 5, layer.out_features))
-            assert list(found.prompts) == expected and len(found.completions) == len(expected)
+            assert list(found.prompts) == expected and found.completions.keys() <= set(expected)
             for t in range(2):
                 found.at(torch.arange(4), t)
                 for layer in expected:
@@ -382,4 +464,15 @@ def test_where_there_is_no_room_the_dearest_layers_are_kept(monkeypatch):
     half = Outputs([wide], torch.bfloat16)
     monkeypatch.setattr(outputs, "KEEP", 2 * tokens * 8)
     with half.recording(torch.zeros(2, 5), torch.zeros(4, 3)):
-        assert half._chosen == {wide}
+        assert half._kept == {wide}
+
+
+def test_a_head_takes_room_for_the_tokens_that_it_draws(monkeypatch):
+    """All of the completions, and none of the prompts."""
+    layer, head = nn.Linear(32, 8), nn.Linear(32, 50)
+    numbers = 8 * (2 * 5 + 4 * 2) + 50 * 4 * 3
+    for room, expected in ((numbers, {layer, head}), (numbers - 1, {layer})):
+        monkeypatch.setattr(outputs, "KEEP", 4 * room)
+        found = Outputs([layer], torch.float32, head)
+        with found.recording(torch.zeros(2, 5), torch.zeros(4, 3)):
+            assert found._kept == expected
