@@ -21,7 +21,7 @@ from lib.lm.cache import WholeLayer
 SDPA = "sdpa"  # transformers' name of PyTorch's attention
 # What models tell it that changes nothing where masks are given
 UNREAD = {"is_causal", "position_ids", "use_cache", "sliding_window"}
-MOST = 2**22  # scores held at once, of one layer
+MOST = 2**22  # scores of one layer, which are held until gradients have passed
 
 
 @contextmanager
@@ -34,8 +34,8 @@ def one_query(cache: DynamicCache) -> Iterator[None]:
 
 @contextmanager
 def many_queries(dtype: torch.dtype) -> Iterator[None]:
-    """By products in a dtype of 16 bits, where the scores of one layer are `MOST` at most; in
-    float32, where products gain little, as usual."""
+    """By products in a dtype of 16 bits, where a mask is given and the scores of one layer are
+    `MOST` at most; in float32, where products gain little, as usual."""
     with _instead(_attend, dtype) if dtype != torch.float32 else nullcontext():
         yield
 
@@ -57,27 +57,32 @@ def _instead(attend: Callable[..., tuple[Tensor, None]], given: Any) -> Iterator
 
 def _attend_once(
     cache: DynamicCache, usual: Callable, module: nn.Module, query: Tensor, key: Tensor,
-    value: Tensor, mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-    **more: Any,
+    value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """(S, heads, 1, w) of queries -> (S, 1, heads, w). `usual` for all that is not that simple."""
     held = _held(cache, key, value)
     if query.shape[2] != 1 or held is None or dropout or _asked(more):
-        return usual(module, query, key, value, mask, dropout=dropout, scaling=scaling, **more)
+        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                     **more)  # fmt: skip
     # A product with the unused places of the cache costs less than one with gaps between rows
-    return _products(query, *held, mask, scaling, key.shape[2]), None
+    return _products(query, *held, attention_mask, scaling, key.shape[2]), None
 
 
 def _attend(
     dtype: torch.dtype, usual: Callable, module: nn.Module, query: Tensor, key: Tensor,
-    value: Tensor, mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-    **more: Any,
+    value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """(S, heads, n, w) of queries -> (S, n, heads, w). `usual` for all that is not that simple."""
-    scores = query.shape[:3].numel() * key.shape[2]
-    if mask is None or scores > MOST or dropout or _asked(more):
-        return usual(module, query, key, value, mask, dropout=dropout, scaling=scaling, **more)
-    return _products(query, key.to(dtype), value.to(dtype), mask, scaling, key.shape[2]), None
+    """(S, heads, n, w) of queries -> (S, n, heads, w). `usual` for all that is not that simple, or
+    whose products are in another dtype: of another model."""
+    of = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    many = query.shape[:3].numel() * key.shape[2] > MOST
+    if of != dtype or attention_mask is None or many or dropout or _asked(more):
+        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                     **more)  # fmt: skip
+    keys, values = key.to(dtype), value.to(dtype)
+    return _products(query, keys, values, attention_mask, scaling, key.shape[2]), None
 
 
 def _asked(more: dict[str, Any]) -> bool:
@@ -111,8 +116,7 @@ def _masked(scores: Tensor, used: int, mask: Tensor | None) -> Tensor:
     """Scores (S, heads, n, places), in place: of `used` places those that mask (S, *, n, used)
     admits, which is bool or is added. Padding, which admits none, attends to all alike."""
     never = torch.finfo(scores.dtype).min
-    if used < scores.shape[-1]:
-        scores[..., used:] = never
+    scores[..., used:] = never
     part = scores[..., :used]
     if mask is not None and mask.dtype == torch.bool:
         part.masked_fill_(~mask, never)

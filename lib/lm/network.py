@@ -101,7 +101,7 @@ class Network(nn.Module):
         modules = self.model.base_model.modules() if self.large and self.continues else ()
         layers = [m for m in modules if type(m) is nn.Linear]
         head = self.model.get_output_embeddings()
-        last = head if layers and type(head) is nn.Linear else None
+        last = head if type(head) is nn.Linear else None
         return Outputs(layers, getattr(torch, self.dtype), last)
 
     @property
@@ -185,13 +185,15 @@ class Network(nn.Module):
     def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """(..., d) -> (..., V) float32, at the temperature. head: what `_head` returned, for
         callers with several chunks."""
+        raw = self._raw(hidden, head).float()
+        return raw if self.temperature == 1 else raw / self.temperature
+
+    def _raw(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None) -> Tensor:
+        """What the head gives, in the dtype of the products."""
         with self.autocast():
             if head is None:
-                raw = self.model.get_output_embeddings()(hidden)
-            else:
-                raw = nn.functional.linear(hidden, *head)
-        raw = raw.float()
-        return raw if self.temperature == 1 else raw / self.temperature
+                return self.model.get_output_embeddings()(hidden)
+            return nn.functional.linear(hidden, *head)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the head, cast once to the dtype of the products."""
@@ -215,15 +217,14 @@ class Network(nn.Module):
         in_place = self.large
 
         def part(h: Tensor, t: Tensor) -> Tensor:
-            logits = self.logits(h, head)
             if in_place:
-                return Chosen.apply(logits, t)
-            return logits.log_softmax(-1).gather(-1, t[:, None])[:, 0]
+                return Chosen.apply(self._raw(h, head), t, self.temperature)
+            return self.logits(h, head).log_softmax(-1).gather(-1, t[:, None])[:, 0]
 
         near = in_place and head is None and not torch.is_grad_enabled()
         chunk = max(ROWS, NEAR // self.vocabulary) if near else self._chunk
         if takes(layer):  # logits that are held already
-            chunk = max(1, len(hidden))
+            chunk = len(hidden)
         pieces = list(zip(*(x.split(chunk) for x in (hidden, targets)), strict=True))
         if len(pieces) == 1 or not torch.is_grad_enabled():
             return torch.cat([part(*piece) for piece in pieces])

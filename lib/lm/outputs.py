@@ -65,6 +65,7 @@ class Outputs:
         self._kept: set[nn.Linear] = set()
         self.prompts.clear()
         self._calls: Counter[nn.Linear] = Counter()  # -1 once a pass was not as it should be
+        self._shape = torch.Size((0, 0))
         self._passes = 0
         self._pass: dict[bool, _Pass] = {}  # the present one, by whether it is the head's
 
@@ -80,8 +81,9 @@ class Outputs:
         self.clear()
         self._shape = completions.shape
         self._kept = set(self._worth_most(prompts.numel()))
-        for layer in self.completions.keys() - self._kept:
-            del self.completions[layer]
+        for layer, place in list(self.completions.items()):
+            if layer not in self._kept or place.shape[:2] != self._places(layer):
+                del self.completions[layer]
         self._next(_Pass(prompts.shape, ALL, None), _Pass((len(completions),), ALL, 0))
         try:
             yield
@@ -96,10 +98,10 @@ class Outputs:
 
     def _worth_most(self, prompts: int) -> Iterator[nn.Linear]:
         """Layers by falling number of inputs, whose outputs `KEEP` holds. prompts: their tokens."""
-        room, (rows, length) = KEEP // self.dtype.itemsize, self._shape
+        room = KEEP // self.dtype.itemsize
         layers = self.layers if self.head is None else [*self.layers, self.head]
         for layer in sorted(layers, key=lambda x: x.in_features, reverse=True):
-            tokens = rows * length if layer is self.head else prompts + rows * (length - 1)
+            tokens = self._places(layer).numel() + (0 if layer is self.head else prompts)
             if tokens * layer.out_features <= room:
                 room -= tokens * layer.out_features
                 yield layer
@@ -123,18 +125,17 @@ class Outputs:
             self._calls[layer] = -1
             return
         self._calls[layer] += 1
+        if layer not in self.completions:
+            self.completions[layer] = out.new_zeros(*self._places(layer), out.shape[-1])
         if position is None:
             self.prompts[layer] = out.clone()
         else:
-            self._place(layer, out)[rows, position] = out.flatten(0, -2)
+            self.completions[layer][rows, position] = out.flatten(0, -2)
 
-    def _place(self, layer: nn.Linear, out: Tensor) -> Tensor:
+    def _places(self, layer: nn.Linear) -> torch.Size:
+        """Of how many completions and of how many tokens a layer's outputs are kept."""
         rows, length = self._shape
-        shape = (rows, length if layer is self.head else length - 1, out.shape[-1])
-        place = self.completions.get(layer)
-        if place is None or place.shape != shape:
-            place = self.completions[layer] = out.new_zeros(shape)
-        return place
+        return torch.Size((rows, length if layer is self.head else length - 1))
 
     @property
     def recorded(self) -> bool:

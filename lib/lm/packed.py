@@ -21,6 +21,7 @@ from lib.lm.outputs import Outputs
 
 # Bytes of float32 weights below which a processor's cache holds them, and nothing is done here.
 FITS = 2**25
+NEAR = 2**18  # logits of which all is computed at once: 1 MB
 
 
 def large(model: nn.Module) -> bool:
@@ -173,21 +174,37 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 class Chosen(torch.autograd.Function):
-    """Log-probabilities of tokens: logits (N, V) float32, tokens (N,) -> (N,) nats.
+    """Log-probabilities of tokens: logits (N, V) in the dtype of the products, which are divided by
+    a temperature, and tokens (N,) -> (N,) nats.
 
-    All is computed in the one place that the logits have, which nobody may read again: to be handed
-    other places by the system would take longer than the arithmetic does.
+    The gradient takes the place of the logits, which nobody may read again: to be handed another by
+    the system would take longer than the arithmetic does. What is in float32 is `NEAR` at most.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        logp = torch.log_softmax(logits.detach(), -1, out=logits.detach())
-        ctx.save_for_backward(logp, tokens)
-        return logp.gather(-1, tokens[:, None])[:, 0]
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        logp, norms = [], []
+        for rows, of in _pieces(logits.detach(), tokens[:, None]):
+            scaled = rows.float() if temperature == 1 else rows.float() / temperature
+            logp.append(scaled.log_softmax(-1).gather(-1, of))
+            norms.append(scaled.gather(-1, of) - logp[-1])
+        ctx.save_for_backward(logits, tokens, torch.cat(norms))
+        ctx.temperature = temperature
+        return torch.cat(logp)[:, 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logp, tokens = ctx.saved_tensors
-        place = logp.exp_().mul_(-grad[:, None])
-        return place.scatter_add_(-1, tokens[:, None], grad[:, None]), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, tokens, norms = ctx.saved_tensors
+        grad = grad[:, None] / ctx.temperature
+        for rows, of, norm, share in _pieces(logits, tokens[:, None], norms, grad):
+            own = rows.float()  # itself, if it is in float32
+            own.div_(ctx.temperature).sub_(norm).exp_().mul_(-share).scatter_add_(-1, of, share)
+            rows.copy_(own)
+        return logits, None, None
+
+
+def _pieces(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of logits (N, V) and of the others, so many that they stay in a processor's cache."""
+    count = max(1, NEAR // logits.shape[-1])
+    return zip(*(x.split(count) for x in (logits, *others)), strict=True)

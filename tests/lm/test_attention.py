@@ -3,12 +3,16 @@ no further from that than PyTorch's own; and PyTorch's for what it does not know
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from lib.lm import attention, packed
+from lib.lm.cache import growing_cache
+from lib.lm.decode import sample
 from lib.lm.network import Network
 from tests.lm.test_packed import BF16, CONFIGS, distance, gradients, model  # noqa: F401
 
@@ -64,10 +68,10 @@ def asked(dtype=torch.float32, **more):
     mask = torch.ones(3, 5, dtype=torch.bool).tril(2).expand(2, 1, 3, 5)
     given = {"attention_mask": mask, "scaling": 0.3, "dropout": 0.0, **more}
     mask = given.pop("attention_mask")
-    usual = AttentionInterface()["sdpa"]
+    plain = AttentionInterface()["sdpa"]
     with attention._instead(attention._attend, dtype):
         found, _ = AttentionInterface()["sdpa"](MODULE, query, key, value, mask, **given)
-    return found, usual(MODULE, query, key, value, mask, **given)[0]
+    return found, plain(MODULE, query, key, value, mask, **given)[0]
 
 
 @pytest.mark.parametrize("mask", ["bool", "added", "all"])
@@ -108,16 +112,56 @@ def test_the_limit_is_a_number_of_scores(monkeypatch):
     assert calls
 
 
-def test_what_pytorchs_refuses_is_refused():
-    """And not left out."""
-    with pytest.raises(ValueError, match="softcap"):
-        asked(softcap=3.0)
+def usual(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **more):
+    """Attention as a model calls it, with what it was told."""
+    return "usual", more
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_word_that_it_does_not_know_is_not_left_out(single):
+    """For many queries and for one; what is None says nothing. The mask may be given by name."""
+    cache = growing_cache(CONFIGS["GPTNeoX"], torch.float32)
+    key, value = cache.update(torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8), 0)
+    query = torch.randn(2, 4, 1 if single else 3, 8)
+    attend = [attention._attend, attention._attend_once][single]
+    mask = torch.ones(2, 1, query.shape[2], 5, dtype=torch.bool)
+    given = cache if single else torch.float32
+    call = partial(attend, given, usual, MODULE, query, key, value, attention_mask=mask)
+    for word in ("softcap", "position_bias"):
+        assert call(**{word: 3.0}) == ("usual", {word: 3.0})
+        assert call(**{word: None})[0] != "usual"
+    assert call(dropout=0.1)[0] == "usual"
+    torch.testing.assert_close(call()[0], call(scaling=8**-0.5)[0])
+
+
+def test_another_models_attention_is_its_own(monkeypatch):
+    """Within a context that is for products in 16 bits."""
+    calls = called(monkeypatch)
+    found, expected = asked(torch.bfloat16)
+    assert torch.equal(found, expected) and not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = asked(torch.bfloat16)
+    assert calls and found.dtype == torch.bfloat16
+
+
+def test_prompts_without_padding_are_read_causally(monkeypatch):
+    """Their mask is none."""
+    monkeypatch.setattr(packed, "FITS", 0)
+    torch.manual_seed(0)
+    network = Network(AutoModelForCausalLM.from_config(CONFIGS["GPTNeoX"]))
+    tokens = torch.randint(1, 50, (3, 8))
+    drawn = sample(network, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.rand(3, 9),
+                   torch.tensor([-1]), 0)  # fmt: skip
+    whole = torch.cat([tokens, drawn.completions], 1)
+    logp = network.model(whole[:, :-1]).logits.log_softmax(-1)[:, 7:]
+    expected = logp.gather(-1, drawn.completions[..., None])[..., 0]
+    torch.testing.assert_close(drawn.logp, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_in_float32_pytorchs_is_as_fast_and_stays():
-    usual = AttentionInterface()["sdpa"]
+    plain = AttentionInterface()["sdpa"]
     with attention.many_queries(torch.float32):
-        assert AttentionInterface()["sdpa"] is usual
+        assert AttentionInterface()["sdpa"] is plain
     with attention.many_queries(torch.bfloat16):
-        assert AttentionInterface()["sdpa"] is not usual
-    assert AttentionInterface()["sdpa"] is usual
+        assert AttentionInterface()["sdpa"] is not plain
+    assert AttentionInterface()["sdpa"] is plain

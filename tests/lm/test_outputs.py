@@ -236,6 +236,8 @@ def test_the_next_sampling_is_written_to_the_same_place():
         learn(one, "dpo", batch, hyper)
     assert all(place is places[1].pop(layer) for layer, place in places[0].items())
     assert not places[1]
+    with one.outputs.recording(torch.zeros(3, 8), torch.zeros(6, 25)):
+        assert not one.outputs.completions  # let go before others are asked for
     head = places[2].pop(one.outputs.head)
     assert head.shape[1] == 20 and all(x.shape[1] == 19 for x in places[2].values())
 
@@ -263,17 +265,40 @@ def test_several_processes_keep_nothing(monkeypatch):
     assert one._outputs_due() is None
 
 
-def test_logits_that_are_held_are_learned_from_in_one_piece(monkeypatch):
-    """To compute those of a chunk again in the backward pass would spare no memory."""
-    one = trained()
+@pytest.mark.parametrize("kept", [True, False])
+def test_logits_that_are_held_are_learned_from_in_one_piece(kept, monkeypatch):
+    """To compute those of a chunk again in the backward pass would spare no memory. Others are."""
+    one, calls, forward = trained(), [], packed.Chosen.forward
     batch, hyper = drawn(one, "dpo", 1)
-    monkeypatch.setattr(network, "LOGIT_BUDGET", 100)
-    _, taken, _, layers = counted(one, batch, hyper, monkeypatch)
-    assert taken == 2 * layers + 1
+    if not kept:
+        one.outputs.clear()
+    monkeypatch.setattr(network, "LOGIT_BUDGET", 100)  # two tokens
+    monkeypatch.setattr(packed.Chosen, "forward", lambda *x: calls.append(1) or forward(*x))
+    learn(one, "dpo", batch, hyper)
+    assert len(calls) == (1 if kept else 2 * -(-int(batch.mask.sum()) // 2))
+
+
+@pytest.mark.parametrize("dtype, most", [("float32", 2e-5), BF16])
+def test_logits_that_stand_in_a_row_become_their_gradients(dtype, most, monkeypatch):
+    """Where no completion ends early, none is copied."""
+    monkeypatch.setattr("tests.lm.test_outputs.ENDS", (-1,))
+    used, found = steps(monkeypatch, 2**30, dtype=dtype)
+    _, expected = steps(monkeypatch, 0, dtype=dtype)
+    assert used and all(distance(found[k], x) < most for k, x in expected.items())
+    monkeypatch.setattr(outputs, "KEEP", 2**30)
+    one = policy(dtype=dtype)
+    learn(one, "dpo", *drawn(one, "dpo", 0))
+    batch, hyper = drawn(one, "dpo", 1)
+    place = one.outputs.completions[one.outputs.head]
+    logits = place.clone()
+    learn(one, "dpo", batch, hyper)
+    assert not torch.equal(place, logits)
+    assert place.float().sum(-1).abs().max() < 0.01  # of a softmax, less what was drawn
 
 
 def test_an_update_that_fails_leaves_nothing_to_take(monkeypatch):
     """It has written gradients where the logits were."""
+    monkeypatch.setattr("tests.lm.test_outputs.ENDS", (-1,))
     one = trained()
     batch, hyper = drawn(one, "dpo", 1)
     state = {k: v.clone() for k, v in one.state().items()}
@@ -404,6 +429,16 @@ def test_rows_and_positions_are_found_again():
     assert found.take(model.head, torch.Size((4,))) is None
     found.ready(torch.tensor([1]), 2, torch.tensor([3, 0]), mask)
     assert found.take(model.plain, torch.Size((2,))) is None  # as does one of another shape
+
+
+def test_rows_that_do_not_follow_each_other_are_copied():
+    """As they are ordered by length: what is between may be permuted."""
+    model = Odd()
+    found, (_, first, _), _ = recorded(model)
+    order = torch.tensor([0, 2, 1, 3])
+    found.ready(torch.tensor([0, 1]), 5, order, WHOLE[:, :2].repeat(4, 1))
+    found.take(model.plain, torch.Size((2, 5)))
+    assert torch.equal(found.take(model.plain, torch.Size((4, 1))), first[order])
 
 
 def test_what_follows_each_other_is_taken_where_it_stands():

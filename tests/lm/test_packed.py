@@ -142,10 +142,30 @@ def test_gradients_are_those_of_a_small_model(model, dtype, most, budget, monkey
             assert found[name].dtype == value.dtype and distance(found[name], value) < most, name
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype, digits", [(torch.float64, 6), (torch.bfloat16, 2)])
+def test_chosen_is_a_log_softmax_in_several_pieces(dtype, digits, temperature, monkeypatch):
+    """Its gradient is left where the logits were."""
+    monkeypatch.setattr(packed, "NEAR", 20)  # two rows
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(5, 9, generator=generator)).to(dtype)
+    tokens, share = torch.tensor([0, 3, 8, 3, 1]), torch.linspace(-1, 2, 5)
+    exact = logits.double().requires_grad_()
+    expected = (exact / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    (expected * share).sum().backward()
+    place = logits.clone().requires_grad_()
+    found = packed.Chosen.apply(place, tokens, temperature)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    grad, = torch.autograd.grad((found * share).sum(), place)
+    assert grad.data_ptr() == place.data_ptr() and grad.dtype == dtype
+    assert (grad.double() - exact.grad).abs().max() < 10**-digits
+
+
 def test_a_second_backward_pass_is_refused():
     """The first has left the gradient where the log-probabilities were."""
     logits = torch.randn(4, 9, requires_grad=True)
-    found = packed.Chosen.apply(logits * 1, torch.arange(4))
+    found = packed.Chosen.apply(logits * 1, torch.arange(4), 1.0)
     found.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         found.sum().backward()
