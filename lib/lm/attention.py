@@ -34,8 +34,9 @@ def one_query(cache: DynamicCache) -> Iterator[None]:
 
 @contextmanager
 def many_queries(dtype: torch.dtype) -> Iterator[None]:
-    """By products in a dtype of 16 bits, where a mask is given and the scores of one layer are
-    `MOST` at most; in float32, where products gain little, as usual."""
+    """By products in a dtype of 16 bits, where the scores of one layer are `MOST` at most: they
+    round as those of `one_query`, so that scoring finds what sampling did. In float32, where
+    products gain little, as usual."""
     with _instead(_attend, dtype) if dtype != torch.float32 else nullcontext():
         yield
 
@@ -77,12 +78,22 @@ def _attend(
     """(S, heads, n, w) of queries -> (S, n, heads, w). `usual` for all that is not that simple, or
     whose products are in another dtype: of another model."""
     of = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    many = query.shape[:3].numel() * key.shape[2] > MOST
-    if of != dtype or attention_mask is None or many or dropout or _asked(more):
-        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                     **more)  # fmt: skip
-    keys, values = key.to(dtype), value.to(dtype)
-    return _products(query, keys, values, attention_mask, scaling, key.shape[2]), None
+    n, used = query.shape[2], key.shape[2]
+    many = query.shape[:3].numel() * used > MOST
+    mask = attention_mask
+    if of == dtype and not (many or dropout or _asked(more)):
+        if mask is None and n == used and _causal(module, more):
+            mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+        if mask is not None:
+            return _products(query, key.to(dtype), value.to(dtype), mask, scaling, used), None
+    return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                 **more)  # fmt: skip
+
+
+def _causal(module: nn.Module, more: dict[str, Any]) -> bool:
+    """Whether a query sees the keys up to its own where no mask says it, as transformers asks."""
+    told = more.get("is_causal")
+    return getattr(module, "is_causal", True) if told is None else told
 
 
 def _asked(more: dict[str, Any]) -> bool:

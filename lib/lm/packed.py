@@ -178,7 +178,7 @@ class Chosen(torch.autograd.Function):
     a temperature, and tokens (N,) -> (N,) nats.
 
     The gradient takes the place of the logits, which nobody may read again: to be handed another by
-    the system would take longer than the arithmetic does. What is in float32 is `NEAR` at most.
+    the system would take longer than the arithmetic does. Copies are of `NEAR` logits at most.
     """
 
     @staticmethod

@@ -14,7 +14,9 @@ from lib.lm import attention, packed
 from lib.lm.cache import growing_cache
 from lib.lm.decode import sample
 from lib.lm.network import Network
-from tests.lm.test_packed import BF16, CONFIGS, distance, gradients, model  # noqa: F401
+from lib.lm.policy import Scorer
+from lib.rollouts import Rollout
+from tests.lm.test_packed import BF16, CONFIGS, distance, gradients, model, rows  # noqa: F401
 
 MODULE = nn.Module()
 MODULE.is_causal = True
@@ -102,6 +104,41 @@ def test_what_it_does_not_know_is_pytorchs_to_the_bit(more, monkeypatch):
     monkeypatch.setattr(attention, "MOST", more.pop("most", attention.MOST))
     found, expected = asked(**more)
     assert torch.equal(found, expected) and not calls
+
+
+def test_without_a_mask_a_query_sees_what_is_before_it(monkeypatch):
+    """Where it is to; keys of which none is masked are PyTorch's affair."""
+    calls = called(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
+    plain = AttentionInterface()["sdpa"]
+    for told in (None, True, False):
+        given = (MODULE, query, key, value, None)
+        with attention._instead(attention._attend, torch.float32):
+            found, _ = AttentionInterface()["sdpa"](*given, is_causal=told)
+        expected, _ = plain(*given, is_causal=told)
+        torch.testing.assert_close(found, expected)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=BF16.marks)])
+@pytest.mark.parametrize("padded", [True, False])
+def test_in_16_bits_scoring_finds_what_sampling_did(padded, dtype, monkeypatch):
+    """By other attention it is off by more than a hundredth."""
+    monkeypatch.setattr(packed, "FITS", 0)
+    torch.manual_seed(0)
+    network = Network(AutoModelForCausalLM.from_config(CONFIGS["grouped heads"]), dtype=dtype)
+    scorer, (tokens, mask) = Scorer(network, (-1,), 0), rows()
+    mask = mask if padded else torch.ones_like(mask)
+    off = []
+    for limit in (attention.MOST, 0):
+        monkeypatch.setattr(attention, "MOST", limit)
+        drawn = scorer.sample(tokens, mask, torch.rand(3, 9, generator=torch.manual_seed(1)))
+        batch = Rollout(prompts=tokens, prompt_mask=mask, completions=drawn.completions[:, None],
+                        mask=drawn.mask[:, None], logp=drawn.logp[:, None], ref=None,
+                        rewards=torch.zeros(3, 1), scale=drawn.scale)  # fmt: skip
+        off.append((scorer.score(batch) - batch.logp).abs().max().item())
+    assert off[0] < 1e-5 and off[1] > 0.01
 
 
 def test_the_limit_is_a_number_of_scores(monkeypatch):

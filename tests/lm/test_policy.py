@@ -359,6 +359,19 @@ def test_a_model_that_continues_otherwise_reads_whole_rows(model, monkeypatch):
     assert Network(model).continues and not Network(model, checkpointing=True).continues
 
 
+def test_whether_a_model_continues_is_tried_in_float32(model, monkeypatch):
+    """As far as its weights allow: what 16 bits round off is no sign of another answer."""
+    tried, continued = [], Network.continued
+    monkeypatch.setattr(
+        Network, "continued", lambda self, *x: tried.append(self.dtype) or continued(self, *x)
+    )
+    network = Network(model, dtype="bfloat16")
+    assert network.continues and network.dtype == "bfloat16"
+    model.get_input_embeddings().to(torch.bfloat16)
+    assert Network(model, dtype="bfloat16").dtype == "bfloat16"
+    assert tried == ["float32", "bfloat16"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_pairs_that_are_all_tied_leave_the_policy_as_it_is(folder, dtype):
     method = METHODS["dpo"]
