@@ -21,7 +21,7 @@ from lib.lm.outputs import Outputs
 
 # Bytes of float32 weights below which a processor's cache holds them, and nothing is done here.
 FITS = 2**25
-NEAR = 2**18  # logits of which all is computed at once: 1 MB
+PIECE = 2**18  # logits of which all is computed at once: 1 MB
 
 
 def large(model: nn.Module) -> bool:
@@ -131,15 +131,16 @@ class _Differentiable(torch.autograd.Function):
     """A layer's product and its gradients, each in the dtype of what it is the gradient of.
 
     x (..., inputs), weight and bias of the layer, the weight's transpose as it is packed, and what
-    gives the product of an x in that dtype. -> (..., outputs).
+    gives the product of an x in that dtype. -> (..., outputs). The weight's gradient is added in
+    place to what its `grad` has in that dtype: `torch.autograd.grad` would not find it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, _: Tensor | None, back: Tensor,
+        ctx: Any, x: Tensor, weight: nn.Parameter, _: Tensor | None, back: Tensor,
         product: Callable[[Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
-        ctx.back, ctx.dtypes = back, (x.dtype, weight.dtype)
+        ctx.weight, ctx.back, ctx.dtype = weight, back, x.dtype
         x = x.to(back.dtype)
         ctx.save_for_backward(x)
         out = product(x)
@@ -148,16 +149,32 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (of_x, of_weight) = ctx.saved_tensors, ctx.dtypes
-        rows = grad.reshape(-1, grad.shape[-1])
+        (x,), weight, live = ctx.saved_tensors, ctx.weight, None
+        rows, x = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+        if not (rows[0].any() and rows[-1].any()):
+            # Padding, or what the last layer made of a prompt: nothing is learned from it
+            live = rows.any(-1).nonzero()[:, 0]
+            rows, x = rows[live], x[live]
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = _product(ctx.back, None, grad.contiguous()).to(of_x)
+            dx = _product(ctx.back, None, rows.contiguous()).to(ctx.dtype)
+            if live is not None:
+                count = grad.shape[:-1].numel()
+                dx = dx.new_zeros(count, dx.shape[-1]).index_copy_(0, live, dx)
+            dx = dx.view(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            dw = rows.t().mm(x.reshape(-1, x.shape[-1])).to(of_weight)
+            dw = _added(weight.grad, rows.t(), x, weight.dtype)
         if ctx.needs_input_grad[2]:
-            db = rows.sum(0, dtype=of_weight)
+            db = rows.sum(0, dtype=weight.dtype)
         return dx, dw, db, None, None
+
+
+def _added(held: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A product that is a gradient in `dtype`; None where it was added to the one that is held."""
+    if held is None or held.dtype != a.dtype:
+        return a.mm(b).to(dtype)
+    held.addmm_(a, b)
+    return None
 
 
 @cache
@@ -178,7 +195,7 @@ class Chosen(torch.autograd.Function):
     a temperature, and tokens (N,) -> (N,) nats.
 
     The gradient takes the place of the logits, which nobody may read again: to be handed another by
-    the system would take longer than the arithmetic does. Copies are of `NEAR` logits at most.
+    the system would take longer than the arithmetic does. Copies are of `PIECE` logits at most.
     """
 
     @staticmethod
@@ -199,12 +216,14 @@ class Chosen(torch.autograd.Function):
         grad = grad[:, None] / ctx.temperature
         for rows, of, norm, share in _pieces(logits, tokens[:, None], norms, grad):
             own = rows.float()  # itself, if it is in float32
-            own.div_(ctx.temperature).sub_(norm).exp_().mul_(-share).scatter_add_(-1, of, share)
+            if ctx.temperature != 1:
+                own.div_(ctx.temperature)
+            own.sub_(norm).exp_().mul_(-share).scatter_add_(-1, of, share)
             rows.copy_(own)
         return logits, None, None
 
 
 def _pieces(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of logits (N, V) and of the others, so many that they stay in a processor's cache."""
-    count = max(1, NEAR // logits.shape[-1])
+    count = max(1, PIECE // logits.shape[-1])
     return zip(*(x.split(count) for x in (logits, *others)), strict=True)

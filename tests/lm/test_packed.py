@@ -142,11 +142,45 @@ def test_gradients_are_those_of_a_small_model(model, dtype, most, budget, monkey
             assert found[name].dtype == value.dtype and distance(found[name], value) < most, name
 
 
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-5), BF16])
+@pytest.mark.parametrize("dead", [[], [0, 1], [4, 8], range(9)])
+def test_gradients_are_added_to_those_before_and_no_row_of_zeros_is_multiplied(
+    dead, dtype, most, monkeypatch
+):
+    torch.manual_seed(0)
+    of, product, multiplied = getattr(torch, dtype), packed._product, []
+    monkeypatch.setattr(packed, "_product", lambda w, b, x: multiplied.append(len(x)) or
+                        product(w, b, x))  # fmt: skip
+    layer, inputs, share = torch.nn.Linear(32, 16), torch.randn(2, 3, 3, 32), torch.randn(3, 3, 16)
+    share.view(9, 16)[list(dead)] = 0
+    back = packed._pack(layer.weight.detach().to(of).t().contiguous(), 9)
+    found, expected, place = [], [], None
+    for x in inputs:
+        x = x.requires_grad_()
+        known = layer(x).detach().to(of)
+        out = packed._Differentiable.apply(x, layer.weight, layer.bias, back, lambda _, k=known: k)
+        (out * share).sum().backward()
+        found.append(x.grad)
+        assert place in (None, layer.weight.grad.data_ptr())
+        place = layer.weight.grad.data_ptr()
+    found += [layer.weight.grad, layer.bias.grad]
+    layer.zero_grad()
+    for x in inputs.detach():
+        x = x.requires_grad_()
+        (layer(x) * share).sum().backward()
+        expected.append(x.grad)
+    expected += [layer.weight.grad, layer.bias.grad]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and one.shape == other.shape
+        assert torch.equal(one, other) if len(dead) == 9 else distance(one, other) < most
+    assert multiplied == [9 - len(dead)] * 2
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype, digits", [(torch.float64, 6), (torch.bfloat16, 2)])
 def test_chosen_is_a_log_softmax_in_several_pieces(dtype, digits, temperature, monkeypatch):
     """Its gradient is left where the logits were."""
-    monkeypatch.setattr(packed, "NEAR", 20)  # two rows
+    monkeypatch.setattr(packed, "PIECE", 20)  # two rows
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(5, 9, generator=generator)).to(dtype)
     tokens, share = torch.tensor([0, 3, 8, 3, 1]), torch.linspace(-1, 2, 5)
