@@ -16,13 +16,14 @@ reward lies: `lib.decisions.PROBLEMS`.
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from lib import cards, decisions, methods, overview, stats
+from lib import cards, decisions, experiments, methods, overview, stats
 from lib.chapter import Chapter
 from lib.decisions import MIN_SEEDS, PROBLEMS, Entry, Problem, Standing, label
 from lib.experiments import Setting
@@ -30,6 +31,7 @@ from lib.overview import Chapters, Values
 from lib.tables import interval_text
 
 ALIKE = 2  # margins of a problem: how far methods' means may part for the loss to matter little
+ENDED = 0.9  # share of answers that end, below which the page warns
 PICKS = 3  # methods that the default names for either kind of data, at most
 PLACES = {("far", "apart"): "far", ("far", "close"): "far, pairs near it", ("near", None): "near"}
 Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each problem that has it
@@ -38,7 +40,8 @@ Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each prob
 def short_answers(chapters: Chapters) -> str:
     """Four answers as a Markdown list: a default, sample or not, old samples, fixed data."""
     results = decisions.collect(chapters)
-    found = (default(results), sampling(results), old_samples(chapters), fixed_data(results))
+    found = (default(results), sampling(results), old_samples(chapters),
+             fixed_data(results, chapters))  # fmt: skip
     return "\n".join(f"- {textwrap.indent(text, '  ').lstrip()}" for text in found)
 
 
@@ -105,9 +108,10 @@ class Record:
         """Where it led and where it failed, as a row of a table."""
         return {
             "method": f"{self.name} ({self.side})", "needs": self.needs,
-            "level with the best on": _titles(self.led),
-            "behind on": _titles(p for p in self.ran if p not in self.led),
-            "a run ended below the untrained model on": _titles(self.harmed),
+            "level with the best of its kind on": _titles(self.led),
+            "behind it on": _titles(p for p in self.ran if p not in self.led),
+            "a run ended below the untrained model by more than the margin on": _titles(
+                self.harmed),
         }  # fmt: skip
 
 
@@ -128,16 +132,17 @@ def default(results: pd.DataFrame) -> str:
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
     head = ("**If you want one default**, and no branch of the chart below fits, go by the "
-            "problems (described below) on which a method is *level with the best*, which is not "
-            "shown to be ahead of it by a margin that matters:")
+            "problems (described below) on which a method is *level with the best* of its kind, "
+            "on-policy or offline, which is not shown to be ahead of it by a margin that "
+            "matters:")  # fmt: skip
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
         told.append(f"- On {_and(unsolved)} no method ends above the untrained model: being level "
                     "there counts for none.")  # fmt: skip
-    legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, or not told "
-              "apart from it. \N{DAGGER}: a run ended below the untrained model by more than the "
-              "margin. \N{EN DASH}: not run.")  # fmt: skip
+    legend = ("Final reward, the mean over seeds. **Bold**: the best of the column, on-policy "
+              "and offline together, or level with it. \N{DAGGER}: a run ended below the untrained "
+              "model by more than the margin. \N{EN DASH}: not run.")  # fmt: skip
     rule = (f"Of the on-policy methods {len(left[0])}, of the offline ones {len(left[1])} were run "
             "on more than half of the problems and led on more than half of those. The default "
             f"names at most {PICKS} of either, those that failed least often.")  # fmt: skip
@@ -265,8 +270,8 @@ def _loss(counted: Iterable[Problem], sides: Mapping[Problem, tuple[Values, Valu
     much = [p.title for p in spread if p.title not in little]
     if not little or not much:
         return "The loss matters as well." if much else "Which loss you take then matters little."
-    return (f"Which on-policy loss you take matters little on {_and(little)}; on {_and(much)} "
-            "their means are far apart.")  # fmt: skip
+    return (f"Which on-policy loss you take matters little (means within {ALIKE} margins) on "
+            f"{_and(little)}; on {_and(much)} their means are far apart.")  # fmt: skip
 
 
 def _range(found: Values) -> str:
@@ -308,10 +313,10 @@ def old_samples(chapters: Chapters) -> str:
             groups.setdefault(key, []).append(p.title)
     said: dict[tuple, list[str]] = {}
     for (n, ran, (best, worst), slower), titles in groups.items():
-        less = "loses less speed by it" if slower else "loses less at the end"
-        said.setdefault((n, ran), []).append(f"{best} {less} than {worst} on {_and(titles)}")
-    order = [f"With one sampling for {n} updates, of {_listed(ran)}, {'; '.join(parts)}."
-             for (n, ran), parts in said.items()]  # fmt: skip
+        costs = "slow {} more than {}" if slower else "cost {} more final reward than {}"
+        said.setdefault((n, ran), []).append(f"{costs.format(worst, best)} on {_and(titles)}")
+    order = [f"Old samples {'; they '.join(parts)} (one sampling for {n} updates; {_listed(ran)} "
+             "ran)." for (n, ran), parts in said.items()]  # fmt: skip
     gains: dict[tuple[str, bool], list[str]] = {}
     for p, rare in counted.items():
         for name in (n for n, change in rare.items() if _beyond(p, change)):
@@ -319,8 +324,6 @@ def old_samples(chapters: Chapters) -> str:
     order += [f"{overview.short(name)} even {'learns faster' if faster else 'ends higher'} with "
               f"old samples on {_and(titles)}."
               for (name, faster), titles in gains.items()]  # fmt: skip
-    if any(slower for *_, slower in groups):
-        order.append("Slowed is not worse: where they end is in the chart.")
     rows = [
         {"problem": p.title, "updates per sampling": serves[p],
          "what old samples change in": _judged(p),
@@ -332,7 +335,25 @@ def old_samples(chapters: Chapters) -> str:
         head = "take a loss with a negative gradient." if split else "mind the loss."
         head = f"**If sampling is slow, {head}**"
     shortest = {p: min(rare.values(), key=len) for p, rare in found.items()}
-    return _answer(f"{head} {' '.join(order)}", _numbers(rows, shortest))
+    told = " ".join(filter(None, [head, _level(chapters), *order]))
+    return _answer(told, _numbers(rows, shortest))
+
+
+def _level(chapters: Chapters) -> str:
+    """Who ends level with the best however rare the sampling, in a sentence; "" if nobody does."""
+    groups: dict[int, list[Standing]] = {}
+    for found in _standings(decisions.collect(chapters), "rare"):
+        groups.setdefault(found.serves, []).append(found)
+    parts, side = [], f" ({decisions.SIDES[0]})"
+    for serves, own in sorted(groups.items()):
+        ran = Counter(label(e.method) for s in own for e in s.entries)
+        named = [f"{name.removesuffix(side)} ({ran[name]})"
+                 for name in decisions.recommended(own) if name.endswith(side)]  # fmt: skip
+        parts += [f"{_and(named)} with one sampling for {serves} updates"] if named else []
+    if not parts:
+        return ""
+    return ("Level with the best at the end on every problem that ran them (so many): "
+            f"{'; '.join(parts)}.")  # fmt: skip
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -406,7 +427,7 @@ def _extremes(rare: Values) -> tuple[str, str]:
     return best, min(others, key=lambda name: (highs[name], means[name]))
 
 
-def fixed_data(results: pd.DataFrame) -> str:
+def fixed_data(results: pd.DataFrame, chapters: Chapters) -> str:
     """Which loss for fixed data, by the gap that a negative gradient makes on each problem."""
     sides = {p: by_gradient(results, p) for p in PROBLEMS}
     gaps = _each(lambda p: _lead(*sides[p]))
@@ -422,7 +443,8 @@ def fixed_data(results: pd.DataFrame) -> str:
         } for p, gap in counted.items()
     ]  # fmt: skip
     notes = "In brackets: the worst run."
-    told = " ".join(filter(None, [_turn(counted), best, _leaning(counted)]))
+    told = " ".join(filter(None, [_turn(counted), best, _leaning(counted),
+                                  _unended(chapters)]))
     return _answer(told, _numbers(rows, gaps, notes))
 
 
@@ -453,6 +475,23 @@ def _leaning(gaps: Gaps) -> str:
     return ("Where the two differ, the rule was: push down if both answers of a pair are your own "
             "model's, only pull up if the preferred ones lie where the reward is. But "
             f"{which} a problem on which neither is ahead.")  # fmt: skip
+
+
+def _unended(chapters: Chapters) -> str:
+    """A warning where offline DPO's answers no longer end; "" if they do everywhere."""
+    shares: dict[str, float] = {}
+    for p in PROBLEMS:
+        setting = Setting("dpo_offline", p.name, p.base).name
+        chapter = overview.home(chapters, setting)
+        rows = None if chapter is None else chapter.reported(setting)
+        if rows is not None and len(rows) and "ended" in rows:
+            shares[p.title] = float(experiments.final(rows)["ended"].mean())
+    few = [f"{share:.0%} on {title}" for title, share in shares.items() if share < ENDED]
+    if not few:
+        return ""
+    return (f"Offline DPO can stop ending its answers: after training {_and(few)} still end. Watch "
+            "that share and try small learning rates ([how it happens]"
+            "(negative_gradient_length.ipynb)).")  # fmt: skip
 
 
 def by_gradient(results: pd.DataFrame, problem: Problem) -> tuple[Values, Values]:

@@ -65,7 +65,7 @@ class Measure:
 
 MEASURES: dict[str, dict[str, Measure]] = {
     "bandit": {
-        SPEED: Measure("reward on the way", NEAR, usual=True),
+        SPEED: Measure("mean reward over training", NEAR, usual=True),
         FINAL: Measure("reward at the end", NEAR, usual=True),
         KL: Measure("KL at the end, nats", 1.0),
         "mean reward over the first 100 updates": Measure("reward, first 100 updates", NEAR),

@@ -534,8 +534,8 @@ def _claim_text(row: dict[str, Any], verdicts: Sequence[claims.Verdict]) -> str:
     own = [v for v in verdicts if v.rule.claim == row["claim"]]
     comparisons = [_comparison(v) for v in own]
     # the verdict stands where a narrow page shows it
-    columns = ["comparison", "verdict", "effect", "95% interval", "seeds"]
-    table = cards.markdown(pd.DataFrame(comparisons, columns=columns), "llrlr")
+    columns = ["comparison", "verdict", "effect", "95% interval", "claimed", "seeds"]
+    table = cards.markdown(pd.DataFrame(comparisons, columns=columns), "llrllr")
     elsewhere = _elsewhere(row["claim"], {v.rule.chapter for v in own})
     return f"**{row['claim']}** {badge(row['verdict'])} {row['says']}.{elsewhere}\n\n{table}"
 
@@ -553,8 +553,8 @@ def _comparison(v: claims.Verdict) -> tuple[Any, ...]:
     if v.seeds:
         digits = 3 - sum(abs(v.effect) >= size for size in (1, 10))
         numbers = (f"{v.effect:+.{digits}f}", f"{v.low:+.{digits}f} to {v.high:+.{digits}f}")
-    verdict = badge(v.verdict) + ("; as claimed it is excluded" if v.excluded else "")
-    return f"{v.rule.says} ({v.rule.statistic})", verdict, *numbers, v.seeds
+    verdict = badge(v.verdict) + (", but not as claimed" if v.excluded else "")
+    return f"{v.rule.says} ({v.rule.statistic})", verdict, *numbers, v.rule.claimed, v.seeds
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -8,6 +8,7 @@ in `book/assets/static/custom.css`. Chapter: index.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from lib.decisions import (
     Standing,
     by_side,
     label,
+    recommended,
 )
 
 QUESTIONS = (
@@ -74,6 +76,19 @@ def take(leaf: Leaf) -> str:
         return ""
     if not any(s.votes for s in leaf.standings):
         return f"Fewer than {MIN_SEEDS} seeds so far."
+    rates = sorted({s.serves for s in leaf.standings if s.votes})
+    if len(rates) == 1:
+        return _take(leaf)
+    parts = []
+    for rate in rates:  # what bears four updates need not bear fifty
+        own = tuple(s for s in leaf.standings if s.serves == rate)
+        found = _take(replace(leaf, standings=own, recommended=recommended(own)))
+        parts.append(f"For {rate} updates: {found[0].lower()}{found[1:]}")
+    return " ".join(parts)
+
+
+def _take(leaf: Leaf) -> str:
+    """The same for problems on which one sampling serves as many updates."""
     if not leaf.recommended:
         return "No method leads on all its problems."
     safe = [name for name in leaf.recommended if not any(e.harms for e in leaf.found(name))]
@@ -111,11 +126,11 @@ def _standing(found: Standing) -> str:
     n = f"{found.n} seed{'s' if found.n > 1 else ''}"
     n += f", one sampling for {found.serves} updates" if found.serves > 1 else ""
     if not found.votes:
-        return (f"**{found.problem.title}**: {n}; too few seeds to count. First in so many: "
-                f"{_counts(found.entries)}. Evidence: {links}.")  # fmt: skip
+        return (f"**{found.problem.title}**: {n}; too few seeds to count. Seeds in which each came "
+                f"first: {_counts(found.entries)}. Evidence: {links}.")  # fmt: skip
     behind = [e for e in found.entries if not e.leads]
     lines = [_entry(e, found) for e in found.entries if e.leads]
-    lines += [f"- Behind, first in so many: {_counts(behind)}"] if behind else []
+    lines += [f"- Behind (seeds in which it came first): {_counts(behind)}"] if behind else []
     lines += _memory(found.entries)
     start = f"untrained {found.start:.2f}{found.problem.unit}"
     if not found.solved:

@@ -64,6 +64,13 @@ class Rule:
         experiments.check_chapter(self.chapter)
         terms(self.contrast)
 
+    @property
+    def claimed(self) -> str:
+        """ "> 0.02", "< -1", "within 2 of 0": where the interval of what is reproduced lies."""
+        if self.direction == "=":
+            return f"within {self.equivalence:g} of 0"
+        return f"> {self.margin:g}" if self.direction == ">" else f"< {0 - self.margin:g}"
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -100,7 +100,7 @@ def _winner(found: Values) -> str:
     text = f"**{short(top)}** {interval_text(found[top])}, worst run {found[top].min():.2f}"
     level = not_told_apart(found)
     if len(level) == len(found) - 1 and len(level) > 1:
-        return f"{text}; level with it: all the others"
+        return f"{text}; level with it: all other on-policy methods"
     return text + (f"; level with it: {', '.join(map(short, level))}" if level else "")
 
 

@@ -175,7 +175,7 @@ def test_a_comparison_with_bars_stays_in_its_column():
     row = {"claim": rule.claim, "verdict": "reproduced", "says": "so"}
     text = chapter._claim_text(row, [claims.Verdict(rule, "reproduced", 1.0, 0.5, 1.5, 20)])
     *_, line = text.splitlines()
-    assert line.replace(r"\|", "").count("|") == 6 and "+0.50 to +1.50" in line
+    assert line.replace(r"\|", "").count("|") == 7 and "+0.50 to +1.50" in line
 
 
 def test_a_claim_says_where_else_it_is_judged():

@@ -66,12 +66,13 @@ def test_a_leaf_gives_frequency_interval_n_costs_and_links(text):
     assert "first in 6 of 6 (61% to 100%); final reward" in line
     assert "final reward 0.90 (0.90 to 0.90), worst run 0.90" in line
     assert "100 completions given, 2.0" in line
-    assert "- Behind, first in so many: RWR (offline) 0" in text
+    assert "- Behind (seeds in which it came first): RWR (offline) 0" in text
     assert f"**{FAR.title}** (untrained -99.00): 6 seeds. Evidence" in text
     assert "- Peak memory, estimated: 10 MiB" in text
     counts = "1 reproduced, 1 not reproduced"
     assert f"bear on this: {counts} ([negative gradient](negative_gradient.ipynb))." in text
-    few = "2 seeds; too few seeds to count. First in so many: RWR (offline) 2, DPO (offline) 0."
+    few = ("2 seeds; too few seeds to count. Seeds in which each came first: RWR (offline) 2, "
+           "DPO (offline) 0.")  # fmt: skip
     assert f"**{ALSO.title}**: {few} Evidence: [a](a.ipynb)." in text
 
 
@@ -100,7 +101,7 @@ def test_an_outcome_has_the_badge_of_its_verdict(verdict, badge, other):
 def test_who_does_not_lead_but_was_first_once_is_named():
     table = results({"dpo_offline": [0.9] * 20, "rwr_offline": [0.3] * 19 + [1.0]})
     text = chart.chart(leaves(table, ("reproduced",)))
-    assert "- Behind, first in so many: RWR (offline) 1" in text
+    assert "- Behind (seeds in which it came first): RWR (offline) 1" in text
 
 
 def test_a_method_that_may_harm_is_named_apart():
@@ -130,6 +131,19 @@ def test_on_policy_and_offline_methods_are_told_apart():
     assert chart.take(found) == "Leading so far: on-policy DPO, PPO; offline DPO."
     assert "6 seeds, one sampling for 50 updates." in chart.chart(
         decisions.leaves(table, verdicts("reproduced"), ALL))  # fmt: skip
+
+
+def test_a_rare_sampling_is_answered_for_each_number_of_updates():
+    """What leads on problems where it serves 4 need not lead where it serves 50."""
+    parts = [results({"rwr": [-2.0] * 6, "dpo_offline": [-20.0] * 6}, "min", choice="rare"),
+             results({"rwr": [0.1] * 6, "dpo": [0.9] * 6, "dpo_offline": [0.8] * 6},
+                     choice="rare")]  # fmt: skip
+    table = pd.concat([parts[0].assign(serves=4), parts[1].assign(serves=50)])
+    found = decisions.leaf("rare", ("far", "apart"), table, verdicts("reproduced"), ALL)
+    assert found.recommended == ("DPO (on-policy)",)
+    said = chart.take(found)
+    assert said.index("For 4 updates: leading so far: on-policy RWR.") < said.index(
+        "For 50 updates: leading so far: on-policy DPO.")  # fmt: skip
 
 
 def test_the_table_has_every_method_of_every_leaf():

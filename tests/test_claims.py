@@ -200,6 +200,20 @@ def test_an_open_comparison_may_exclude_what_is_claimed():
     assert not found(-0.05, -0.03, verdict="not reproduced")
 
 
+@pytest.mark.parametrize(("direction", "margin", "says"), [
+    (">", 2.0, "> 2"), ("<", 0.5, "< -0.5"), ("<", 0.0, "< 0"), (">", 0.0, "> 0"),
+    ("=", 2.0, "within 0.02 of 0"),
+])  # fmt: skip
+def test_what_a_comparison_claims_is_where_its_verdict_turns(direction, margin, says):
+    own = rule(direction, margin=margin, equivalence=0.02)
+    assert own.claimed == says
+    if direction != "=":
+        sign = 1 if direction == ">" else -1
+        beyond, short = ((margin + off) * sign for off in (0.1, -0.01))
+        assert claims._decide(own, *sorted((beyond, beyond + sign)), 20) == "reproduced"
+        assert claims._decide(own, *sorted((short, beyond + sign)), 20) == "inconclusive"
+
+
 def test_a_comparison_of_two_claims_counts_once():
     one, other = (replace(rule(), id=name, claim=name) for name in "ab")
     same = [claims.Verdict(r, "reproduced", 0.5, 0.4, 0.6, 20) for r in (one, other)]

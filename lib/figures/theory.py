@@ -45,6 +45,13 @@ def steps(table: pd.DataFrame, shown: Sequence[int] = (0, 2, 6, 20)) -> Figure:
     return figure
 
 
+# Where lines of equal push are labelled: clear of the frame and of each other
+MARKED = {
+    "forward": [(0.3 - push / 20, 0.3 + push / 20) for push in range(-5, 6)],
+    "reverse": [(0.3, 0.5), (0.42, 0.4), (0.42, 0.33), (0.42, 0.26), (0.5, 0.25), (0.38, 0.06)],
+}
+
+
 def pushes(table: pd.DataFrame) -> Figure:
     """Lines of equal push in the (p, q) plane: of `scenes.push_grid`."""
     with panels(1, 2, sharex=True) as (figure, axes):
@@ -53,7 +60,7 @@ def pushes(table: pd.DataFrame) -> Figure:
             grid = table.pivot(index="q", columns="p", values=objective)
             lines = panel.contour(grid.columns, grid.index, grid, np.arange(-5, 7) / 10,
                                   colors=LOOKS[objective]["color"], linewidths=1.2)  # fmt: skip
-            panel.clabel(lines, fmt="%.1f")
+            panel.clabel(lines, fmt="%.1f", manual=MARKED[objective])
             panel.plot([0, 0.6], [0, 0.6], color=GREY, linestyle=":", linewidth=1)
             panel.set(title=f"{objective} KL", ylabel="target, q", xlim=(0, 0.6), ylim=(0, 0.6))
         axes[-1, 0].set_xlabel("mass now, p")
