@@ -128,8 +128,10 @@ class Scorer:
     def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
         """C completions of every prompt. prompts (P, *) padded on the left; uniforms (P C, L).
 
-        Completions of a prompt stand together. Raises: ValueError if C is not a whole number.
+        Completions of a prompt stand together.
+        Raises: ValueError if C is no whole number, or for prompts that are padded on the right.
         """
+        _check_left(prompt_mask)
         count = exact_div(len(uniforms), len(prompts), "completions of the prompts")
         own = parallel.mine(torch.arange(len(prompts), device=prompts.device))
         rows = (own[:, None] * count + torch.arange(count, device=own.device)).flatten()
@@ -151,8 +153,12 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Tensor:
-        """log pi(y_t | x, y_<t) of a rollout's completions: (P, C, L) nats, 0 off the mask."""
+        """log pi(y_t | x, y_<t) of a rollout's completions: (P, C, L) nats, 0 off the mask.
+
+        Raises: ValueError for prompts that are padded on the right.
+        """
         rows = Rows.of_rollout(batch)
+        _check_left(rows.prompt_mask)
         out = torch.zeros(rows.mask.shape, device=rows.mask.device)
         network = self.network
         with network.packed(self.budget):
@@ -245,6 +251,11 @@ class Rows:
         """Share of the tokens that need not be read if each prompt is read once."""
         (prompts, width), (rows, length) = self.prompts.shape, self.completions.shape
         return (rows - prompts) * width / (rows * (width + length))
+
+
+def _check_left(prompt_mask: Tensor) -> None:
+    if not prompt_mask[:, -1].all():
+        raise ValueError("prompts must be padded on the left: of some the last token is padding")
 
 
 def _cut(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:

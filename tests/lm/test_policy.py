@@ -106,6 +106,30 @@ def test_scores_do_not_move_with_buckets_padding_or_neighbours(model):
     torch.testing.assert_close(alone, scores[2:3], atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_that_are_padded_on_the_right_are_refused(model):
+    """Their completions would follow padding: other tokens, other log-probabilities."""
+    batch, scorer = rollout(side="right"), Scorer(Network(model), (EOS,), PAD)
+    with pytest.raises(ValueError, match="padded on the left"):
+        scorer.score(batch)
+    with pytest.raises(ValueError, match="padded on the left"):
+        scorer.sample(batch.prompts, batch.prompt_mask, torch.rand(len(PROMPTS), 3))
+
+
+def test_no_more_logits_are_held_than_the_budget(model, monkeypatch):
+    """Scored and learned from in chunks, each computed again in the backward pass."""
+    batch, network = rollout(), Network(model)
+    budget, held, softmax = 8 * network.vocabulary, [], torch.Tensor.log_softmax
+    monkeypatch.setattr(network_module, "LOGIT_BUDGET", budget)
+    monkeypatch.setattr(torch.Tensor, "log_softmax",
+                        lambda x, dim: held.append(x.numel()) or softmax(x, dim))  # fmt: skip
+    policy, method = CausalPolicy(network, (EOS,), PAD, 1e-3), METHODS["rwr"]
+    scored = policy.score(batch)
+    batch = batch.labelled(method.prepare(batch, method.hyper))
+    logp, _ = policy.update(batch, method, method.hyper, method.items(batch))
+    torch.testing.assert_close(logp, scored, atol=1e-5, rtol=1e-5)
+    assert len(held) > 6 and max(held) == budget
+
+
 def test_reward_scores_do_not_move_with_buckets_padding_or_neighbours(tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -114,6 +138,7 @@ def test_reward_scores_do_not_move_with_buckets_padding_or_neighbours(tmp_path):
     scores = reward.score(batch)
     torch.testing.assert_close(RewardModel(model, budget=1).score(batch), scores)
     torch.testing.assert_close(reward.score(rollout(pad=EOS)), scores)
+    torch.testing.assert_close(reward.score(rollout(side="right")), scores)
     torch.testing.assert_close(reward.score(batch.narrow(1, 1)), scores[1:2])
     # without padding transformers finds the last token itself
     prompt, completion = next(rows_of(batch))
