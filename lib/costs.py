@@ -77,13 +77,13 @@ def table_3_lengths(
     for task, parts in lines.items():
         in_paper = printed(f"{task}_length")
         for title, rows in parts.items():
-            row = in_paper[rows["method"].iloc[0]]
+            row = in_paper.get(rows["method"].iloc[0])  # it has no preferences of one's own
             took = _cost(rows, rows["target"].iloc[0])
             found.append({
                 "task": tasks[task], "method": title,
-                "paper: length": f"{row.value:.1f} ({row.spread_as_printed:.1f})",
+                "paper: length": f"{row.value:.1f} ({row.spread_as_printed:.1f})" if row else "-",
                 "ours: length": tables.interval_text(stats.per_run(rows, "final length"), digits=1),
-                "paper: hours": f"{row.hours:g}",
+                "paper: hours": f"{row.hours:g}" if row else "-",
                 "ours: reached by": took["reached by"], "seconds to it": _time(took["seconds"]),
                 "updates": _count(took["updates"]), "responses": _count(took["completions"]),
             })  # fmt: skip

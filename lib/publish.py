@@ -172,8 +172,6 @@ def chapter_engine(experiments: ModuleType, chapter: str, profile: str) -> runs.
 
 def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     store = runs.Store(options.store)
-    if store.root.exists() and not store.root.is_dir():
-        raise NotADirectoryError(f"--store {options.store} is a file: name a folder")
     stages = experiments.stages(options.chapter, options.profile)
     engine = chapter_engine(experiments, options.chapter, options.profile)
     jobs = options.jobs or experiments.CHAPTERS[options.chapter].jobs

@@ -30,7 +30,9 @@ class LengthEngine:
         ValueError where completions may be longer than a policy has positions for."""
         for dtype in {config.dtype for config in configs}:
             _check_dtype(dtype, self.device)
-        for config in {(c.policy_folder, c.pairs_file, c.max_tokens): c for c in configs}.values():
+        kinds = {(c.policy_folder, c.reward_folder, c.pairs_file, c.label, c.max_tokens): c
+                 for c in configs}  # fmt: skip
+        for config in kinds.values():
             check_length(config)
 
     def block_key(self, config: LengthRun) -> LengthRun:

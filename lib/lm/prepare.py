@@ -51,6 +51,7 @@ from lib.lm.models import (
     load_tokenizer,
     positions,
     resolve,
+    stored_config,
 )
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
@@ -244,7 +245,8 @@ def ordinary(tokenizer: Any) -> dict[str, int]:
 
 
 def check_reward_model(options: argparse.Namespace, tokenizer: Any, policy: str) -> None:
-    """Raises: ValueError unless the reward models read the policy's token ids as it does."""
+    """Raises: ValueError unless the reward models read the policy's token ids as it does, and have
+    positions for a prompt and a response."""
     if options.reward_model == "tiny":
         return
     other, _ = load_tokenizer(options.reward_model, eos=getattr(options, "eos", None))
@@ -253,16 +255,21 @@ def check_reward_model(options: argparse.Namespace, tokenizer: Any, policy: str)
             f"the reward model {options.reward_model!r} has another tokenizer than the policy "
             f"{policy!r}: start from one with the policy's, or from 'tiny'"
         )
+    _check_positions(stored_config(resolve(options.reward_model)[0]), options, "reward model")
 
 
 def check_model(model: Any, options: argparse.Namespace) -> None:
     """Raises: ValueError for a policy that the loop cannot train, or whose positions end before
     those of a prompt and a response: before pairs are sampled and reward models trained."""
     Network(model)
-    longest = positions(model.config)
+    _check_positions(model.config, options, "policy")
+
+
+def _check_positions(config: Any, options: argparse.Namespace, name: str) -> None:
+    longest = positions(config)
     if options.max_prompt + options.max_tokens > longest:
         raise ValueError(f"--max-prompt {options.max_prompt} and --max-tokens {options.max_tokens} "
-                         f"are more than the {longest} tokens that the policy takes")  # fmt: skip
+                         f"are more than the {longest} tokens that the {name} takes")  # fmt: skip
 
 
 def warn_of_another_end(tokenizer: Any) -> None:
@@ -340,7 +347,7 @@ def check_splits(splits: Mapping[str, Sequence[Any]]) -> None:
 
 def is_trained(folder: Path) -> bool:
     """Whether a reward model is there, and not what a killed training left."""
-    return (folder / "model.safetensors").exists()
+    return (folder / "config.json").exists()  # weights may be in several files
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -389,15 +396,20 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     scorer = Sampler(model, found, options.max_prompt + options.max_tokens, options)
     prompts = _prompts(options, tokenizer)
     check_splits(prompts)  # before they are answered
+    some = pairs.sample_pairs(scorer, prompts["train"][: pairs.BATCH], options.max_tokens,
+                              options.seed)  # fmt: skip
+    _capped(_unended(some), options)  # before the others are
     splits = {
         split: pairs.sample_pairs(scorer, some, options.max_tokens, options.seed + i)
         for i, (split, some) in enumerate(prompts.items())
     }
     save_pairs(options.out / "pairs.parquet", splits)
     lengths = splits["train"].lengths
+    capped = sum(sum(_unended(p)) for p in splits.values())
     return {
         "count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
-        "max_tokens": options.max_tokens, "seconds": round(perf_counter() - started, 1),
+        "max_tokens": options.max_tokens, "capped": capped,
+        "seconds": round(perf_counter() - started, 1),
         **source_of(options.prompts), "length": {"mean": lengths.mean(), "sd": lengths.std()},
     }  # fmt: skip
 
@@ -460,13 +472,23 @@ def given_pairs(
     return splits, texts, record
 
 
+def _unended(found: pairs.Pairs) -> list[bool]:
+    """Of both responses of each pair, whether it has no EOS."""
+    return [not (r and r[-1] in found.eos) for r in (*found.first, *found.second)]
+
+
 def _capped(cut: list[bool], options: argparse.Namespace) -> int:
-    """How many responses were cut, which is said. Raises: ValueError, see `given_pairs`."""
+    """How many responses were cut, which is said.
+
+    Raises: ValueError if most were cut at a length that nobody named: as long as each other, they
+        have no rule to be told apart by.
+    """
     count = sum(cut)
     said = f"{count} of all {len(cut)} responses reach {options.max_tokens} tokens and are cut"
     if 2 * count > len(cut) and not options.cut:
         raise ValueError(f"{said}: name a larger --max-tokens, or {options.max_tokens} if that is "
-                         "what you want")  # fmt: skip
+                         "what you want (a policy that is fine-tuned on short answers ends more of "
+                         "its own: lib.lm.supervise)")  # fmt: skip
     print(said)
     return count
 
@@ -557,7 +579,8 @@ def train_reward(
     for split, labels in preferred.items():
         if not labels.any():
             raise ValueError(f"{task}: none of the {len(labels)} {split} pairs is without a tie: "
-                             "give more prompts")  # fmt: skip
+                             "give more prompts or, where responses are cut, a larger "
+                             "--max-tokens")  # fmt: skip
     if options.reward_model == "tiny":
         rows = policy.get_input_embeddings().weight.shape[0]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -574,7 +597,9 @@ def train_reward(
 
     write_folder_atomically(folder, trained)
     ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
-    print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs")
+    count = {s: f"{len(p) - ties[s]} of {len(p)} {s} pairs" for s, p in preferred.items()}
+    print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs; without a "
+          f"tie are {' and '.join(count.values())}")  # fmt: skip
     return {**made, "ties": ties, "target": target}
 
 

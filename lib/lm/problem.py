@@ -13,7 +13,7 @@ from torch import Tensor
 from lib.finetune import State
 from lib.lm import length, lora
 from lib.lm.batches import padded
-from lib.lm.config import LengthRun
+from lib.lm.config import DTYPES, LengthRun
 from lib.lm.models import (
     TokenIds,
     load_policy,
@@ -98,12 +98,17 @@ def unlabelled(pairs: Pairs, index: Tensor, pad: int, device: str) -> Rollout:
 
 
 def check_length(config: LengthRun) -> None:
-    """Raises: ValueError where a completion may be longer than the policy has positions for."""
+    """Raises: ValueError where a completion may be longer than the policy, or the reward model that
+    scores it, has positions for."""
     prompts = task_data(config.policy_folder, config.pairs_file, config.task).prompts
-    longest = positions(stored_config(config.policy_folder))
+    folders = {"policy": config.policy_folder}
+    if config.label == "learned" and config.reward_folder.is_dir():
+        folders["reward model"] = config.reward_folder
+    takes = {name: positions(stored_config(folder)) for name, folder in folders.items()}
+    name, longest = min(takes.items(), key=lambda item: item[1])
     room = longest - max(map(len, chain(*prompts.values())))
     if config.max_tokens > room:
-        raise ValueError(f"max_tokens must be at most {room}: the policy takes {longest} tokens, "
+        raise ValueError(f"max_tokens must be at most {room}: the {name} takes {longest} tokens, "
                          f"the longest prompt among them; got {config.max_tokens}")  # fmt: skip
 
 
@@ -262,8 +267,18 @@ class LengthProblem:
         return length.gold(self.config.task, self.lengths(batch), self.data.target)
 
     def proxy(self, batch: Rollout) -> Tensor:
-        """(P, C) what the methods are trained on: the reward model's score, or the rule's."""
-        return self.reward.score(batch) if self.reward else self.gold(batch)
+        """(P, C) what the methods are trained on: the reward model's score, or the rule's.
+
+        Raises: FloatingPointError for a score that is not finite, which a method would take for the
+            best of all or for a tie.
+        """
+        scores = self.reward.score(batch) if self.reward else self.gold(batch)
+        if not scores.isfinite().all():
+            raise FloatingPointError(
+                f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores of the reward model "
+                f"are not finite in {self.config.dtype}: dtype must be another one of {DTYPES}"
+            )
+        return scores
 
     # --- evaluation -------------------------------------------------------------------------------
 

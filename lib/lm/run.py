@@ -129,6 +129,11 @@ def _check_places(options: argparse.Namespace) -> None:
     for name in ("output", "checkpoint"):
         if (file := getattr(options, name)) and file.is_dir():
             raise ValueError(f"--{name} {file} is a folder: name a file")
+    if checkpoint := options.checkpoint:  # which is removed at the end, and there at a second start
+        others = [x.resolve() for x in (options.output, options.save) if x]
+        if {checkpoint.resolve(), *checkpoint.resolve().parents} & set(others):
+            raise ValueError(f"--checkpoint {checkpoint} is the place of --output, or in that of "
+                             "--save: name another file")  # fmt: skip
     for name in ("save", "output", "checkpoint"):
         if place := getattr(options, name):
             _try(f"--{name} {place}", place if place.is_dir() else place.parent)

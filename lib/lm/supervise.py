@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -65,6 +66,8 @@ def supervise(options: argparse.Namespace) -> Trained:
     ids(tokenizer, model)  # which must fit together
     options.out.mkdir(parents=True, exist_ok=True)
     counts = {split: len(rows) for split, rows in data.items()}
+    updates = run.epochs * math.ceil(counts["train"] / run.batch)
+    run = replace(run, warmup_steps=min(run.warmup_steps, updates // 10))
     print(f"{counts['train']:,} responses to learn from, {counts['validation']:,} held out; {read}")
     first = data["train"][0]
     whole = tokenizer.decode([*first.prompt, *first.response])

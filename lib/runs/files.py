@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -60,13 +61,17 @@ def remove(path: Path) -> None:
     _remove_temporary(path)
 
 
+def _temporary(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+
+
 def _remove_temporary(path: Path) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in _temporary(path):
         leftover.unlink(missing_ok=True)
 
 
 def _remove_folders(path: Path) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in _temporary(path):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -125,6 +125,8 @@ class Store:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
+        if self.root.is_file():
+            raise NotADirectoryError(f"the store {self.root} is a file: name a folder")
 
     def path(self, run: str) -> Path:
         """The file of one finished run."""

@@ -225,12 +225,13 @@ def test_what_a_run_reads_is_part_of_its_identity():
     assert all(f.exists() for c in (plain, *changed) for f in c.data_files())
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_judge_of_ones_own_counts_by_its_files(made, named, tmp_path):
+@pytest.mark.parametrize("named", ["judge", "{root}/out/judge", "~/out/judge"])
+def test_a_judge_of_ones_own_counts_by_its_files(made, named, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     root, _ = made
     out = shutil.copytree(root / "out", tmp_path / "out")
     judge = shutil.copytree(root / "judge", out / "judge")
-    config = run(out, judge=str(judge) if named else "judge")
+    config = run(out, judge=named.format(root=tmp_path))
     before = identity(config), identity(run(out, judge="smollm2"))
     with (judge / "tokenizer_config.json").open("a") as file:
         file.write(" ")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pandas as pd
+import papermill
 import pytest
 import torch
 from transformers import (
@@ -26,6 +29,8 @@ from lib.lm.problem import LengthProblem
 from lib.lm.text import load_preferences, load_prompts
 from lib.untracked import Untracked
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -360,16 +365,24 @@ def test_weights_are_safetensors(prepared):
     assert model.num_labels == 1
 
 
-def test_preferences_of_ones_own_are_the_task_given(tmp_path, capsys):
-    policy = save_tiny_policy(tmp_path / "sft", initializer_range=0.3)
+@pytest.fixture(scope="module")
+def own_preferences(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("own")
+    policy = save_tiny_policy(tmp / "sft", initializer_range=0.3)
     rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(40)]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    out = tmp_path / "out"
-    arguments = ["--policy", str(policy), "--preferences", str(file), "--out", str(out),
-                 "--max-tokens", "16", "--max-prompt", "32", "--epochs", "1"]  # fmt: skip
-    assert prepare.main(arguments) == 0
-    assert "--- chosen:" in capsys.readouterr().out  # one formatted example, before any training
+    (tmp / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--policy", str(policy), "--preferences", str(tmp / "pairs.jsonl"), "--out",
+                 str(tmp / "out"), "--max-tokens", "16", "--max-prompt", "32", "--epochs",
+                 "1"]  # fmt: skip
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert prepare.main(arguments) == 0
+    assert "--- chosen:" in said.getvalue()  # one formatted example, before any training
+    return tmp / "out"
+
+
+def test_preferences_of_ones_own_are_the_task_given(own_preferences):
+    out = own_preferences
     record = json.loads((out / "prepared.json").read_text())
     assert sum(record["pairs"]["count"].values()) == 40 and (out / "reward-given").is_dir()
     for name in ("dpo_offline", "reinforce"):
@@ -381,6 +394,17 @@ def test_preferences_of_ones_own_are_the_task_given(tmp_path, capsys):
     problem = LengthProblem(run)
     chosen = problem.held_out.rewards == 1
     assert (problem.lengths(problem.held_out)[chosen] > 4).all()  # "yes ..." is the longer one
+
+
+def test_the_length_chapters_run_on_preferences_of_ones_own(own_preferences, tmp_path):
+    """From a command in the root, as a reader runs them."""
+    for chapter in ("complementary_length", "negative_gradient_length", "on_policy_length"):
+        found = papermill.execute_notebook(
+            ROOT / f"book/{chapter}.ipynb", tmp_path / "out.ipynb", cwd=ROOT, progress_bar=False,
+            parameters={"profile": "smoke", "recompute": True, "prepared": str(own_preferences),
+                        "store": str(tmp_path / "store")},
+        )  # fmt: skip
+        assert "given" in "".join(str(c.get("outputs", "")) for c in found.cells).lower()
 
 
 def test_given_preferences_have_no_rule_to_train_on():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -22,6 +23,7 @@ from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
 from lib.lm.problem import LengthProblem, task_data
+from lib.lm.reward import RewardModel
 from lib.methods import METHODS
 from lib.runs import identity
 from lib.training import Training
@@ -354,6 +356,27 @@ def test_completions_that_a_policy_has_no_positions_for_are_refused_before_any_r
     LengthEngine().check([fits])
     with pytest.raises(ValueError, match="max_tokens must be at most"):
         LengthEngine().run([long], Untracked())
+
+
+def test_a_reward_model_has_positions_for_what_it_scores(folder, tmp_path):
+    short = shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((short / "reward-min/config.json").read_text())
+    longest = max(len(p) for of in task_data(
+        short / "policy", short / "pairs.parquet", "min").prompts.values() for p in of)
+    config["max_position_embeddings"] = longest + 3
+    (short / "reward-min/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="max_tokens must be at most 3: the reward model takes"):
+        LengthEngine().check([small(folder, "dpo"), small(short, "dpo")])
+    LengthEngine().check([small(short, "dpo", label="rule")])
+
+
+def test_scores_that_are_not_finite_end_a_run(folder, monkeypatch):
+    """The best of four would be the one without a number; a pair would be tied."""
+    score = RewardModel.score
+    monkeypatch.setattr(RewardModel, "score", lambda self, batch: score(self, batch).log())
+    for method in ("best_of_n", "dpo"):
+        with pytest.raises(FloatingPointError, match=r"of \d+ scores of the reward model are not"):
+            LengthEngine().run([small(folder, method, updates=1)], Untracked())
 
 
 def without_seconds(table):

@@ -149,6 +149,16 @@ def test_places_that_cannot_be_written_are_said_before_training(
     assert f"{option} {place}" in error and said in error
 
 
+@pytest.mark.parametrize("other, below", [("--output", "x"), ("--save", "x/checkpoint")])
+def test_a_checkpoint_lies_where_nothing_else_will(
+    folder, tmp_path, capsys, monkeypatch, other, below
+):
+    """It is removed at the end; and in a folder to save to it would keep a run from going on."""
+    places = [other, str(tmp_path / "x"), "--checkpoint", str(tmp_path / below)]
+    error = refused([*command(folder), *places], capsys, monkeypatch)
+    assert f"--checkpoint {tmp_path / below} is the place of --output, or in that of" in error
+
+
 @pytest.mark.parametrize("fails", ["write_record", "save"])
 def test_what_can_be_written_is_kept_where_the_other_cannot_be(
     folder, tmp_path, monkeypatch, fails

@@ -442,7 +442,7 @@ def test_a_store_that_is_a_file_is_said_in_one_line(experiments, tmp_path, capsy
     (tmp_path / "file").touch()
     assert command.main(["walks", "--profile", "cpu", "--store", str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err == (
-        f"not published: --store {tmp_path / 'file'} is a file: name a folder\n"
+        f"not published: the store {tmp_path / 'file'} is a file: name a folder\n"
     )
 
 

@@ -32,7 +32,7 @@ def provenance():
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
-    path, leftover = tmp_path / "new", tmp_path / ".new.99999.tmp"
+    path, leftover = tmp_path / "new[1]", tmp_path / ".new[1].99999.tmp"
     for folder in (path, leftover):  # what killed writers left
         folder.mkdir()
         (folder / "half").touch()
