@@ -43,14 +43,14 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(ValueError):
         files.write_folder_atomically(path, failing)
-    assert [f.name for f in tmp_path.rglob("*")] == ["new", "half"]
+    assert [f.name for f in tmp_path.rglob("*")] == ["new[1]", "half"]
 
     def whole(new):
         new.mkdir()
         (new / "a").write_text("all")
 
     files.write_folder_atomically(path, whole)
-    assert [f.name for f in tmp_path.rglob("*")] == ["new", "a"]
+    assert [f.name for f in tmp_path.rglob("*")] == ["new[1]", "a"]
 
 
 def test_a_record_comes_back_as_it_was(store):
