@@ -370,6 +370,18 @@ def test_a_reward_model_has_positions_for_what_it_scores(folder, tmp_path):
     LengthEngine().check([small(short, "dpo", label="rule")])
 
 
+def test_the_second_run_on_fixed_pairs_does_not_score_them_again(folder, monkeypatch):
+    score, scored = Scorer.score, []
+    monkeypatch.setattr(Scorer, "score",
+                        lambda x, batch: scored.append(len(batch.mask)) or score(x, batch))
+    problem_module.reference_scores.cache_clear()
+    for _ in range(2):
+        LengthEngine().run([small(folder, "dpo_offline")], Untracked())
+    whole = len(task_data(folder / "policy", folder / "pairs.parquet", "min").pairs["train"])
+    first, second = scored[: len(scored) // 2 + 1], scored[len(scored) // 2 + 1 :]
+    assert whole in first and sorted([*second, whole]) == sorted(first)
+
+
 def test_scores_that_are_not_finite_end_a_run(folder, monkeypatch):
     """The best of four would be the one without a number; a pair would be tied."""
     score = RewardModel.score
