@@ -22,7 +22,7 @@ from torch import Tensor
 from lib import stats
 from lib.lm.batches import padded, unpadded
 from lib.lm.config import PRESETS, TINY, prepared_folder, weight_bytes
-from lib.lm.length import TASKS, gold
+from lib.lm.length import GIVEN, TASKS, gold
 from lib.lm.models import load_policy, load_tokenizer
 from lib.lm.network import Network
 from lib.lm.pairs import Pairs, as_tensors
@@ -54,11 +54,13 @@ class Prepared:
 
     def __post_init__(self) -> None:
         if absent := [part for part in PARTS if not (self.folder / part).exists()]:
+            what, out = f"lacks {', '.join(absent)}", str(self.folder)
+            if (self.folder / f"reward-{GIVEN}").exists():
+                what, out = "is made of preferences, which follow no rule", "A_NEW_FOLDER"
             raise FileNotFoundError(
                 f"prepared must be 'tiny', one of {PRESETS} or a folder that lib.lm.prepare made "
-                f"of prompts; {self.name!r} ({self.folder}) lacks {', '.join(absent)}. Make it: "
-                "python -m lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out "
-                f"{self.folder}"
+                f"of prompts; {self.name!r} ({self.folder}) {what}. Make it: python -m "
+                f"lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out {out}"
             )
 
     @property

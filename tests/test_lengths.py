@@ -34,6 +34,12 @@ def test_what_is_missing_is_named(tmp_path):
         lengths.Prepared("nowhere")
 
 
+def test_a_folder_of_preferences_is_said_to_follow_no_rule(tmp_path):
+    (tmp_path / "reward-given").mkdir()
+    with pytest.raises(FileNotFoundError, match="follow no rule. Make it.* --out A_NEW_FOLDER"):
+        lengths.Prepared(str(tmp_path))
+
+
 def test_records_are_read_where_there_are_any(have, tmp_path):
     assert have.record == {} and have.training == {}
     assert have.cap == 12
