@@ -38,6 +38,8 @@ BUILT = "PREFBOOK_FIGURE_DATA" in os.environ
 PROSE = "full"  # the profile whose published results the chapters' sentences interpret
 NOT_RUN = "(not run at this profile)"  # in place of a number in the prose
 NOT_DRAWN = "Not drawn: none of its runs is among those asked for."  # in place of a figure
+NO_PROFILE = ("prepared, learning_rates and options need a profile, which says how much is run: "
+              f"{', '.join(experiments.PROFILES)}")  # fmt: skip
 COMMON = {"profile", "recompute", "plan_only"}  # parameters of every chapter
 INJECTED = "# Parameters\n"  # how the cell begins in which papermill sets what it was given
 LIFTS = re.compile(r"plan_only|\b(Chapter|Page)\(")  # a cell to run also after `plan_only`
@@ -120,7 +122,9 @@ class Chapter(Page):
         methods: only these, None for all of the chapter.
         seeds: reported seeds beyond the profile's, pooled with those and marked.
         learning_rates: of the sweep, None for the profile's.
-        prepared: the folder of a policy of your own, None for the profile's.
+        prepared: the folder of a policy of your own, None for the profile's; or the options by
+            which `lib.lm.prepare` makes it first, such as {"policy": "my-model", "prompts":
+            "my.jsonl"}.
         options: fields of every run that differ from the profile's; None leaves a field as it is.
         store: folder of finished runs.
     Raises: before anything is run, ValueError that names the bad value and the allowed ones, or a
@@ -139,7 +143,7 @@ class Chapter(Page):
         methods: Sequence[str] | None = None,
         seeds: Sequence[int] = (),
         learning_rates: Sequence[float] | None = None,
-        prepared: str | Path | None = None,
+        prepared: str | Path | Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
         store: str | Path | None = None,
     ):
@@ -149,6 +153,8 @@ class Chapter(Page):
             published = _published(name, PROSE) or runs.largest_published(name)
             self.profile_name = published.profile if published else "cpu"
         named = experiments.profile_named(name, self.profile_name)
+        if isinstance(prepared, Mapping):
+            prepared = self._made(prepared, profile == "auto" and not recompute)
         folder = None if prepared is None else str(prepared)
         given = _checked_options({"prepared": folder}, options)
         experiments.check_options(name, given)
@@ -163,11 +169,21 @@ class Chapter(Page):
         if not self._elsewhere:
             experiments.check_runs(name, self.profile, self.methods, self.extra_seeds, given)
         if profile == "auto" and not (recompute or self._profile_as_named or self.plan_only):
-            raise ValueError("prepared, learning_rates and options need a profile, which says how "
-                             f"much is run: {', '.join(experiments.PROFILES)}")  # fmt: skip
+            raise ValueError(NO_PROFILE)
         if self.plan_only:
             print(self.plan())
             _skip_the_rest()
+
+    def _made(self, options: Mapping[str, Any], no_profile: bool) -> str:
+        """The folder that `lib.lm.prepare` makes. Raises: ValueError where it is of no use."""
+        if no_profile:
+            raise ValueError(NO_PROFILE)
+        if self.name == "full_scale":
+            raise ValueError("prepared must be a folder that lib.lm.prepare_full made, "
+                             f"got {dict(options)}")  # fmt: skip
+        from lib.lm.prepare import made  # with the language models' libraries
+
+        return made(options, self.plan_only)
 
     @cached_property
     def _elsewhere(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,13 +46,18 @@ class Prepared:
     """A prepared folder as this chapter reads it; each part is loaded at first use.
 
     Args: name: "tiny", which is shipped, one of `lib.lm.config.PRESETS`, or a folder that
-        `lib.lm.prepare` made of prompts: preferences of your own follow no rule.
+        `lib.lm.prepare` made of prompts: preferences of your own follow no rule. Or the options
+        by which it is made first (`lib.lm.prepare.made`).
     Raises: FileNotFoundError that names what is missing and how it is made.
     """
 
-    name: str = "tiny"
+    name: str | Mapping[str, Any] = "tiny"
 
     def __post_init__(self) -> None:
+        if isinstance(self.name, Mapping):
+            from lib.lm.prepare import made  # with the libraries that train
+
+            object.__setattr__(self, "name", made(self.name))
         if absent := [part for part in PARTS if not (self.folder / part).exists()]:
             what, out = f"lacks {', '.join(absent)}", str(self.folder)
             if (self.folder / f"reward-{GIVEN}").exists():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -24,9 +25,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -36,7 +39,7 @@ from torch import Tensor
 from lib.allowed import between, one_of
 from lib.footprint import keys_and_values
 from lib.lm import length, pairs, reward
-from lib.lm.config import DECODERS, DTYPES
+from lib.lm.config import DECODERS, DTYPES, PREPARED
 from lib.lm.decode import Samples
 from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
 from lib.lm.models import (
@@ -109,6 +112,33 @@ def command(
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def made(given: Mapping[str, Any], plan_only: bool = False) -> str:
+    """The folder that `prepare` makes with these options; what is in it already is kept.
+
+    Args: given: as on the command line, such as {"policy": "my-model", "prompts": "my.jsonl"};
+        without "out" in a folder whose name follows from the others. plan_only: nothing is made.
+    Raises: ValueError for an option that there is none, or for a folder that is still to be made
+        where nothing may be; what `prepare` raises.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    text = json.dumps(given, sort_keys=True, default=str)
+    out = Path(given.pop("out", PREPARED / f"own-{sha256(text.encode()).hexdigest()[:10]}"))
+    words = ["--out", str(out)]
+    for name, value in given.items():
+        words += [named(name), *map(str, value if isinstance(value, list) else [value])]
+    if plan_only and not (out / "prepared.json").exists():
+        raise ValueError(f"plan_only makes nothing, and {out} is not there yet: python -m "
+                         f"lib.lm.prepare {shlex.join(words)}")  # fmt: skip
+    parser = _parser()
+    parser.error = partial(_refuse, parser)
+    prepare(parser.parse_args(words))
+    return str(out)
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise ValueError(f"prepared: {message}. {parser.format_usage().strip()}")
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -19,6 +19,8 @@ from transformers import (
     CohereForCausalLM,
 )
 
+from lib import lengths
+from lib.chapter import Chapter
 from lib.lm import pairs, prepare
 from lib.lm.config import TINY, length_run
 from lib.lm.engine import LengthEngine
@@ -394,6 +396,43 @@ def test_preferences_of_ones_own_are_the_task_given(own_preferences):
     problem = LengthProblem(run)
     chosen = problem.held_out.rewards == 1
     assert (problem.lengths(problem.held_out)[chosen] > 4).all()  # "yes ..." is the longer one
+
+
+def test_a_chapter_makes_the_folder_of_the_options_that_it_is_given(tmp_path, capsys, monkeypatch):
+    """Once; a second start takes what is there. One example is shown before anything is trained."""
+    monkeypatch.setattr(prepare, "PREPARED", tmp_path)
+    policy = save_tiny_policy(tmp_path / "sft", initializer_range=0.3)
+    table = pd.DataFrame({"text": [f"say {i}" for i in range(40)]})
+    table.to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
+    options = {"policy": str(policy), "prompts": str(tmp_path / "prompts.jsonl"), "column": "text",
+               "max_tokens": 12, "max_prompt": 32, "epochs": 1, "tasks": ["min", "mode"],
+               "reward_model": None}  # fmt: skip
+    more = {"profile": "smoke", "recompute": True, "store": tmp_path / "store"}
+    with pytest.raises(ValueError, match="plan_only makes nothing.*lib.lm.prepare --out .* mode"):
+        Chapter("on_policy_length", prepared=options, **more | {"plan_only": True})
+    chapter = Chapter("on_policy_length", prepared=options, **more)
+    folder = Path(dict(chapter.profile.options)["prepared"])
+    said = capsys.readouterr().out
+    assert said.index("--- prompt") < said.index("reward-min: accuracy") and folder.is_dir()
+    assert {s.reward_function for s in chapter.settings()} == {"min", "mode"}
+    weights = (folder / "reward-min/model.safetensors").stat()
+    again = lengths.Prepared({**options, "tasks": ["min", "mode", "skew"], "out": str(folder)})
+    assert again.name == str(folder) and (folder / "reward-skew").is_dir()
+    assert (folder / "reward-min/model.safetensors").stat() == weights
+
+
+@pytest.mark.parametrize(("chapter", "change", "said"), [
+    ("on_policy_length", {"polcy": "x"}, r"prepared: unrecognized arguments: --polcy x. usage:"),
+    ("on_policy_length", {"policy": None}, "prepared: the following arguments are required"),
+    ("on_policy_length", {"prompts": "no/such.jsonl"}, "no/such.jsonl"),
+    ("full_scale", {}, "prepared must be a folder that lib.lm.prepare_full made"),
+])  # fmt: skip
+def test_options_of_a_folder_that_are_none_are_refused(tmp_path, chapter, change, said):
+    options = {"policy": str(TINY / "policy"), "prompts": "x.jsonl", "out": str(tmp_path / "new")}
+    with pytest.raises((ValueError, OSError), match=said):
+        Chapter(chapter, profile="smoke", recompute=True, prepared={**options, **change})
+    with pytest.raises(ValueError, match="need a profile"):
+        Chapter(chapter, prepared=options)
 
 
 def test_the_length_chapters_run_on_preferences_of_ones_own(own_preferences, tmp_path):
