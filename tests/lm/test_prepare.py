@@ -441,7 +441,7 @@ def test_the_length_chapters_run_on_preferences_of_ones_own(own_preferences, tmp
         found = papermill.execute_notebook(
             ROOT / f"book/{chapter}.ipynb", tmp_path / "out.ipynb", cwd=ROOT, progress_bar=False,
             parameters={"profile": "smoke", "recompute": True, "prepared": str(own_preferences),
-                        "store": str(tmp_path / "store")},
+                        "options": {"max_tokens": 16}, "store": str(tmp_path / "store")},
         )  # fmt: skip
         assert "given" in "".join(str(c.get("outputs", "")) for c in found.cells).lower()
 
