@@ -132,9 +132,8 @@ def default(results: pd.DataFrame) -> str:
     seen = {s.problem for s in fresh}
     every = [*fresh, *(s for s in fixed if s.problem not in seen)]
     head = ("**If you want one default**, and no branch of the chart below fits, go by the "
-            "problems (described below) on which a method is *level with the best* of its kind, "
-            "on-policy or offline, which is not shown to be ahead of it by a margin that "
-            "matters:")  # fmt: skip
+            "problems on which a method is *level with the best* of its kind, on-policy or "
+            "offline, which is not shown to be ahead of it by a margin that matters:")
     told = [head, _advice("If you can sample while you train", sampled, ""),
             _advice("If your data are fixed", given, " if you have {}")]  # fmt: skip
     if unsolved := [s.problem.title for s in every if not s.solved]:
