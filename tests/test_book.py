@@ -421,7 +421,7 @@ def printed_commands(text: str) -> list[tuple[str, list[str]]]:
 
 def passed(arguments: list[str], text: str) -> dict[str, object]:
     """Parameters (name -> value) of -p, -y and -f; a file is the YAML block that `text` shows."""
-    given, rest = {}, iter(arguments)
+    given, rest = {}, (flag for flag in arguments if flag != "--log-output")  # it takes no value
     for flag in rest:
         assert flag in {"-p", "-y", "-f"}, flag
         value = next(rest)
