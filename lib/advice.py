@@ -40,7 +40,7 @@ Gaps = Mapping[Problem, pd.Series]  # a paired difference by seed, for each prob
 def short_answers(chapters: Chapters) -> str:
     """Four answers as a Markdown list: a default, sample or not, old samples, fixed data."""
     results = decisions.collect(chapters)
-    found = (default(results), sampling(results), old_samples(chapters),
+    found = (default(results), sampling(results), old_samples(results, chapters),
              fixed_data(results, chapters))  # fmt: skip
     return "\n".join(f"- {textwrap.indent(text, '  ').lstrip()}" for text in found)
 
@@ -292,7 +292,7 @@ def _drawn(results: pd.DataFrame, problem: Problem) -> tuple[float, float]:
 # --- old samples ----------------------------------------------------------------------------------
 
 
-def old_samples(chapters: Chapters) -> str:
+def old_samples(results: pd.DataFrame, chapters: Chapters) -> str:
     """Which loss bears rare sampling, by what it does to the mean reward where the peak is far.
 
     A reward that is judged a few times only has no such mean: there it is the final one.
@@ -334,14 +334,14 @@ def old_samples(chapters: Chapters) -> str:
         head = "take a loss with a negative gradient." if split else "mind the loss."
         head = f"**If sampling is slow, {head}**"
     shortest = {p: min(rare.values(), key=len) for p, rare in found.items()}
-    told = " ".join(filter(None, [head, _level(chapters), *order]))
+    told = " ".join(filter(None, [head, _level(results), *order]))
     return _answer(told, _numbers(rows, shortest))
 
 
-def _level(chapters: Chapters) -> str:
+def _level(results: pd.DataFrame) -> str:
     """Who ends level with the best however rare the sampling, in a sentence; "" if nobody does."""
     groups: dict[int, list[Standing]] = {}
-    for found in _standings(decisions.collect(chapters), "rare"):
+    for found in _standings(results, "rare"):
         groups.setdefault(found.serves, []).append(found)
     parts, side = [], f" ({decisions.SIDES[0]})"
     for serves, own in sorted(groups.items()):

@@ -154,7 +154,9 @@ class Chapter(Page):
             self.profile_name = published.profile if published else "cpu"
         named = experiments.profile_named(name, self.profile_name)
         if isinstance(prepared, Mapping):
-            prepared = self._made(prepared, profile == "auto" and not recompute)
+            prepared = self._made(prepared, profile=profile, recompute=recompute, methods=methods,
+                                  seeds=seeds, learning_rates=learning_rates, options=options,
+                                  store=store)  # fmt: skip
         folder = None if prepared is None else str(prepared)
         given = _checked_options({"prepared": folder}, options)
         experiments.check_options(name, given)
@@ -174,16 +176,20 @@ class Chapter(Page):
             print(self.plan())
             _skip_the_rest()
 
-    def _made(self, options: Mapping[str, Any], no_profile: bool) -> str:
-        """The folder that `lib.lm.prepare` makes. Raises: ValueError where it is of no use."""
-        if no_profile:
+    def _made(self, folder: Mapping[str, Any], **others: Any) -> str:
+        """The folder that `lib.lm.prepare` makes, of these options, once the other parameters have
+        passed with the shipped one. Raises: what these raise; ValueError where it is of no use."""
+        if others["profile"] == "auto" and not others["recompute"]:
             raise ValueError(NO_PROFILE)
         if self.name == "full_scale":
             raise ValueError("prepared must be a folder that lib.lm.prepare_full made, "
-                             f"got {dict(options)}")  # fmt: skip
+                             f"got {dict(folder)}")  # fmt: skip
+        trial = Chapter(self.name, prepared="tiny", **others)
+        if not self.plan_only:
+            experiments.engine(self.name, trial.profile.device)
         from lib.lm.prepare import made  # with the language models' libraries
 
-        return made(options, self.plan_only)
+        return made(folder, self.plan_only)
 
     @cached_property
     def _elsewhere(self) -> bool:

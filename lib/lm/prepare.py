@@ -16,7 +16,9 @@ without one a tenth of the prompts is drawn for validation.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import shlex
 import shutil
 import sqlite3
@@ -25,7 +27,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -122,6 +123,10 @@ def made(given: Mapping[str, Any], plan_only: bool = False) -> str:
     Raises: ValueError for an option that there is none, or for a folder that is still to be made
         where nothing may be; what `prepare` raises.
     """
+    parser = _parser()
+    known = sorted({action.dest for action in parser._actions} - {"help"})
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"prepared: there is no {', '.join(unknown)}; there are {known}")
     given = {name: value for name, value in given.items() if value is not None}
     text = json.dumps(given, sort_keys=True, default=str)
     out = Path(given.pop("out", PREPARED / f"own-{sha256(text.encode()).hexdigest()[:10]}"))
@@ -131,14 +136,13 @@ def made(given: Mapping[str, Any], plan_only: bool = False) -> str:
     if plan_only and not (out / "prepared.json").exists():
         raise ValueError(f"plan_only makes nothing, and {out} is not there yet: python -m "
                          f"lib.lm.prepare {shlex.join(words)}")  # fmt: skip
-    parser = _parser()
-    parser.error = partial(_refuse, parser)
+    parser.error = _refuse
     prepare(parser.parse_args(words))
     return str(out)
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    raise ValueError(f"prepared: {message}. {parser.format_usage().strip()}")
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"prepared: {message}")
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -149,13 +153,45 @@ def prepare(options: argparse.Namespace) -> None:
     warn_of_another_end(tokenizer)
     check_reward_model(options, tokenizer, options.policy)
     out: Path = options.out
-    record = read_record(out)
     folder, _ = resolve(options.policy, options.revision)
-    check_policy(out / "policy", folder, options.policy, record.get("policy"))
-    _check_kept(options, record)
+    _check_there(options, folder)
     model, source = load_policy(options.policy, options.revision, device=options.device)
     check_model(model, options)
     out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _fill(options, folder, tokenizer, model, source)
+    print(f"prepared: {out}")
+
+
+def _check_there(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The record of what is in `--out`. Raises: ValueError if that is of something else."""
+    record = read_record(options.out)
+    check_policy(options.out / "policy", folder, options.policy, record.get("policy"))
+    _check_kept(options, record)
+    return record
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Waits for another command that fills the folder: each would remove what the other writes.
+    The lock is the folder's own, so that no file stays; the kernel lets it go, however one ends."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another command that prepares {out}", flush=True)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _fill(
+    options: argparse.Namespace, folder: Path, tokenizer: Any, model: Any, source: Source
+) -> None:
+    """Makes what `--out` lacks. Another command may have filled it meanwhile."""
+    out, record = options.out, _check_there(options, folder)
     record |= {"policy": asdict(source), "commit": provenance.commit(), "arguments": {
         k: str(v) for k, v in vars(options).items()}}  # fmt: skip
     write_record(out, record)  # so that a killed copy says whose it was
@@ -173,7 +209,6 @@ def prepare(options: argparse.Namespace) -> None:
             )
             write_record(out, record)
     write_record(out, record)
-    print(f"prepared: {out}")
 
 
 def settle(options: argparse.Namespace) -> None:
@@ -426,16 +461,16 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     scorer = Sampler(model, found, options.max_prompt + options.max_tokens, options)
     prompts = _prompts(options, tokenizer)
     check_splits(prompts)  # before they are answered
-    some = pairs.sample_pairs(scorer, prompts["train"][: pairs.BATCH], options.max_tokens,
-                              options.seed)  # fmt: skip
-    _capped(_unended(some), options)  # before the others are
+    if len(few := prompts["train"][: pairs.BATCH]) < len(prompts["train"]):  # before all are
+        first = pairs.sample_pairs(scorer, few, options.max_tokens, options.seed)
+        _capped(_unended(first), options)
     splits = {
         split: pairs.sample_pairs(scorer, some, options.max_tokens, options.seed + i)
         for i, (split, some) in enumerate(prompts.items())
     }
+    capped = _capped([cut for p in splits.values() for cut in _unended(p)], options)
     save_pairs(options.out / "pairs.parquet", splits)
     lengths = splits["train"].lengths
-    capped = sum(sum(_unended(p)) for p in splits.values())
     return {
         "count": {split: len(p) for split, p in splits.items()}, "seed": options.seed,
         "max_tokens": options.max_tokens, "capped": capped,

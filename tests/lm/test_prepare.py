@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -422,9 +424,10 @@ def test_a_chapter_makes_the_folder_of_the_options_that_it_is_given(tmp_path, ca
 
 
 @pytest.mark.parametrize(("chapter", "change", "said"), [
-    ("on_policy_length", {"polcy": "x"}, r"prepared: unrecognized arguments: --polcy x. usage:"),
+    ("on_policy_length", {"polcy": "x"}, r"prepared: there is no polcy; there are \['column"),
     ("on_policy_length", {"policy": None}, "prepared: the following arguments are required"),
     ("on_policy_length", {"prompts": "no/such.jsonl"}, "no/such.jsonl"),
+    ("on_policy_length", {"tasks": "mni"}, "prepared: argument --tasks: invalid choice: 'mni'"),
     ("full_scale", {}, "prepared must be a folder that lib.lm.prepare_full made"),
 ])  # fmt: skip
 def test_options_of_a_folder_that_are_none_are_refused(tmp_path, chapter, change, said):
@@ -433,6 +436,33 @@ def test_options_of_a_folder_that_are_none_are_refused(tmp_path, chapter, change
         Chapter(chapter, profile="smoke", recompute=True, prepared={**options, **change})
     with pytest.raises(ValueError, match="need a profile"):
         Chapter(chapter, prepared=options)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"methods": ["dpoo"]}, "methods must be among"), ({"seeds": [1]}, "seeds must be"),
+    ({"learning_rates": [50]}, "learning_rates must be"),
+    ({"options": {"dtype": "flaot16"}}, "flaot16"), ({"profile": "gpu"}, "needs a CUDA device"),
+])  # fmt: skip
+def test_other_parameters_are_refused_before_the_folder_is_made(change, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(prepare, "made", None)
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        Chapter("on_policy_length", prepared={"policy": "p", "prompts": "x"},
+                **{"profile": "smoke", "recompute": True} | change)  # fmt: skip
+
+
+def test_a_folder_that_another_command_fills_is_waited_for(prepared, tmp_path):
+    """The second finds all that the first has made, and makes nothing."""
+    _, arguments = prepared
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options |= {"--out": str(tmp_path / "new"), "--epochs": "1", "--tasks": "min"}
+    command = [sys.executable, "-m", "lib.lm.prepare",
+               *[word for pair in options.items() for word in pair]]  # fmt: skip
+    both = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT) for _ in range(2)]  # fmt: skip
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("reward-min: accuracy" in text for text in said) == 1
 
 
 def test_the_length_chapters_run_on_preferences_of_ones_own(own_preferences, tmp_path):
