@@ -71,6 +71,9 @@ class Policy(Protocol):
     def frozen(self) -> Any:
         """A copy that samples and scores but does not train."""
 
+    def planned(self, data: Rollout, method: Method) -> Rollout:
+        """A labelled sampling, with what its updates want to know on the host."""
+
     def update(
         self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,6 +141,7 @@ def fine_tune(
         if state.step == 0 and hyper.get("standardise") == "running":
             state.moments.add(data.rewards)  # once a sampling, not again where a run is resumed
         data = data.labelled(method.prepare(data, _present(hyper, state)))
+        data = state.policy.planned(data, method)
         for step in range(state.step, schedule.steps):
             batch = data.narrow(step % schedule.minibatches * per_update, per_update)
             logp, metrics = state.policy.update(batch, method, hyper, method.items(batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class Rollout:
         labels: what a method's `prepare` adds; every tensor has P at dimension `lead`.
         prompt_mask: like prompts, bool, False on padding; None where all prompts are as long.
         values: (..., P, C, L) what the value head predicted before each token, or None.
+        host: what a policy wants to know of it without waiting for the device
+            (`lib.finetune.Policy.planned`); every array has P at its first dimension.
     """
 
     prompts: Tensor
@@ -41,6 +44,7 @@ class Rollout:
     labels: dict[str, Tensor] = field(default_factory=dict)
     prompt_mask: Tensor | None = None
     values: Tensor | None = None
+    host: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:
@@ -54,15 +58,23 @@ class Rollout:
         """Whole prompt groups `start` to `start + length`, as views."""
         if start == 0 and length == self.groups:
             return self
-        return self._each(lambda x: x.narrow(self.lead, start, length))
+        return self._each(lambda x: x.narrow(self.lead, start, length),
+                          slice(start, start + length))  # fmt: skip
 
-    def pick(self, groups: Tensor) -> Rollout:
+    def pick(self, groups: np.ndarray) -> Rollout:
         """The prompt groups at these indices (n,), as copies."""
-        return self._each(lambda x: x.index_select(self.lead, groups))
+        there = sent(groups, self.rewards.device)
+        return self._each(lambda x: x.index_select(self.lead, there), groups)
 
-    def _each(self, cut: Callable[[Tensor], Tensor]) -> Rollout:
+    def _each(self, cut: Callable[[Tensor], Tensor], groups: slice | np.ndarray) -> Rollout:
         parts = {name: None if (x := getattr(self, name)) is None else cut(x) for name in GROUPED}
-        return replace(self, **parts, labels={k: cut(v) for k, v in self.labels.items()})
+        return replace(self, **parts, labels={k: cut(v) for k, v in self.labels.items()},
+                       host={k: v[groups] for k, v in self.host.items()})  # fmt: skip
+
+
+def sent(indices: np.ndarray, device: torch.device) -> Tensor:
+    """Indices on a device; the host does not wait for it."""
+    return torch.from_numpy(indices).to(device, non_blocking=True)
 
 
 def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ class TabularPolicy:
         """(R,) mean value of a token."""
         return self.table.softmax(-1) @ values
 
+    def planned(self, data, method):
+        return data
+
     def update(self, batch, method, hyper, items):
         self.seen.append(batch.prompts[0].tolist())
         self.items.append(items.tolist())

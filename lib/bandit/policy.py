@@ -168,6 +168,10 @@ class StackedPolicy(Scorer):
         return Scorer({k: v.clone() for k, v in self.parameters.items()}, len(self.flat),
                       self.arch, self.shift)  # fmt: skip
 
+    def planned(self, data: Rollout, method: Method) -> Rollout:
+        """As it is: all shapes are known."""
+        return data
+
     def update(
         self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -50,6 +50,7 @@ class LengthProfile(PilotProfile):
         batches: values of B as multiples of M. every_batch: all of them wherever B is varied, not
             for PPO on Min alone and the ends elsewhere. inner_steps: values of T.
         betas: of DPO, and temperatures: of RWR, beside their defaults.
+        choices: values of best-of-N's N beside its default; an update is then of `TENS` responses.
         slowest: no rate below it is tried with on-policy methods. Fixed data need smaller rates:
             an offline run can leave them for good, an on-policy one sees where it went.
         extras: whether to run what no claim compares: IPO and REINFORCE beside the others,
@@ -62,6 +63,7 @@ class LengthProfile(PilotProfile):
     inner_steps: tuple[int, ...] = (2, 4, 8)
     betas: tuple[float, ...] = (0.02, 0.5)
     temperatures: tuple[float, ...] = ()
+    choices: tuple[int, ...] = ()
     slowest: float = 0.0
     extras: bool = True
     reuse_rates: tuple[float, ...] = ()
@@ -79,7 +81,6 @@ class LengthProfile(PilotProfile):
         options = fields_of(LengthRun, {**dict(self.options), **dict(setting.options)})
         if (share := options.pop("sets", None)) is not None:
             options["batch"] = share * options.get("minibatch", MINIBATCH)
-        options.setdefault("batch", options.get("minibatch", MINIBATCH))
         return length_run(
             setting.method, setting.reward_function, rate, seed, updates=self.updates, **options
         )
@@ -102,6 +103,7 @@ FULL = LengthProfile(
     reuse_rates=(1e-3, 3e-4),
 )  # fmt: skip
 GPU_RATES = (1e-4, 3e-5, 1e-5)  # a tenth of the tiny policy's: wider models bear less
+TENS = 60  # completions of an update that 10 divides, next to 64
 PAPER_RATES = (1e-5, 5e-6, 1e-6, 5e-7, 1e-7)  # Tables 6 to 10
 PROFILES: dict[str, LengthProfile] = {
     "smoke": replace(
@@ -142,6 +144,7 @@ PROFILES: dict[str, LengthProfile] = {
         every_batch=True,
         betas=(0.01, 0.05, 0.5),
         temperatures=(1.0, 10.0, 20.0),
+        choices=(10,),
         reuse_rates=(),
         device="cuda",
         options=(("prepared", "pythia"), ("dtype", "bfloat16"), ("max_tokens", 256)),
@@ -167,7 +170,8 @@ def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Seque
 
 
 def _on_policy(p: LengthProfile) -> list[Setting]:
-    """Dials of B and T, of REINFORCE's rate where it reuses samples, and of RWR's temperature."""
+    """Dials of B and T, of REINFORCE's rate where it reuses samples, of RWR's temperature, and of
+    best-of-N's N."""
     ends, last = sorted({min(p.batches), max(p.batches)}), max(p.inner_steps)
     two, one = (p.batches, p.batches) if p.every_batch else (ends, ends[-1:])
     staleness = _dial(("ppo_token",), "sets", p.batches, ("min",))
@@ -183,9 +187,13 @@ def _on_policy(p: LengthProfile) -> list[Setting]:
         for passes in ((), (("inner_steps", last),))
     ]  # fmt: skip
     sharper = _dial(("rwr",), "temperature", p.temperatures, ("min",))
+    more = [
+        Setting("best_of_n", task, (("completions", n), ("minibatch", TENS)), "base", "dial")
+        for task in ("min", "skew") for n in p.choices
+    ]  # fmt: skip
     learned = ("rwr", "reinforce", "ppo_token")
     base = _base(learned) + _base(("best_of_n",), ("min", "skew", GIVEN))
-    return _present(base + staleness + reuse + sharper, p)
+    return _present(base + staleness + reuse + sharper + more, p)
 
 
 def _negative_gradient(p: LengthProfile) -> list[Setting]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from lib.lm.cache import WholeLayer
 
@@ -39,6 +39,23 @@ def many_queries(dtype: torch.dtype) -> Iterator[None]:
     products gain little, as usual."""
     with _instead(_attend, dtype) if dtype != torch.float32 else nullcontext():
         yield
+
+
+@contextmanager
+def masks_unread(device: torch.device) -> Iterator[None]:
+    """On a GPU masks are built and passed on whatever they say. transformers would read whether one
+    can be spared, and the host wait for all that it has asked for until then."""
+    if device.type == "cpu":
+        yield
+        return
+    usual = AttentionMaskInterface()[SDPA]
+    AttentionMaskInterface.register(
+        SDPA, lambda *given, **more: usual(*given, **more | {"allow_is_causal_skip": False})
+    )
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register(SDPA, usual)
 
 
 @contextmanager

@@ -245,13 +245,14 @@ def model_files(folder: Path) -> list[Path]:
 
 def length_run(
     method: str, task: str, learning_rate: float, seed: int, *, updates: int = 100,
-    batch: int = MINIBATCH, inner_steps: int = 1, run: type[LengthRun] = LengthRun, **options: Any,
+    batch: int | None = None, inner_steps: int = 1, run: type[LengthRun] = LengthRun,
+    **options: Any,
 ) -> LengthRun:  # fmt: skip
     """A `LengthRun` of `updates` updates, with the completions that the method needs by default.
 
     A larger B or T means fewer samplings, not more updates. C is 4 for best-of-N, 2 for pairs, and
     1 for the others (Tables 8 to 10).
-    Args: run: its class, for problems with fields of their own.
+    Args: batch: B, one minibatch by default. run: its class, for problems with fields of their own.
     Raises: ValueError if `updates` is not a multiple of the updates on one sampling, or for an
         option that is no field of a run.
     """
@@ -264,6 +265,7 @@ def length_run(
         return run(method, task, learning_rate, seed, **options)
     default = {"selected": 4, "pair": 2}.get(entry.unit, 1)
     options.setdefault("completions", default)
+    batch = minibatch if batch is None else batch
     steps = exact_div(batch, minibatch, "batch in minibatches") * inner_steps
     options.setdefault("iterations", exact_div(updates, steps, f"{updates} updates in samplings"))
     return run(

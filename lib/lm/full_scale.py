@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib import methods
 from lib.allowed import one_of
 from lib.lm.config import PREPARED, TINY, LengthRun, model_files
 from lib.lm.length import GIVEN
@@ -48,6 +49,9 @@ class FullScaleRun(LengthRun):
             one_of("policy", self.policy, SIZES)
         if self.subset is not None and self.subset < 1:
             raise ValueError(f"subset must be at least 1, got {self.subset}")
+        if self.subset is not None and methods.get(self.method).on_policy:
+            raise ValueError(f"{self.method} is on-policy and sees no pairs: subset must be None, "
+                             f"got {self.subset}")  # fmt: skip
 
     @property
     def folder(self) -> Path:

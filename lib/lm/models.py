@@ -32,6 +32,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
+from lib.lm.unchanged import kept_while_unchanged
+
 logging.disable_progress_bar()  # one for every model loaded would bury the runs' own
 # On recent GPUs PyTorch prefers cuDNN's attention, which plans anew, for half a second, at every
 # length that a batch has not had before; the others do not.
@@ -115,6 +117,7 @@ def folder_digest(folder: Path, patterns: tuple[str, ...]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+@kept_while_unchanged("path", maxsize=64)
 def file_digest(path: Path) -> str:
     """"sha256:..." of a file, as sha256sum prints it."""
     with path.open("rb") as stream:

@@ -52,8 +52,8 @@ class Network(nn.Module):
         checkpointing: of a layer, keep what went in for the backward pass, and compute the rest
             again (Chen et al. 2016).
         packs: whether products on a CPU may be those of `lib.lm.packed`, which round otherwise.
-    Raises: ValueError if the head is not where it should be, or for checkpointing if transformers
-        knows no layers of the model.
+    Raises: ValueError if the head is not where it should be, for a model with other states than
+        keys and values, or for checkpointing if transformers knows no layers of the model.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Network(nn.Module):
         self.checkpointing = checkpointing
         if checkpointing:
             _check_layers(model)
+        _check_cache(model)
         self._check_head()
         self.continues = self._continues()
 
@@ -287,6 +288,13 @@ def _check_layers(model: PreTrainedModel) -> None:
     if not (model.supports_gradient_checkpointing and _layers(model)):
         raise ValueError(f"{type(model).__name__} has no layers that transformers can checkpoint: "
                          "checkpointing must be False")  # fmt: skip
+
+
+def _check_cache(model: PreTrainedModel) -> None:
+    """Completions of a prompt go on from its keys and values, with the padding masked."""
+    if not all(isinstance(x, DynamicLayer) for x in DynamicCache(config=model.config).layers):
+        raise ValueError(f"{type(model).__name__} has layers with a state of their own (Mamba): "
+                         "the policy must be a model whose layers are all attention")  # fmt: skip
 
 
 @contextmanager

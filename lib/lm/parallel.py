@@ -10,11 +10,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable
+from typing import TypeVar
 
+import numpy as np
 import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
+
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 def start(expected: int | None = None, cpu: bool = False) -> Accelerator:
@@ -41,7 +45,7 @@ def place() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def mine(items: Tensor) -> Tensor:
+def mine(items: Array) -> Array:
     """This process's share: every n-th, so that items in order of length are shared evenly."""
     index, count = place()
     return items[index::count]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from sysconfig import get_paths
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
@@ -16,12 +18,13 @@ from transformers import PreTrainedModel
 
 from lib.finetune import exact_div
 from lib.lm import parallel
+from lib.lm.attention import masks_unread
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
 from lib.lm.outputs import Outputs
 from lib.lm.static import StaticDecoder, compilable, why_not_compiled, why_not_fixed
 from lib.methods import Hyper, Method
-from lib.rollouts import Rollout
+from lib.rollouts import Rollout, sent
 
 # Log-probabilities recomputed by the full pass against those of the cached decoder, as a share of
 # the largest logit: float32 rounding, and that of bfloat16 (8 bits of mantissa) and float16 (11).
@@ -165,7 +168,7 @@ class Scorer:
             for index in rows.buckets(self.budget):
                 part = rows.pick(index)
                 hidden, targets, at = part.states(network)
-                out[index[at[0]], at[1]] = network.logp(hidden, targets)
+                out[rows.there(index[at[0]], at[1])] = network.logp(hidden, targets)
         return parallel.total(out).view(batch.mask.shape)
 
     @torch.no_grad()
@@ -178,7 +181,7 @@ class Scorer:
             hidden, _, at = part.states(self.network)
             others, _, _ = part.states(other.network)
             found = self.network.divergences(hidden, other.network, others)
-            out[:, index[at[0]], at[1]] = torch.stack(found)
+            out[:, *rows.there(index[at[0]], at[1])] = torch.stack(found)
         kl, spread = parallel.total(out).view(2, *batch.mask.shape)
         return kl, spread
 
@@ -186,66 +189,74 @@ class Scorer:
 class Rows:
     """Completions and their prompts: a row is a prompt padded on the left, then a completion.
 
-    Args: prompts, prompt_mask: (Q, *). of: (S,), the prompt of each row. completions, mask: (S, L).
+    What has which length is known to the host, so that it need not wait for the device to say so.
+    Args: prompts, prompt_mask: (Q, *), and how many tokens of each count: prompt_sizes (Q,).
+        of: (S,), the prompt of each row. completions, mask: (S, L), and their sizes (S,).
     """
 
     def __init__(
-        self, prompts: Tensor, prompt_mask: Tensor, of: Tensor, completions: Tensor, mask: Tensor
-    ):
-        self.prompts, self.prompt_mask, self.of = prompts, prompt_mask, of
-        self.completions, self.mask = completions, mask
+        self, prompts: Tensor, prompt_mask: Tensor, prompt_sizes: np.ndarray, of: np.ndarray,
+        completions: Tensor, mask: Tensor, sizes: np.ndarray,
+    ):  # fmt: skip
+        self.prompts, self.prompt_mask, self.prompt_sizes = prompts, prompt_mask, prompt_sizes
+        self.of, self.completions, self.mask, self.sizes = of, completions, mask, sizes
 
     @classmethod
     def of_rollout(cls, batch: Rollout) -> Rows:
         prompt_mask, (groups, count) = batch.prompt_mask, batch.mask.shape[:2]
         if prompt_mask is None:
             prompt_mask = torch.ones_like(batch.prompts, dtype=torch.bool)
-        of = torch.arange(groups, device=batch.prompts.device).repeat_interleave(count)
-        return cls(batch.prompts, prompt_mask, of, batch.completions.flatten(0, 1),
-                   batch.mask.flatten(0, 1))  # fmt: skip
+        host = batch.host or _sizes(batch)
+        return cls(batch.prompts, prompt_mask, host["prompt"], np.arange(groups).repeat(count),
+                   batch.completions.flatten(0, 1), batch.mask.flatten(0, 1),
+                   host["completion"].reshape(-1))  # fmt: skip
 
-    @property
-    def lengths(self) -> Tensor:
-        """(S,) tokens of prompt and completion that count."""
-        return self.prompt_mask.sum(-1)[self.of] + self.mask.sum(-1)
+    def there(self, *indices: np.ndarray) -> tuple[Tensor, ...]:
+        """Indices where the rows are."""
+        return tuple(sent(x, self.mask.device) for x in indices)
 
-    def buckets(self, budget: int) -> list[Tensor]:
+    def buckets(self, budget: int) -> list[np.ndarray]:
         """This process's row indices by falling length, cut so that rows times the longest row
         are at most `budget` (padding: `TOKEN_BUDGET`)."""
-        order = parallel.mine(self.lengths.argsort(descending=True, stable=True))
-        return _cut(order, self.lengths[order].tolist(), budget)
+        lengths = self.prompt_sizes[self.of] + self.sizes
+        order = parallel.mine(_falling(lengths))
+        return _cut(order, lengths[order], budget)
 
-    def pick(self, index: Tensor) -> Rows:
+    def pick(self, index: np.ndarray) -> Rows:
         """Some rows and their prompts, without the columns that are padding in all of them."""
-        kept, of = self.of[index].unique(return_inverse=True)
-        prompt_mask, mask = self.prompt_mask[kept], self.mask[index]
-        first = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
-        last = max(1, int(mask.sum(-1).max()))
-        return Rows(self.prompts[kept, first:], prompt_mask[:, first:], of,
-                     self.completions[index, :last], mask[:, :last])  # fmt: skip
+        kept, of = np.unique(self.of[index], return_inverse=True)
+        prompt_sizes, sizes = self.prompt_sizes[kept], self.sizes[index]
+        first, last = self.prompts.shape[1] - prompt_sizes.max(), max(1, sizes.max())
+        kept, index = self.there(kept, index)
+        return Rows(self.prompts[kept, first:], self.prompt_mask[kept, first:], prompt_sizes, of,
+                    self.completions[index, :last], self.mask[index, :last], sizes)  # fmt: skip
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Tokens of prompt and completion, and their mask, both (S, *)."""
-        return (torch.cat([self.prompts[self.of], self.completions], 1),
-                torch.cat([self.prompt_mask[self.of], self.mask], 1))  # fmt: skip
+        (of,) = self.there(self.of)
+        return (torch.cat([self.prompts[of], self.completions], 1),
+                torch.cat([self.prompt_mask[of], self.mask], 1))  # fmt: skip
 
     def states(
         self, network: Network, continued: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, tuple[np.ndarray, np.ndarray]]:
         """Hidden states before every token that counts (N, d), those tokens (N,), and where they
         stand: (row, position), each (N,).
 
         Args: continued: read each prompt once even where that spares little.
         """
         if continued or (network.continues and self._spared() >= SPARED):
-            hidden = network.continued(self.prompts, self.prompt_mask, self.of, self.completions,
+            (of,) = self.there(self.of)
+            hidden = network.continued(self.prompts, self.prompt_mask, of, self.completions,
                                        self.mask)  # fmt: skip
         else:
             tokens, mask = self.whole()
             start = self.prompts.shape[1]
             hidden = network.hidden(tokens[:, :-1], mask[:, :-1])[:, start - 1 :]
-        at = self.mask.nonzero(as_tuple=True)
-        return hidden[at], self.completions[at], at
+        row = np.arange(len(self.sizes)).repeat(self.sizes)
+        position = np.arange(len(row)) - (self.sizes.cumsum() - self.sizes)[row]
+        there = self.there(row, position)
+        return hidden[there], self.completions[there], (row, position)
 
     def _spared(self) -> float:
         """Share of the tokens that need not be read if each prompt is read once."""
@@ -258,11 +269,24 @@ def _check_left(prompt_mask: Tensor) -> None:
         raise ValueError("prompts must be padded on the left: of some the last token is padding")
 
 
-def _cut(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:
+def _sizes(batch: Rollout) -> dict[str, np.ndarray]:
+    """How many tokens count of each prompt (P,) and completion (P, C); the device is asked."""
+    width = batch.prompts.shape[1]
+    known = np.full(batch.groups, width) if batch.prompt_mask is None else \
+        batch.prompt_mask.sum(-1).cpu().numpy()  # fmt: skip
+    return {"prompt": known, "completion": batch.mask.sum(-1).cpu().numpy()}
+
+
+def _falling(lengths: np.ndarray) -> np.ndarray:
+    """Indices of the longest first, of those that are as long in order."""
+    return np.argsort(-lengths, kind="stable")
+
+
+def _cut(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """`order` in pieces of n rows, each with n * its first (longest) length <= budget, or n = 1."""
     pieces, start = [], 0
     while start < len(lengths):
-        step = max(1, budget // max(1, lengths[start]))
+        step = max(1, budget // max(1, int(lengths[start])))
         pieces.append(order[start : start + step])
         start += step
     return pieces
@@ -316,6 +340,11 @@ class CausalPolicy(Scorer):
         updates = max((int(x["step"]) for x in self.optimiser.state.values()), default=0)
         return self.outputs if updates % ANEW else None
 
+    def planned(self, data: Rollout, method: Method) -> Rollout:
+        """With the numbers of tokens, and which completions can carry loss: what the host cuts
+        micro-batches by. The device is asked here, once a sampling, and by no update."""
+        return replace(data, host=_sizes(data) | {"active": method.active(data).cpu().numpy()})
+
     def update(
         self, batch: Rollout, method: Method, hyper: Hyper, items: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -329,18 +358,21 @@ class CausalPolicy(Scorer):
             log-probabilities than it drew with, on average (see `ANEW`).
         """
         self.optimiser.zero_grad()
+        if not batch.host:
+            batch = self.planned(batch, method)
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
         outputs = self.outputs.once(batch.prompts, batch.completions.flatten(0, 1))
-        with self.network.packed(self.budget, outputs):
-            for groups in self._micro_batches(batch, method):
+        with self.network.packed(self.budget, outputs), masks_unread(self.network.device):
+            for groups in self._micro_batches(batch):
                 part = batch.pick(groups)
-                new, predicted = self._forward(part, method.active(part), groups, outputs)
+                new, predicted = self._forward(part, groups, outputs)
                 loss = self._loss(method, part, new, predicted, hyper, items)
                 (loss if self.loss_scale is None else loss * self.loss_scale).backward()
-                logp[groups] = new.detach()
+                there = sent(groups, logp.device)
+                logp[there] = new.detach()
                 if values is not None:
-                    values[groups] = predicted.detach()
+                    values[there] = predicted.detach()
         parallel.sum_gradients(self.parameters)
         logp, values = (_gathered(x, seen) for x in (logp, values))
         if self.fresh and self.network.dtype != "float32":
@@ -361,35 +393,31 @@ class CausalPolicy(Scorer):
             raise AssertionError(f"{method.name}: identity 'recomputed' is off by {off:.3g} nats a "
                                  "token on average")  # fmt: skip
 
-    def _micro_batches(self, batch: Rollout, method: Method) -> list[Tensor]:
+    def _micro_batches(self, batch: Rollout) -> list[np.ndarray]:
         """This process's prompt groups by falling length of their longest active completion, cut
         to the budget."""
-        active = method.active(batch)
-        prompt = batch.prompts.shape[1] if batch.prompt_mask is None else batch.prompt_mask.sum(-1)
-        longest = (batch.mask.sum(-1) * active).amax(-1) + prompt
+        active = batch.host["active"]
+        longest = (batch.host["completion"] * active).max(-1) + batch.host["prompt"]
         longest = longest * active.any(-1)
-        order = longest.argsort(descending=True, stable=True)
+        order = _falling(longest)
         order = parallel.mine(order[longest[order] > 0])
-        sizes = (longest * active.sum(-1).amax()).tolist()
-        return _cut(order, [sizes[i] for i in order.tolist()], self.budget)
+        return _cut(order, longest[order] * active.sum(-1).max(), self.budget)
 
     def _forward(
-        self, batch: Rollout, active: Tensor, groups: Tensor, outputs: Outputs | None
+        self, batch: Rollout, groups: np.ndarray, outputs: Outputs | None
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and values (P, C, L) of active completions; the rest as sampled.
 
         Args: groups: (P,), which of the sampling's these are, each with an active completion.
             outputs: of that sampling.
         """
-        rows = Rows.of_rollout(batch)
-        index = active.flatten().nonzero()[:, 0]
-        rows, count = rows.pick(index), active.shape[1]
+        index, count = np.flatnonzero(batch.host["active"]), batch.mask.shape[1]
+        rows = Rows.of_rollout(batch).pick(index)
         if outputs is not None:
-            of = index // count
-            outputs.ready(groups, rows.prompts.shape[1], groups[of] * count + index % count,
-                          rows.mask)  # fmt: skip
+            of = groups[index // count] * count + index % count
+            outputs.ready(*rows.there(groups), rows.prompts.shape[1], *rows.there(of), rows.mask)
         hidden, targets, at = rows.states(self.network, outputs is not None)
-        at = (index[at[0]], at[1])
+        at = rows.there(index[at[0]], at[1])
         logp = batch.logp.flatten(0, 1).index_put(at, self.network.logp(hidden, targets))
         if batch.values is None:
             return logp.view_as(batch.logp), None

@@ -161,7 +161,11 @@ class LengthProblem:
     def collect(self, state: State, method: Method) -> Rollout:
         """Completions of `state.behaviour` with rewards, or the run's share of the fixed pairs."""
         if not method.on_policy:
-            return self._offline(method)
+            paid = dict(self.clock.seconds)
+            data = self._offline(method)
+            if state.step:  # a resumed run: it has paid for its data
+                self.clock.restore(paid)
+            return data
         config = self.config
         minibatches = config.schedule.minibatches
         first = state.iteration * minibatches

@@ -65,7 +65,7 @@ class RewardModel:
             last = part.prompts.shape[1] + part.mask.sum(-1) - 1
             state = hidden[torch.arange(len(index), device=hidden.device), last]
             state = state.to(self.model.score.weight.dtype)
-            out[index] = self.model.score(state).float()[:, 0]
+            out[rows.there(index)] = self.model.score(state).float()[:, 0]
         return parallel.total(out).view(batch.rewards.shape)
 
 

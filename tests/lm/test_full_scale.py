@@ -197,6 +197,7 @@ def test_few_pairs_are_drawn_by_the_seed_and_repeated(made):
         ({"kind": "alike"}, "kind must be one of .*got 'alike'"),
         ({"policy": "77", "prepared": "tiny"}, "policy must be one of .*got '77'"),
         ({"subset": 0}, "subset must be at least 1, got 0"),
+        ({"subset": 5, "method": "rwr"}, "rwr is on-policy and sees no pairs: subset must be None"),
         ({"label": "rule"}, "label must be 'learned'"),
     ],
 )

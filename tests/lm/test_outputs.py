@@ -116,7 +116,7 @@ def counted(policy, batch, hyper, monkeypatch, method="dpo"):
     with monkeypatch.context() as patch:
         patch.setattr(packed, "_product", lambda w, *x: products.append(w) or product(w, *x))
         patch.setattr(Outputs, "take", lambda *x: taken.append(take(*x)) or taken[-1])
-        pieces = len(policy._micro_batches(batch, METHODS[method]))
+        pieces = len(policy._micro_batches(policy.planned(batch, METHODS[method])))
         learn(policy, method, batch, hyper)
     layers = sum(type(m) is nn.Linear for m in policy.network.model.base_model.modules())
     return len(products), sum(x is not None for x in taken), pieces, layers

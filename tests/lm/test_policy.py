@@ -12,6 +12,7 @@ from transformers import (
     BloomConfig,
     GPT2Config,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -28,6 +29,7 @@ from lib.lm.reward import RewardModel, tiny_reward_model, train
 from lib.methods import METHODS
 from lib.rollouts import Rollout
 from tests.tiny_lm import (
+    SIZE,
     save_tiny_policy,
     save_tiny_reward_model,
     tiny_config,
@@ -198,6 +200,13 @@ def test_a_model_that_does_more_to_its_logits_is_refused(model, monkeypatch):
     monkeypatch.setattr(type(model), "forward", capped)
     with pytest.raises(ValueError, match="GPTNeoXForCausalLM does more to its logits"):
         Network(model)
+
+
+def test_a_model_with_states_of_its_own_is_refused():
+    config = Mamba2Config(vocab_size=SIZE, hidden_size=16, num_hidden_layers=1, num_heads=4,
+                          head_dim=8, state_size=4, n_groups=1)  # fmt: skip
+    with pytest.raises(ValueError, match="Mamba2ForCausalLM has layers with a state of their own"):
+        Network(AutoModelForCausalLM.from_config(config))
 
 
 def test_chunks_give_the_same_log_probabilities_and_gradients(model, monkeypatch):

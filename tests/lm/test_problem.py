@@ -450,6 +450,22 @@ def test_the_clock_of_a_resumed_run_goes_on(folder):
     assert meta["seconds"]["training"] > 0 and again.clock.seconds == meta["seconds"]
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])  # with LoRA a run scores for itself
+def test_a_resumed_run_pays_for_its_data_once(folder, options):
+    problem = LengthProblem(small(folder, "dpo_offline", **options))
+    state = problem.initial_state()
+    problem.collect(state, problem.method)
+    paid = dict(problem.clock.seconds)
+    assert paid["scoring"] > 0
+    state.step = 1
+    problem.collect(state, problem.method)
+    assert problem.clock.seconds == paid
+
+
+def test_by_default_a_sampling_is_one_minibatch():
+    assert length_run("rwr", "min", 1e-3, 0, updates=4, minibatch=16).batch == 16
+
+
 def test_a_policy_that_is_not_the_one_sampled_from_stops_the_run(folder, monkeypatch):
     problem = LengthProblem(small(folder))
     collect = problem.collect
