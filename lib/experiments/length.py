@@ -175,12 +175,12 @@ def _on_policy(p: LengthProfile) -> list[Setting]:
     ends, last = sorted({min(p.batches), max(p.batches)}), max(p.inner_steps)
     two, one = (p.batches, p.batches) if p.every_batch else (ends, ends[-1:])
     staleness = _dial(("ppo_token",), "sets", p.batches, ("min",))
-    staleness += _dial(("ppo_token",), "sets", two, ("skew",))
+    staleness += _dial(("ppo_token",), "sets", two, ("skew", GIVEN))
     staleness += _dial(("ppo_token",), "sets", one, ("mode",))
-    staleness += _dial(("rwr", "reinforce"), "sets", one, TASKS)
-    reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, ("skew",))
+    staleness += _dial(("rwr", "reinforce"), "sets", one, (*TASKS, GIVEN))
+    reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, ("skew", GIVEN))
     reuse += _dial(("best_of_n",), "inner_steps", sorted({min(p.inner_steps), last}), ("min",))
-    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew"))
+    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew", GIVEN))
     reuse += [
         Setting("reinforce", task, (*passes, ("learning_rate", rate)), "base", "dial")
         for task in ("min", "skew") for rate in p.reuse_rates
