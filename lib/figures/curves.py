@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from lib import methods, stats
 from lib.figures import style
 from lib.figures.style import Drawn
+from lib.lm.length import GIVEN
 
 Lines = Mapping[str, pd.DataFrame]  # label -> rows of one setting, one run per seed
 Points = Mapping[str, Mapping[float, pd.DataFrame]]  # label -> value of the dial -> such rows
@@ -67,12 +68,19 @@ class Panel:
     ylabel: str | None = None
 
 
-def outcome(title: str, task: str, lines: Lines) -> Panel:
-    """What a length problem asks for, against updates: the length; on Mode Length, where the right
-    one lies between, the gold reward (minus the distance from it, which the paper draws)."""
-    if task == "mode":
-        return Panel(title, lines, ylabel="gold reward, tokens")
-    return Panel(title, lines, y="length")
+def gold(title: str, task: str, lines: Lines, x: str = "update") -> Panel:
+    """A length problem's gold reward; of preferences without a rule, the proxy."""
+    if task == GIVEN:
+        return Panel(title, lines, x, "proxy")
+    return Panel(title, lines, x, ylabel="gold reward, tokens")
+
+
+def outcome(title: str, task: str, lines: Lines, x: str = "update") -> Panel:
+    """What a length problem asks for: the length; on Mode Length, where the right one lies between,
+    the gold reward (minus the distance from it, which the paper draws)."""
+    if task in ("mode", GIVEN):
+        return gold(title, task, lines, x)
+    return Panel(title, lines, x, "length")
 
 
 def method_looks(names: Iterable[str]) -> dict[str, dict]:
