@@ -55,10 +55,10 @@ from benchmarks.machines import (
     synchronise,
 )
 from benchmarks.turns import Lost, in_turn
-from lib.footprint import keys_and_values
 from lib.lm.models import load_policy
 from lib.lm.network import Network
 from lib.lm.policy import Scorer, has_dtype
+from lib.lm.sampler import keys_and_values
 
 ROWS, PROMPT, NEW = 64, 64, 128  # of decoding alone: completions, tokens of a prompt, new ones
 STEPS, SLOW = 5, 3  # timed, of what is compiled and of what is not: a GPU's time hardly varies

@@ -37,6 +37,7 @@ from lib.lm.engine import LengthEngine
 from lib.lm.models import load_reward_model
 from lib.lm.network import LOGIT_BUDGET, Network, matrices
 from lib.lm.policy import TOKEN_BUDGET
+from lib.lm.sampler import keys_and_values
 from lib.untracked import Untracked
 
 if TYPE_CHECKING:
@@ -126,15 +127,6 @@ class Shape:
             return (4 + 2) * self.parameters + self.frozen(2)
         head = self.vocabulary * self.width if self.tied else 0
         return 4 * self.parameters + 4 * compiled * (self.parameters + head)
-
-
-def keys_and_values(config: Any) -> int:
-    """Numbers of keys and values per token of a transformers configuration."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = size * (getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * config.num_hidden_layers * keys
 
 
 @dataclass(frozen=True)

@@ -35,18 +35,16 @@ from typing import Any, NoReturn
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from tqdm import tqdm
 
 from lib.allowed import between, one_of
-from lib.footprint import keys_and_values
 from lib.lm import length, pairs, reward
 from lib.lm.config import DECODERS, DTYPES, PREPARED
-from lib.lm.decode import Samples
 from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
 from lib.lm.models import (
     FILES,
     Source,
-    TokenIds,
+    brief,
     file_digest,
     folder_digest,
     ids,
@@ -58,8 +56,8 @@ from lib.lm.models import (
     stored_config,
 )
 from lib.lm.network import Network
-from lib.lm.policy import Scorer
 from lib.lm.reading import TextError, read_rows
+from lib.lm.sampler import Kept, Sampler
 from lib.lm.text import (
     Preferences,
     Prompts,
@@ -89,9 +87,9 @@ CUT = ("max_tokens", "max_prompt", "seed")
 PAIRS = ("prompts", "preferences", "column", "config", "split", "prompts_revision", "limit", "eos")
 REWARD = ("reward_model", "rate", "epochs")
 COPIED = (*FILES, "training.json", "LICENSE*", "*.md")  # of a policy's folder
+BATCHES = ".pairs.jsonl"  # of a prepared folder: what is sampled, until all is
 EOS_HELP = ("token that ends a response, where the tokenizer names none, or another one than its "
             "chat template (Gemma, Phi-3)")  # fmt: skip
-ROOM = 4 * 2**30  # bytes of keys and values at once on a CPU; on a GPU half of what is free
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,18 +125,33 @@ def made(given: Mapping[str, Any], plan_only: bool = False) -> str:
     known = sorted({action.dest for action in parser._actions} - {"help"})
     if unknown := sorted(given.keys() - set(known)):
         raise ValueError(f"prepared: there is no {', '.join(unknown)}; there are {known}")
-    given = {name: value for name, value in given.items() if value is not None}
-    text = json.dumps(given, sort_keys=True, default=str)
-    out = Path(given.pop("out", PREPARED / f"own-{sha256(text.encode()).hexdigest()[:10]}"))
-    words = ["--out", str(out)]
-    for name, value in given.items():
-        words += [named(name), *map(str, value if isinstance(value, list) else [value])]
-    if plan_only and not (out / "prepared.json").exists():
-        raise ValueError(f"plan_only makes nothing, and {out} is not there yet: python -m "
-                         f"lib.lm.prepare {shlex.join(words)}")  # fmt: skip
     parser.error = _refuse
-    prepare(parser.parse_args(words))
-    return str(out)
+    given = {"out": ""} | {name: value for name, value in given.items() if value is not None}
+    words = [word for name, value in given.items()
+             for word in (named(name), *map(str, value if isinstance(value, list) else [value]))]
+    if not given["out"]:
+        words[1] = str(PREPARED / _name_of(parser.parse_args(words)))
+    options = parser.parse_args(words)
+    if plan_only and not (options.out / "prepared.json").exists():
+        raise ValueError(f"plan_only makes nothing, and {options.out} is not there yet: python -m "
+                         f"lib.lm.prepare {shlex.join(words)}")  # fmt: skip
+    prepare(options)
+    return str(options.out)
+
+
+def _name_of(options: argparse.Namespace) -> str:
+    """The name of the folder of some options: the same however they are written, on any device."""
+    dtype = options.dtype  # the device's own if it is None
+    _settle_tasks(options)
+    settle(options)
+    values = vars(options) | {"dtype": dtype}
+    for name in ("policy", "prompts", "preferences", "reward_model"):
+        if values[name] and (path := Path(values[name]).expanduser()).exists():
+            values[name] = path.resolve()
+    values["tasks"] = sorted(options.tasks)
+    counted = {name: str(value) for name, value in values.items()
+               if name not in ("out", "device", "cut")}  # fmt: skip
+    return f"own-{sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]}"
 
 
 def _refuse(message: str) -> NoReturn:
@@ -157,10 +170,24 @@ def prepare(options: argparse.Namespace) -> None:
     _check_there(options, folder)
     model, source = load_policy(options.policy, options.revision, device=options.device)
     check_model(model, options)
+    there = (out / "pairs.parquet").exists()
+    read = None if there else _read(options, tokenizer, ids(tokenizer, model).eos)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        _fill(options, folder, tokenizer, model, source)
+        _fill(options, folder, tokenizer, model, source, read)
     print(f"prepared: {out}")
+
+
+def _read(options: argparse.Namespace, tokenizer: Any, eos: tuple[int, ...]) -> Any:
+    """Prompts by split, or what `given_pairs` makes of preferences: read, and checked, before
+    anything is written."""
+    if options.prompts:
+        read = _prompts(options, tokenizer)
+        check_splits(read)
+        return read
+    read = _preferences(options, tokenizer, eos)
+    check_splits(read[0])
+    return read
 
 
 def _check_there(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -188,7 +215,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _fill(
-    options: argparse.Namespace, folder: Path, tokenizer: Any, model: Any, source: Source
+    options: argparse.Namespace, folder: Path, tokenizer: Any, model: Any, source: Source, read: Any
 ) -> None:
     """Makes what `--out` lacks. Another command may have filled it meanwhile."""
     out, record = options.out, _check_there(options, folder)
@@ -197,9 +224,13 @@ def _fill(
     write_record(out, record)  # so that a killed copy says whose it was
     copy_policy(folder, out / "policy", tokenizer)
     if not (out / "pairs.parquet").exists():
-        make = _pairs if options.prompts else _given
-        record["pairs"] = make(options, model, tokenizer)
+        if options.prompts:
+            record["pairs"] = _pairs(options, model, tokenizer, read, source.resolved)
+        else:
+            splits, _, record["pairs"] = read
+            save_pairs(out / "pairs.parquet", splits)
         write_record(out, record)  # a killed training must not lose how they were made
+    (out / BATCHES).unlink(missing_ok=True)
     found = ids(tokenizer, model)
     splits = {s: pairs.load(out / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
     for task in options.tasks:
@@ -370,6 +401,17 @@ def check_policy(there: Path, folder: Path, name: str, source: dict[str, Any] | 
         )
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises: OSError that names `path`, where what writes it says less (safetensors, parquet)."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.__cause__ or error  # of a store that is full: it has words of its own
+        text = getattr(reason, "strerror", None) or brief(reason)
+        raise OSError(f"{path} cannot be written: {text}; what is finished stays") from error
+
+
 def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
     """A copy of a policy, unless it is there; with `tokenizer` in place of its own, if given."""
 
@@ -383,7 +425,8 @@ def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
             tokenizer.save_pretrained(new)  # with the EOS that was named, if one was
 
     if folder.resolve() != to.resolve() and not to.exists():
-        write_folder_atomically(to, copied)
+        with writing(to):
+            write_folder_atomically(to, copied)
 
 
 def source_of(name: str) -> dict[str, Any]:
@@ -400,7 +443,8 @@ def save_pairs(path: Path, splits: dict[str, pairs.Pairs], *more: Any) -> None:
     Raises: ValueError for a split without a pair, which would be kept and never be of use.
     """
     check_splits(splits)
-    write_atomically(path, lambda new: pairs.save(new, splits, *more))
+    with writing(path):
+        write_atomically(path, lambda new: pairs.save(new, splits, *more))
 
 
 def check_splits(splits: Mapping[str, Sequence[Any]]) -> None:
@@ -418,56 +462,28 @@ def is_trained(folder: Path) -> bool:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-class Sampler(Scorer):
-    """A policy that draws as many completions at once as there is room for keys and values.
+def _pairs(
+    options: argparse.Namespace, model: Any, tokenizer: Any, prompts: dict[str, list[list[int]]],
+    policy: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples pairs.parquet; returns its record. Batches that an earlier start drew are taken.
 
-    Random numbers are those of the whole batch: what is drawn depends on the pieces as little as on
-    a batch.
-    Args: tokens: of prompt and response together, at most. options: dtype, decoder.
+    Args: prompts: by split. policy: what names its content.
     """
-
-    def __init__(
-        self, model: Any, found: TokenIds, tokens: int, options: argparse.Namespace,
-        temperature: float = 1.0,
-    ):  # fmt: skip
-        network = Network(model, temperature, dtype=options.dtype)
-        # a compiled step would have to be made for each size of a batch, and each is drawn once
-        super().__init__(network, found.eos, found.pad, decoder=options.decoder or "growing")
-        # rotary positions leave keys in float32 where the cache does not cast them
-        size = 4 if options.dtype == "float32" or self.decoder == "growing" else 2
-        fits = room(network.device) // (size * tokens * keys_and_values(model.config))
-        self.rows = 1 << max(0, int(fits).bit_length() - 1)  # a power of 2: few shapes to compile
-
-    def sample(self, prompts: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> Samples:
-        """See `Scorer.sample`."""
-        count = len(uniforms) // len(prompts)
-        piece = max(1, self.rows // count)
-        inputs = (prompts.split(piece), prompt_mask.split(piece), uniforms.split(piece * count))
-        parts = [Scorer.sample(self, *x) for x in zip(*inputs, strict=True)]
-        cat = (torch.cat([getattr(p, name) for p in parts])
-               for name in ("completions", "mask", "logp"))  # fmt: skip
-        return Samples(*cat, None, torch.stack([p.scale for p in parts]).amax())
-
-
-def room(device: torch.device) -> int:
-    """Bytes that keys and values may take at once."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else ROOM
-
-
-def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Samples pairs.parquet; returns its record."""
     started = perf_counter()
     found = ids(tokenizer, model)
-    scorer = Sampler(model, found, options.max_prompt + options.max_tokens, options)
-    prompts = _prompts(options, tokenizer)
-    check_splits(prompts)  # before they are answered
-    if len(few := prompts["train"][: pairs.BATCH]) < len(prompts["train"]):  # before all are
-        first = pairs.sample_pairs(scorer, few, options.max_tokens, options.seed)
-        _capped(_unended(first), options)
-    splits = {
-        split: pairs.sample_pairs(scorer, some, options.max_tokens, options.seed + i)
-        for i, (split, some) in enumerate(prompts.items())
-    }
+    sampler = Sampler(model, found, options.max_prompt + options.max_tokens, options)
+    about = json.dumps([policy, found.eos, options.dtype, sampler.decoder])
+    count = 2 * sum(map(len, prompts.values()))
+    with tqdm(total=count, desc="sampling", unit="response") as bar:
+        kept = Kept(sampler, options.out / BATCHES, about, bar)
+        if len(few := prompts["train"][: pairs.BATCH]) < len(prompts["train"]):  # before all are
+            first = pairs.sample_pairs(kept, few, options.max_tokens, options.seed)
+            _capped(_unended(first), options)
+        splits = {
+            split: pairs.sample_pairs(kept, some, options.max_tokens, options.seed + i)
+            for i, (split, some) in enumerate(prompts.items())
+        }
     capped = _capped([cut for p in splits.values() for cut in _unended(p)], options)
     save_pairs(options.out / "pairs.parquet", splits)
     lengths = splits["train"].lengths
@@ -479,16 +495,16 @@ def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str,
     }  # fmt: skip
 
 
-def _given(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """pairs.parquet from the user's own preferences; returns its record."""
+def _preferences(
+    options: argparse.Namespace, tokenizer: Any, eos: tuple[int, ...]
+) -> tuple[dict[str, pairs.Pairs], dict[str, pd.DataFrame], dict[str, Any]]:
+    """The user's own preferences as pairs; see `given_pairs`."""
     where = {"config": options.config, "split": options.split,
              "revision": options.prompts_revision}  # fmt: skip
     with naming_columns():
         read = load_preferences(options.preferences, **where)
     split = split_of(options.preferences, read, **where)
-    splits, _, record = given_pairs(read, options, tokenizer, ids(tokenizer, model).eos, split)
-    save_pairs(options.out / "pairs.parquet", splits)
-    return record
+    return given_pairs(read, options, tokenizer, eos, split)
 
 
 @contextmanager
@@ -660,7 +676,8 @@ def train_reward(
         made.update(reward.train(model, tokenizer, splits, preferred, new, how, options.device))
         shutil.rmtree(new / "trainer", ignore_errors=True)
 
-    write_folder_atomically(folder, trained)
+    with writing(folder):
+        write_folder_atomically(folder, trained)
     ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
     count = {s: f"{len(p) - ties[s]} of {len(p)} {s} pairs" for s, p in preferred.items()}
     print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs; without a "
@@ -677,7 +694,8 @@ def read_record(out: Path) -> dict[str, Any]:
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """prepared.json of a folder."""
     text = json.dumps(record, indent=1) + "\n"
-    write_atomically(out / "prepared.json", lambda temporary: temporary.write_text(text))
+    with writing(out / "prepared.json"):
+        write_atomically(out / "prepared.json", lambda temporary: temporary.write_text(text))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,22 +15,16 @@ import pandas as pd
 import papermill
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    CohereConfig,
-    CohereForCausalLM,
-)
+from transformers import AutoModelForSequenceClassification, CohereConfig, CohereForCausalLM
 
 from lib import lengths
 from lib.chapter import Chapter
 from lib.lm import pairs, prepare
 from lib.lm.config import TINY, length_run
 from lib.lm.engine import LengthEngine
-from lib.lm.models import TokenIds, ids, load_policy, load_reward_model, load_tokenizer
-from lib.lm.network import Network
-from lib.lm.policy import Scorer
+from lib.lm.models import ids, load_policy, load_reward_model, load_tokenizer
 from lib.lm.problem import LengthProblem
+from lib.lm.sampler import Sampler
 from lib.lm.text import load_preferences, load_prompts
 from lib.untracked import Untracked
 from tests.tiny_lm import TEMPLATE, save_tiny_policy, tiny_tokenizer
@@ -169,6 +164,7 @@ def test_columns_that_are_not_found_are_said_in_words_of_the_command(tmp_path, c
                          str(tmp_path / "out")]) == 2  # fmt: skip
     said = capsys.readouterr().err
     assert how in said and "has the columns ['a']" in said and "Name them" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairs_without_a_split_are_not_kept(prepared, tmp_path, capsys):
@@ -177,7 +173,7 @@ def test_pairs_without_a_split_are_not_kept(prepared, tmp_path, capsys):
     arguments = elsewhere(prepared[1], out=tmp_path / "new", prompts=tmp_path / "prompts.parquet")
     assert prepare.main(arguments) == 2
     assert "nothing is left for train: give more prompts" in capsys.readouterr().err
-    assert not (tmp_path / "new" / "pairs.parquet").exists()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -254,6 +250,47 @@ def test_what_was_written_in_part_is_written_again(prepared, tmp_path, where, wh
     for file in ("policy/model.safetensors", "pairs.parquet"):
         assert (new / file).read_bytes() == (out / file).read_bytes()
     assert load_reward_model(new / "reward-min") and not list(new.glob(".*"))
+
+
+def test_a_killed_sampling_goes_on_with_what_it_has_not_drawn(prepared, tmp_path, capsys):
+    out, arguments = prepared
+    new, sample, drawn = tmp_path / "new", Sampler.sample, []
+    arguments = [*elsewhere(arguments, out=new, epochs=1), "--tasks", "min"]
+
+    def first_alone(self, *x):
+        drawn.append(len(x[0]))
+        return sample(self, *x) if drawn == [90] else killed()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Sampler, "sample", first_alone)
+        prepare.main(arguments)
+    assert (new / prepare.BATCHES).exists() and "sampling:" in capsys.readouterr().err
+    drawn.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "sample", lambda self, *x: drawn.append(len(x[0])) or
+                      sample(self, *x))  # fmt: skip
+        assert prepare.main(arguments) == 0
+    assert drawn == [30]
+    assert (new / "pairs.parquet").read_bytes() == (out / "pairs.parquet").read_bytes()
+    assert not list(new.glob(".*"))
+
+
+@pytest.mark.parametrize(("size", "what"), [(4_000, "policy"), (300_000, "reward-min")])
+def test_a_disk_without_room_is_said_in_one_line(prepared, tmp_path, capsys, size, what):
+    """As where no file may be longer: what was finished stays, and nothing in part."""
+    out, arguments = prepared
+    new = tmp_path / "new"
+    arguments = [*elsewhere(arguments, out=new, epochs=1), "--tasks", "min"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert prepare.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {new / what} cannot be written: ") and "too large" in said
+    assert not list(new.glob(".*"))
+    assert (new / "pairs.parquet").exists() == (what != "policy") and not (new / what).exists()
 
 
 def test_a_reward_model_learns_which_of_two_is_shorter(prepared):
@@ -423,6 +460,23 @@ def test_a_chapter_makes_the_folder_of_the_options_that_it_is_given(tmp_path, ca
     assert (folder / "reward-min/model.safetensors").stat() == weights
 
 
+def test_a_folder_is_named_by_what_its_options_mean(tmp_path, monkeypatch):
+    """However paths, numbers and defaults are written; another value has a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "prepare", lambda options: None)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "x.jsonl").touch()
+    plain = {"policy": "p", "prompts": "x.jsonl"}
+    same = ({"policy": str(tmp_path / "p/")}, {"prompts": "./x.jsonl"}, {"seed": "0"},
+            {"max_tokens": 96, "rate": 0.001, "epochs": 6}, {"tasks": ["skew", "min", "mode"]},
+            {"device": "cpu", "limit": None})  # fmt: skip
+    other = ({"prompts": "y.jsonl"}, {"seed": 1}, {"max_tokens": 95}, {"tasks": ["min"]},
+             {"reward_model": "p"}, {"column": "x"}, {"dtype": "bfloat16"})  # fmt: skip
+    name = prepare.made(plain)
+    assert {prepare.made(plain | more) for more in same} == {name}
+    assert len({name, *(prepare.made(plain | more) for more in other)}) == 1 + len(other)
+
+
 @pytest.mark.parametrize(("chapter", "change", "said"), [
     ("on_policy_length", {"polcy": "x"}, r"prepared: there is no polcy; there are \['column"),
     ("on_policy_length", {"policy": None}, "prepared: the following arguments are required"),
@@ -511,7 +565,7 @@ def test_the_shipped_pairs_are_those_of_their_command():
     found, prompts = ids(tokenizer, model), prepare._prompts(options, tokenizer)
     shipped = {s: pairs.load(TINY / "pairs.parquet", s, found.eos) for s in pairs.SPLITS}
     assert prompts == {s: p.prompts for s, p in shipped.items()}
-    sampler = prepare.Sampler(model, found, 64 + 96, options)
+    sampler = Sampler(model, found, 64 + 96, options)
     assert sampler.rows >= 2 * pairs.BATCH  # all at once, as they were drawn
     again = pairs.sample_pairs(sampler, prompts["train"][:12], options.max_tokens, options.seed)
     then = shipped["train"]
@@ -542,27 +596,6 @@ def test_samples_are_drawn_in_a_dtype_that_the_device_has(device, capability, dt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert prepare.usual_dtype(device) == dtype
-
-
-@pytest.mark.parametrize("decoder", ["growing", "static"])
-def test_pieces_that_fit_draw_what_the_whole_batch_does(tmp_path, monkeypatch, decoder):
-    folder = save_tiny_policy(tmp_path / "sft", initializer_range=0.3)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    prompts = [[i % 250 + 1] * (1 + i % 5) for i in range(11)]
-    whole = pairs.sample_pairs(Scorer(Network(model), (256,), 257), prompts, 12)
-    options = settled("--prompts", "x", "--device", "cpu", "--decoder", decoder)
-    row = 4 * 17 * 2 * 16  # float32 keys and values of one layer of width 16: 5 + 12 tokens
-    seen, sample = [], Scorer.sample
-    monkeypatch.setattr(Scorer, "sample", lambda self, *x: seen.append(len(x[2])) or
-                        sample(self, *x))  # fmt: skip
-    for room, rows, sizes in ((7 * row, 4, [4] * 5 + [2]), (1, 1, [1] * 22), (99 * row, 64, [22])):
-        monkeypatch.setattr(prepare, "ROOM", room)
-        sampler = prepare.Sampler(model, TokenIds((256,), 257), 17, options)
-        assert sampler.rows == rows
-        seen.clear()
-        again = pairs.sample_pairs(sampler, prompts, 12)
-        assert seen == sizes
-        assert (again.first, again.second) == (whole.first, whole.second)
 
 
 def test_a_folder_is_made_in_16_bits_with_another_decoder(prepared, tmp_path):
