@@ -57,7 +57,7 @@ from lib.lm.models import (
 )
 from lib.lm.network import Network
 from lib.lm.reading import TextError, read_rows
-from lib.lm.sampler import Kept, Sampler
+from lib.lm.sampler import KeptSamples, Sampler
 from lib.lm.text import (
     Preferences,
     Prompts,
@@ -471,12 +471,11 @@ def _pairs(
     Args: prompts: by split. policy: what names its content.
     """
     started = perf_counter()
-    found = ids(tokenizer, model)
-    sampler = Sampler(model, found, options.max_prompt + options.max_tokens, options)
-    about = json.dumps([policy, found.eos, options.dtype, sampler.decoder])
+    tokens = options.max_prompt + options.max_tokens
+    sampler = Sampler(model, ids(tokenizer, model), tokens, options)
     count = 2 * sum(map(len, prompts.values()))
     with tqdm(total=count, desc="sampling", unit="response") as bar:
-        kept = Kept(sampler, options.out / BATCHES, about, bar)
+        kept = KeptSamples(sampler, options.out / BATCHES, policy, bar)
         if len(few := prompts["train"][: pairs.BATCH]) < len(prompts["train"]):  # before all are
             first = pairs.sample_pairs(kept, few, options.max_tokens, options.seed)
             _capped(_unended(first), options)

@@ -8,7 +8,7 @@ which answer of two is better:
 
 Pairs that exist, such as the relabelled AlpacaFarm pairs and UltraFeedback's:
 
-    python -m lib.lm.prepare_full --policy 1.4b=FOLDER_OR_NAME --similar FILE_OR_NAME \\
+    python -m lib.lm.prepare_full --policy sft=FOLDER_OR_NAME --similar FILE_OR_NAME \\
         --distinct FILE_OR_NAME --out FOLDER
 
 The folder then holds policy-NAME/ for each, similar.parquet, distinct.parquet (the first response
@@ -41,14 +41,15 @@ from lib.lm.length import GIVEN
 from lib.lm.models import ids, load_policy, load_tokenizer, resolve
 from lib.lm.pairs import SPLITS, Pairs
 from lib.lm.prepare import (
+    BATCHES,
     CUT,
     EOS_HELP,
     REWARD,
-    Sampler,
     add_shared,
     check_model,
     check_policy,
     check_reward_model,
+    check_splits,
     command,
     copy_policy,
     given_pairs,
@@ -64,7 +65,9 @@ from lib.lm.prepare import (
     train_reward,
     warn_of_another_end,
     write_record,
+    writing,
 )
+from lib.lm.sampler import KeptSamples, Sampler
 from lib.lm.text import (
     Prompt,
     as_text,
@@ -77,7 +80,7 @@ from lib.lm.text import (
 from lib.randomness import uniforms
 from lib.runs import provenance, write_atomically
 
-BATCH = 64  # prompts answered, and responses judged, at once
+BATCH = 64  # prompts that the strong model answers, and responses judged, at once
 STRONG, SPLIT = 1, 2  # streams of random numbers
 ANSWERERS = {"similar": ("first", "second"), "distinct": ("strong", "first")}
 # Settings that pairs depend on: those made here, and those that were read.
@@ -113,6 +116,10 @@ def prepare(options: argparse.Namespace) -> None:
     _check_kept(options, record)
     model, source = load_policy(weak, device=options.device)
     check_model(model, options)
+    if all(made):  # all that is read, before anything is written
+        prompts = None if _are_made(out) else _prompts(options, tokenizer)
+    else:
+        read = _read(options, tokenizer, ids(tokenizer, model).eos)
     out.mkdir(parents=True, exist_ok=True)
     record |= {"commit": provenance.commit(), "arguments": _arguments(options, record)}
     if not _are_made(out):  # else it is the one that answered then
@@ -120,10 +127,10 @@ def prepare(options: argparse.Namespace) -> None:
     for name, folder in folders.items() if options.copy else ():
         own = load_tokenizer(folder, eos=options.eos)[0] if options.eos else None
         copy_policy(folder, out / f"policy-{name}", own)
-    if all(made):
-        _make(options, model, tokenizer, record)
-    else:
-        _read(options, model, tokenizer, record)
+    if not all(made):
+        _keep(out, read, record)
+    elif prompts:
+        _make(options, prompts, model, tokenizer, record)
     for kind in KINDS:
         if (out / f"{kind}.parquet").exists() and not is_trained(out / f"reward-{kind}"):
             splits = {s: files.load(out / f"{kind}.parquet", s, ids(tokenizer, model).eos)
@@ -204,13 +211,11 @@ class Answers:
 
 
 def _make(
-    options: argparse.Namespace, model: Any, tokenizer: Any, record: dict[str, Any]
-) -> None:
-    """similar.parquet and distinct.parquet by the judge's labels."""
-    if _are_made(options.out):
-        return
-    started = perf_counter()
-    prompts, how = _prompts(options, tokenizer), _how(options)
+    options: argparse.Namespace, prompts: dict[str, tuple[list, list[Prompt]]], model: Any,
+    tokenizer: Any, record: dict[str, Any],
+) -> None:  # fmt: skip
+    """similar.parquet and distinct.parquet by the judge's labels. Args: prompts: of `_prompts`."""
+    started, how = perf_counter(), _how(options)
     for s, (_, texts) in prompts.items():
         _check_strong(_strong_file(options, s), texts, how)
     judge = Kept(load_judge(options.judge, device=options.device), options.scores)
@@ -228,6 +233,7 @@ def _make(
     record |= {"judge": asdict(judge.source), "seed": options.seed, **source_of(options.prompts),
                "seconds": round(perf_counter() - started, 1)}  # fmt: skip
     write_record(options.out, record)
+    (options.out / BATCHES).unlink(missing_ok=True)
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[list, list[Prompt]]]:
@@ -261,7 +267,10 @@ def _answers(
     found = ids(tokenizer, model)
     number = SPLITS.index(split)
     weak = Sampler(model, found, options.max_prompt + options.max_tokens, options)
-    sampled = files.sample_pairs(weak, coded, options.max_tokens, options.seed + 1 + number)
+    policy = resolve(options.policy[0][1])[1].resolved
+    with tqdm(total=2 * len(coded), desc="sampling", unit="response") as bar:
+        kept = KeptSamples(weak, options.out / BATCHES, policy, bar)
+        sampled = files.sample_pairs(kept, coded, options.max_tokens, options.seed + 1 + number)
     coded_answers = {"first": sampled.first, "second": sampled.second}  # as they were sampled
     answers = {name: tokenizer.batch_decode(side, skip_special_tokens=True)
                for name, side in coded_answers.items()}  # fmt: skip
@@ -309,13 +318,14 @@ def _kept_strong(
     if not kept.exists():
         texts = list(_strong(options, prompts, SPLITS.index(split)))
         made = {"prompt": list(map(as_text, prompts)), "text": texts, "how": how}
-        write_atomically(kept, pd.DataFrame(made).to_parquet)
+        with writing(kept):
+            write_atomically(kept, pd.DataFrame(made).to_parquet)
     return pd.read_parquet(kept)["text"].tolist()
 
 
 def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> Iterator[str]:
     """The strong model's answers, told to be short, at its temperature; "" for one that was cut."""
-    model, _ = load_policy(options.strong, device=options.device)
+    model, source = load_policy(options.strong, device=options.device)
     tokenizer, _ = load_tokenizer(options.strong)
     found = ids(tokenizer, model)
     longest = 10 * options.max_prompt
@@ -324,15 +334,17 @@ def _strong(options: argparse.Namespace, prompts: list[Prompt], number: int) -> 
     system = [{"role": "system", "content": SHORT}]
     asked = [system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)
              for p in prompts]  # fmt: skip
-    for start in tqdm(range(0, len(asked), BATCH), desc="strong answers", unit="batch"):
-        part = encode_prompts(tokenizer, asked[start : start + BATCH], longest).ids
-        heads, mask = padded(part, found.pad, "left", options.device)
-        numbers = uniforms([options.seed], STRONG, 1000 * number + start // BATCH,
-                           (len(part), options.max_tokens))[0].to(options.device)  # fmt: skip
-        out = scorer.sample(heads, mask, numbers)
-        for row in unpadded(out.completions, out.mask):
-            ended = row[-1] in found.eos
-            yield tokenizer.decode(row, skip_special_tokens=True).strip() if ended else ""
+    with tqdm(total=len(asked), desc="strong answers", unit="response") as bar:
+        scorer = KeptSamples(scorer, options.out / BATCHES, source.resolved, bar)
+        for start in range(0, len(asked), BATCH):
+            part = encode_prompts(tokenizer, asked[start : start + BATCH], longest).ids
+            heads, mask = padded(part, found.pad, "left", options.device)
+            numbers = uniforms([options.seed], STRONG, 1000 * number + start // BATCH,
+                               (len(part), options.max_tokens))[0].to(options.device)  # fmt: skip
+            out = scorer.sample(heads, mask, numbers)
+            for row in unpadded(out.completions, out.mask):
+                ended = row[-1] in found.eos
+                yield tokenizer.decode(row, skip_special_tokens=True).strip() if ended else ""
 
 
 def _judged(judge: Judge, prompts: list[Prompt], texts: list[str | None]) -> np.ndarray:
@@ -367,26 +379,34 @@ def _labelled(
 
 
 def _read(
-    options: argparse.Namespace, model: Any, tokenizer: Any, record: dict[str, Any]
-) -> None:
-    """The pairs of files or data sets; the first response is the preferred one."""
+    options: argparse.Namespace, tokenizer: Any, eos: tuple[int, ...]
+) -> dict[str, tuple[dict[str, Pairs], dict[str, pd.DataFrame], dict[str, Any]]]:
+    """The pairs of files or data sets that the folder lacks, as `given_pairs` has them, by kind;
+    the first response is the preferred one."""
+    found, where = {}, {"split": options.split, "revision": options.revision}
     for kind in KINDS:
-        name, path = getattr(options, kind), options.out / f"{kind}.parquet"
-        if not name or path.exists():
+        name = getattr(options, kind)
+        if not name or (options.out / f"{kind}.parquet").exists():
             continue
-        where = {"split": options.split, "revision": options.revision}
         with naming_columns():
-            read, eos = load_preferences(name, **where), ids(tokenizer, model).eos
-        splits, texts, record[kind] = given_pairs(read, options, tokenizer, eos,
-                                                  split_of(name, read, **where))  # fmt: skip
-        save_pairs(path, splits, texts)
-        write_record(options.out, record)
+            read = load_preferences(name, **where)
+        found[kind] = given_pairs(read, options, tokenizer, eos, split_of(name, read, **where))
+        check_splits(found[kind][0])
+    return found
+
+
+def _keep(out: Path, read: dict[str, tuple], record: dict[str, Any]) -> None:
+    """A file for each kind of pairs that `_read` found."""
+    for kind, (splits, texts, record[kind]) in read.items():
+        save_pairs(out / f"{kind}.parquet", splits, texts)
+        write_record(out, record)
 
 
 def _named(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise argparse.ArgumentTypeError(f"a policy is NAME=FOLDER_OR_NAME, got {text!r}")
+    if not (name and equals and source) or "/" in name:
+        raise argparse.ArgumentTypeError("a policy is NAME=FOLDER_OR_NAME, the NAME without '/', "
+                                         f"got {text!r}")  # fmt: skip
     return name, source
 
 

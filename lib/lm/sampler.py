@@ -53,17 +53,19 @@ class Sampler(Scorer):
         return Samples(*cat, None, torch.stack([p.scale for p in parts]).amax())
 
 
-class Kept:
+class KeptSamples:
     """The completions of a sampler, each batch in a file once it is drawn: what is asked for again,
     also by a later process, is read there. A batch is known by all that it depends on.
 
-    Args: file: of JSON lines, made at the first batch. about: what samples depend on besides tokens
-        and numbers: the policy and how it samples. bar: counts completions, once each.
+    Args: file: of JSON lines, made at the first batch. policy: what names the sampler's content.
+        bar: counts completions, once each.
     """
 
-    def __init__(self, sampler: Sampler, file: Path, about: str, bar: tqdm):
-        self.sampler, self.file, self.about, self.bar = sampler, file, about, bar
+    def __init__(self, sampler: Sampler, file: Path, policy: str, bar: tqdm):
+        self.sampler, self.file, self.bar = sampler, file, bar
         self.network, self.eos, self.pad = sampler.network, sampler.eos, sampler.pad
+        how = (self.network.temperature, self.network.dtype, sampler.decoder, self.eos.tolist())
+        self.about = f"{policy} {how}"
         self.rows: dict[str, list[list[int]]] = {}
         for line in file.read_text().splitlines() if file.exists() else ():
             with suppress(json.JSONDecodeError):  # half a line, of a process that was killed

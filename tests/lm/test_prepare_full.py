@@ -61,6 +61,31 @@ def test_an_eos_that_is_named_ends_the_responses_and_stays_with_the_policies(pai
     assert prepare_full.main(named) == 0
 
 
+@pytest.mark.parametrize("named", ["a/b", "a/b=c", "=c", "a="])
+def test_a_policy_without_a_name_of_its_own_is_refused(pairs, capsys, named):
+    with pytest.raises(SystemExit):
+        prepare_full.main([*pairs[1], "--policy", named])
+    assert f"without '/', got {named!r}" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_help_are_read(pairs):
+    """Each example is one that the parser takes."""
+    text = prepare_full.__doc__.replace("\\\n", " ")
+    examples = [line.split()[3:] for line in text.splitlines() if "python -m" in line]
+    policies = [prepare_full._parser().parse_args(words).policy for words in examples]
+    assert [[name for name, _ in named] for named in policies] == [["128", "64"], ["sft"]]
+
+
+@pytest.mark.parametrize("rows", [[{"a": "b"}], [{"prompt": "a", "chosen": "b", "rejected": "c"}]])
+def test_pairs_of_no_use_are_refused_before_anything_is_written(pairs, capsys, rows):
+    """Without their columns; one pair alone, which leaves nothing to hold out."""
+    root, arguments = pairs
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = refused(arguments, capsys)
+    assert ("has the columns ['a']" if "a" in rows[0] else "nothing is left for") in said
+    assert not (root / "out").exists()
+
+
 def test_a_folder_without_a_named_eos_takes_none_later(pairs, capsys):
     root, arguments = pairs
     assert prepare_full.main(arguments) == 0

@@ -10,7 +10,7 @@ from lib.lm import pairs, sampler
 from lib.lm.models import TokenIds
 from lib.lm.network import Network
 from lib.lm.policy import Scorer
-from lib.lm.sampler import Kept, Sampler
+from lib.lm.sampler import KeptSamples, Sampler
 from tests.tiny_lm import save_tiny_policy
 
 
@@ -48,7 +48,7 @@ def policy(tmp_path, monkeypatch):
 
 
 def kept(policy, file, about="p"):
-    return Kept(policy, file, about, tqdm(total=22))
+    return KeptSamples(policy, file, about, tqdm(total=22))
 
 
 @pytest.mark.parametrize("cut", [0, 40])
