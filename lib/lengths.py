@@ -60,12 +60,16 @@ class Prepared:
             object.__setattr__(self, "name", made(self.name))
         if absent := [part for part in PARTS if not (self.folder / part).exists()]:
             what, out = f"lacks {', '.join(absent)}", str(self.folder)
+            how = "--policy FOLDER_OR_NAME --prompts FILE_OR_NAME"
             if (self.folder / f"reward-{GIVEN}").exists():
                 what, out = "is made of preferences, which follow no rule", "A_NEW_FOLDER"
+            elif (self.folder / "pairs.parquet").exists():
+                what += f" and needs all tasks ({', '.join(TASKS)})"
+                how = f"with the options that it was made with, and --tasks {' '.join(TASKS)}"
             raise FileNotFoundError(
                 f"prepared must be 'tiny', one of {PRESETS} or a folder that lib.lm.prepare made "
                 f"of prompts; {self.name!r} ({self.folder}) {what}. Make it: python -m "
-                f"lib.lm.prepare --policy FOLDER_OR_NAME --prompts FILE_OR_NAME --out {out}"
+                f"lib.lm.prepare {how} --out {out}"
             )
 
     @property

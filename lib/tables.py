@@ -10,6 +10,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from lib import experiments, methods, stats
+from lib.lm.length import GIVEN
 
 COLLAPSED = 0.01  # nats of entropy per completion: the policy answers a prompt in one way only
 CEILING = 1.0  # of both reward functions: every token at the peak
@@ -302,8 +303,13 @@ def pilot(
 
 
 def ends(parts: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Final values with 95% intervals. Args: parts: label -> rows; columns: statistic -> title."""
+    """Final values with 95% intervals. Args: parts: label -> rows; columns: statistic -> title.
+
+    Preferences of one's own follow no rule: their reward is the proxy, and is left out beside it.
+    """
     rows = []
+    if any("task" in table and (table["task"] == GIVEN).any() for table in parts.values()):
+        columns = {s: title for s, title in columns.items() if s != "final reward"}
     for label, table in parts.items():
         cells = {
             title: interval_text(stats.per_run(table, statistic))

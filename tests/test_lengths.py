@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,14 @@ def test_what_is_missing_is_named(tmp_path):
         lengths.Prepared(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="'nowhere'"):
         lengths.Prepared("nowhere")
+
+
+def test_a_folder_of_some_tasks_is_said_to_need_the_others(have, tmp_path):
+    few = shutil.copytree(have.folder, tmp_path / "few")
+    shutil.rmtree(few / "reward-skew")
+    with pytest.raises(FileNotFoundError, match="lacks reward-skew and needs all tasks.*prepare "
+                       f"with the options .* --tasks min mode skew --out {few}"):  # fmt: skip
+        lengths.Prepared(str(few))
 
 
 def test_a_folder_of_preferences_is_said_to_follow_no_rule(tmp_path):

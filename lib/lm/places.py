@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from lib.lm.config import PRESETS, LengthRun, prepared_folder
+from lib.lm.config import PRESETS, LengthRun, prepared_folder, prepared_tasks
 
 NAMES = ("tiny", *PRESETS)
 
@@ -29,6 +29,14 @@ def check_prepared(name: str) -> str:
         raise FileNotFoundError(f"prepared: there is no folder {name!r}; give one that "
                                 f"lib.lm.prepare made, or one of {NAMES}")  # fmt: skip
     return name
+
+
+def check_task(name: str, task: str) -> None:
+    """Raises: ValueError that names a folder's tasks, for one that it has no reward model of."""
+    if (there := prepared_tasks(name)) and task not in there:
+        raise ValueError(f"task must be one of {there}, of which {name!r} has a reward model, got "
+                         f"{task!r}: lib.lm.prepare --tasks {task} adds one, unless the folder is "
+                         "of preferences")  # fmt: skip
 
 
 def cut_otherwise(config: LengthRun) -> str | None:

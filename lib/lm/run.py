@@ -30,7 +30,7 @@ from lib.lm.config import LABELS, LengthRun, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
-from lib.lm.places import check_prepared, cut_otherwise, spelled
+from lib.lm.places import check_prepared, check_task, cut_otherwise, spelled
 from lib.lm.prepare import check_device, command
 from lib.lm.problem import LengthProblem
 from lib.runs import (
@@ -190,6 +190,8 @@ def configuration(options: argparse.Namespace) -> LengthRun:
     fields = {"label": options.label, "prepared": options.prepared}
     fields |= checked(LengthRun, dict(_option(text) for text in options.option))
     fields["prepared"] = spelled(check_prepared(fields["prepared"]))
+    if fields["label"] == "learned":
+        check_task(fields["prepared"], options.task)
     if "minibatch" in fields:
         between("minibatch", fields["minibatch"], 1, 10**9)  # which others are divided by
     said = SAID if methods.get(options.method).on_policy else SAID_OFFLINE

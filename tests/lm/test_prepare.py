@@ -527,7 +527,8 @@ def test_the_length_chapters_run_on_preferences_of_ones_own(own_preferences, tmp
             parameters={"profile": "smoke", "recompute": True, "prepared": str(own_preferences),
                         "options": {"max_tokens": 16}, "store": str(tmp_path / "store")},
         )  # fmt: skip
-        assert "given" in "".join(str(c.get("outputs", "")) for c in found.cells).lower()
+        shown = "".join(str(c.get("outputs", "")) for c in found.cells).lower()
+        assert "given" in shown and "| proxy |" in shown and "| gold reward |" not in shown
 
 
 def test_given_preferences_have_no_rule_to_train_on():

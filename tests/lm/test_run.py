@@ -84,6 +84,16 @@ def test_nothing_is_written_over_and_nothing_is_trained_first(folder, tmp_path, 
     assert [f.name for f in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(("task", "there"), [("mode", r"\('min', 'skew'\)"), ("given", "mode")])
+def test_a_task_that_the_folder_was_not_made_for_is_said(folder, tmp_path, capsys, task, there):
+    few = shutil.copytree(folder, tmp_path / "few")
+    if task == "mode":
+        shutil.rmtree(few / "reward-mode")
+    assert run.main([*command(few), "--task", task]) == 2
+    said = capsys.readouterr().err
+    assert re.search(f"task must be one of .*{there}.*got '{task}': lib.lm.prepare", said), said
+
+
 @pytest.mark.parametrize("what", ["run", "code", "file"])
 def test_a_checkpoint_of_something_else_is_neither_ignored_nor_written_over(
     folder, tmp_path, capsys, monkeypatch, what
