@@ -1,6 +1,6 @@
 """What the full-scale chapter shows: the judge, the pairs, and what makes y_w fall.
 
-Tables here are made from shipped data and result tables alone; nothing is run.
+Tables here are made of pairs, a reference policy and result tables; no run is computed.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from myst_nb import glue
 
 from lib import stats, tables
 from lib.chapter import NOT_RUN, Chapter
 from lib.experiments import final
 from lib.experiments.full_scale import BATCHED, OFFLINE, ON_POLICY, FullScaleProfile
-from lib.lengths import Prepared
 from lib.lm.batches import padded
-from lib.lm.config import MINIBATCH
+from lib.lm.config import MINIBATCH, TINY, weight_bytes
 from lib.lm.full_scale import DATA, KINDS
 from lib.lm.gold import as_rollout
+from lib.lm.models import ids, load_policy, load_tokenizer
+from lib.lm.network import Network
+from lib.lm.policy import Scorer
 
 FACTORS = {"policy": "large policy", "pairs": "much data", "kind": "distinct pairs"}
 SCORED = 128  # pairs whose log-probability under the reference policy is shown
 ANSWERERS = {"first": "the tiny policy", "second": "the tiny policy", "strong": "SmolLM2"}
+OWN_ANSWERERS = {"first": "the policy", "second": "the policy", "strong": "the strong model"}
 # Kinds of answers whose names in the shipped table need the row above them: how they are shown.
 SPELLED = {
     "its own answer": "own answer", "its first half": "own answer, first half",
@@ -61,24 +65,46 @@ def shipped(kind: str, folder: Path = DATA) -> pd.DataFrame:
     return pd.read_parquet(folder / f"{kind}.parquet")
 
 
-def pairs_table(prepared: Prepared, folder: Path = DATA) -> pd.DataFrame:
+class Reference:
+    """The base policy of a chapter's runs and the folder of their pairs: the shipped ones, unless
+    `prepared` names a folder that is here."""
+
+    def __init__(self, chapter: Chapter):
+        run = chapter.settings()[0].run(chapter.profile, 0.1, 0)
+        here = run.policy_folder.is_dir()  # published runs may be of pairs that lie elsewhere
+        self.folder, source = (run.folder, run.policy_folder) if here else (DATA, TINY / "policy")
+        large = weight_bytes(source) > 2e8
+        device = "cuda" if large and torch.cuda.is_available() else "cpu"
+        model, _ = load_policy(source, device=device)
+        self.tokenizer, _ = load_tokenizer(source)
+        found = ids(self.tokenizer, model)
+        self.policy = Scorer(Network(model).requires_grad_(False), found.eos, found.pad)
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in KINDS if (self.folder / f"{kind}.parquet").exists()]
+
+
+def pairs_table(reference: Reference) -> pd.DataFrame:
     """Per kind of pair: how many, who wrote what is preferred, how far the two are apart in gold
-    reward, their lengths, and log pi_ref of either, nats a token: how near they lie to the policy.
+    reward, and log pi_ref of either, nats a token: how near they lie to the policy. Pairs that were
+    read have neither writer nor gold reward.
     """
-    rows = []
-    for kind in KINDS:
-        table = shipped(kind, folder)
+    rows, names = [], ANSWERERS if reference.folder == DATA else OWN_ANSWERERS
+    for kind in reference.kinds:
+        table = shipped(kind, reference.folder)
         train = table[table["split"] == "train"]
-        wrote = train["answerer"].map(ANSWERERS).value_counts(normalize=True)
-        gap = train["gold_first"] - train["gold_second"]
-        rows.append({
-            "pairs": kind, "to train on": len(train), "held out": len(table) - len(train),
-            "preferred is by": f"{wrote.index[0]} ({wrote.iloc[0]:.0%})",
-            "gold reward of y_w": train["gold_first"].mean(),
-            "gold reward of y_l": train["gold_second"].mean(), "median gap": gap.median(),
-            "log pi_ref of y_w": density(prepared, train, "first"),
-            "log pi_ref of y_l": density(prepared, train, "second"),
-        })  # fmt: skip
+        row = {"pairs": kind, "to train on": len(train), "held out": len(table) - len(train)}
+        if "gold_first" in train:
+            wrote = train["answerer"].map(names).value_counts(normalize=True)
+            gap = train["gold_first"] - train["gold_second"]
+            row |= {"preferred is by": f"{wrote.index[0]} ({wrote.iloc[0]:.0%})",
+                    "gold reward of y_w": train["gold_first"].mean(),
+                    "gold reward of y_l": train["gold_second"].mean(),
+                    "median gap": gap.median()}  # fmt: skip
+        sides = {"w": "first", "l": "second"}
+        rows.append(row | {f"log pi_ref of y_{y}": density(reference, train, side)
+                           for y, side in sides.items()})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -109,31 +135,37 @@ def proxy_accuracy(kind: str, folder: Path = DATA) -> str:
     return f"{right:.0%} ({low:.0%} to {high:.0%}) of {count}"
 
 
-def density(prepared: Prepared, table: pd.DataFrame, side: str) -> float:
+def density(reference: Reference, table: pd.DataFrame, side: str) -> float:
     """Mean log pi_ref of the first `SCORED` responses of a side, nats a token."""
     part = table.head(SCORED)
-    pad = prepared.policy.pad
-    tokens, mask = padded([list(map(int, row)) for row in part[side]], pad)
+    policy = reference.policy
+    tokens, mask = padded([list(map(int, row)) for row in part[side]], policy.pad)
     heads = [list(map(int, row)) for row in part["prompt"]]
-    logp = prepared.policy.score(as_rollout(heads, tokens, mask, pad, "cpu"))[:, 0]
+    device = str(policy.network.device)
+    logp = policy.score(as_rollout(heads, tokens, mask, policy.pad, device))[:, 0]
     return float(logp.sum() / mask.sum())
 
 
-def examples(prepared: Prepared, count: int = 2, folder: Path = DATA) -> pd.DataFrame:
-    """The held-out pairs whose gap in gold reward is nearest its median, in words."""
+def examples(reference: Reference, count: int = 2) -> pd.DataFrame:
+    """The held-out pairs whose gap in gold reward is nearest its median, in words; the first ones
+    where no judge has seen them."""
     rows = []
-    for kind in KINDS:
-        table = held_out(kind, folder)
-        gap = table["gold_first"] - table["gold_second"]
-        near = (gap - gap.median()).abs().sort_values().index[:count]
-        for row in table.loc[near].itertuples():
-            texts = (prepared.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
-                     for ids in (row.first, row.second))  # fmt: skip
-            better, worse = texts
+    for kind in reference.kinds:
+        table = held_out(kind, reference.folder)
+        if judged := "gold_first" in table:
+            gap = table["gold_first"] - table["gold_second"]
+            table = table.loc[(gap - gap.median()).abs().sort_values().index]
+        for row in table.head(count).itertuples():
+            better, worse = (
+                reference.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+                for ids in (row.first, row.second)
+            )
+            gold = {"gold": row.gold_first, "its gold": row.gold_second} if judged else {}
             rows.append({"pairs": kind, "instruction": row.instruction, "preferred": better,
-                         "gold": row.gold_first, "other": worse,
-                         "its gold": row.gold_second})  # fmt: skip
-    return pd.DataFrame(rows)
+                         "other": worse, **gold})  # fmt: skip
+    found = pd.DataFrame(rows)
+    order = ["pairs", "instruction", "preferred", "gold", "other", "its gold"]
+    return found[[name for name in order if name in found]]
 
 
 # --- runs ---------------------------------------------------------------------------------------

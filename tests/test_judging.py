@@ -8,8 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib import experiments, judging, stats
+from lib.lm.full_scale import DATA
+from lib.lm.models import load_policy
+from lib.lm.pairs import Pairs, save
+from tests.tiny_lm import save_tiny_policy
 
 SEEDS = range(5, 10)
 
@@ -104,6 +109,45 @@ def test_shipped_pairs_have_the_better_answer_first_and_share_no_prompt(kind):
     texts = {split: set(part["instruction"]) for split, part in table.groupby("split")}
     assert not texts["train"] & texts["validation"]
     assert min(map(len, texts.values())) >= 90
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of pairs that were read, of one kind, and the chapter of its runs."""
+    root = tmp_path_factory.mktemp("own")
+    policy = save_tiny_policy(root / "policy-mine")
+    tokens = [[65, 66, 256]] * 8
+    splits = {"train": Pairs(tokens, tokens, [[67, 68, 256]] * 8, (256,)),
+              "validation": Pairs(tokens[:3], tokens[:3], [[67, 256]] * 3, (256,))}  # fmt: skip
+    texts = {split: pd.DataFrame({"instruction": ["AB"] * len(p)}) for split, p in splits.items()}
+    save(root / "similar.parquet", splits, texts)
+    return root, chapter_of(root, policy)
+
+
+def chapter_of(folder, policy):
+    run = SimpleNamespace(folder=folder, policy_folder=policy)
+    return SimpleNamespace(profile=None, settings=lambda: [SimpleNamespace(run=lambda *_: run)])
+
+
+def test_pairs_of_ones_own_are_the_ones_that_are_shown(own):
+    """By their own policy; nobody judged them, so that they have no gold reward."""
+    reference = judging.Reference(own[1])
+    (row,) = judging.pairs_table(reference).to_dict("records")
+    assert list(row) == ["pairs", "to train on", "held out", "log pi_ref of y_w",
+                         "log pi_ref of y_l"]  # fmt: skip
+    assert (row["pairs"], row["to train on"], row["held out"]) == ("similar", 8, 3)
+    logits = load_policy(own[0] / "policy-mine")[0](torch.tensor([[65, 66, 256, 67, 68, 256]]))
+    exact = logits.logits[0, 2:5].log_softmax(-1)[range(3), [67, 68, 256]].mean()
+    assert row["log pi_ref of y_l"] == pytest.approx(exact.item(), abs=1e-5)
+    table = judging.examples(reference)
+    assert list(table) == ["pairs", "instruction", "preferred", "other"] and len(table) == 2
+
+
+def test_pairs_that_lie_elsewhere_are_the_shipped_ones_here(tmp_path):
+    reference = judging.Reference(chapter_of(tmp_path, tmp_path / "policy-mine"))
+    table = judging.pairs_table(reference)
+    assert reference.folder == DATA and table["pairs"].tolist() == list(judging.KINDS)
+    assert table["preferred is by"].str.contains("SmolLM2|the tiny policy").all()
 
 
 def curve(**columns):
