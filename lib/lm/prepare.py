@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import pandas as pd
 import torch
@@ -409,7 +411,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.__cause__ or error  # of a store that is full: it has words of its own
         text = getattr(reason, "strerror", None) or brief(reason)
-        raise OSError(f"{path} cannot be written: {text}; what is finished stays") from error
+        raise OSError(f"{path} cannot be written: {text}") from error
 
 
 def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
@@ -579,7 +581,7 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
              "revision": options.prompts_revision}  # fmt: skip
     with naming_columns("--column"):
         read = load_prompts(options.prompts, column=options.column, **where)
-    print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
+    print(example_of(tokenizer, read, options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = split_of(options.prompts, read, column=options.column, **where)
     if split is None:
@@ -587,6 +589,12 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, list[list
     few = _evenly(len(coded.ids), options.limit)
     rows = [(coded.ids[i], split[coded.kept[i]]) for i in few]
     return {name: [row for row, s in rows if s == name] for name in pairs.SPLITS}
+
+
+def example_of(tokenizer: Any, read: Prompts, max_prompt: int) -> str:
+    """`lib.lm.text.example` of prompts, without its count of responses: there are none yet."""
+    said = example(tokenizer, read, max_prompt_tokens=max_prompt)
+    return said.rpartition(", 0 responses cut")[0] or said
 
 
 def _evenly(count: int, limit: int | None) -> list[int]:
@@ -645,6 +653,21 @@ def split_names(
 # --- reward models --------------------------------------------------------------------------------
 
 
+class Epochs(io.TextIOBase):
+    """A line for each epoch in place of what a trainer prints, which is all that it logged."""
+
+    def __init__(self, name: str, to: TextIO):
+        self.name, self.to = name, to
+
+    def write(self, text: str) -> int:
+        said = dict(re.findall(r"'(\w+)': '?([\w.+-]+)", text))
+        if "eval_loss" in said:
+            self.to.write(f"{self.name}, epoch {said['epoch']}: loss {said['eval_loss']}, accuracy "
+                          f"{said['eval_accuracy']} on held-out pairs\n")  # fmt: skip
+            self.to.flush()
+        return len(text)
+
+
 def train_reward(
     options: argparse.Namespace, task: str, splits: dict[str, pairs.Pairs], tokenizer: Any,
     policy: Any, folder: Path,
@@ -672,7 +695,8 @@ def train_reward(
     made: dict[str, Any] = {}
 
     def trained(new: Path) -> None:
-        made.update(reward.train(model, tokenizer, splits, preferred, new, how, options.device))
+        with redirect_stdout(Epochs(folder.name, sys.stdout)):
+            made.update(reward.train(model, tokenizer, splits, preferred, new, how, options.device))
         shutil.rmtree(new / "trainer", ignore_errors=True)
 
     with writing(folder):

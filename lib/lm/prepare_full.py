@@ -52,6 +52,7 @@ from lib.lm.prepare import (
     check_splits,
     command,
     copy_policy,
+    example_of,
     given_pairs,
     is_trained,
     naming_columns,
@@ -73,7 +74,6 @@ from lib.lm.text import (
     as_text,
     encode_prompts,
     encode_responses,
-    example,
     load_preferences,
     load_prompts,
 )
@@ -240,7 +240,7 @@ def _prompts(options: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[lis
     """Ids and texts of the prompts by split, `--pairs` and `--held-out` of them, drawn by seed."""
     with naming_columns():
         read = load_prompts(options.prompts)
-    print(example(tokenizer, read, max_prompt_tokens=options.max_prompt))
+    print(example_of(tokenizer, read, options.max_prompt))
     coded = encode_prompts(tokenizer, read.prompts, options.max_prompt)
     split = split_of(options.prompts, read)
     order = uniforms([options.seed], SPLIT, 0, (len(coded.ids),))[0].argsort().tolist()

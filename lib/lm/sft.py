@@ -179,7 +179,8 @@ def set_dropout(model, rate: float) -> None:
 
 def _trainer(model, tokenizer, train, validation, run: SFTRun, folder: str):
     from datasets import Dataset  # slow to import, and part of the `llm` extra
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, ProgressCallback
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
     from trl import SFTTrainer
 
     class Stopping(EarlyStoppingCallback):
@@ -188,7 +189,15 @@ def _trainer(model, tokenizer, train, validation, run: SFTRun, folder: str):
         def on_train_begin(self, *_, **__) -> None:
             pass
 
-    return SFTTrainer(
+    class Progress(ProgressCallback):
+        """A bar, and a line for a validation loss in place of all that is logged."""
+
+        def on_log(self, args, state, control, logs=None, **_) -> None:
+            if self.training_bar is not None and "eval_loss" in logs:
+                self.training_bar.write(f"epoch {round(logs['epoch'])}: validation loss "
+                                        f"{logs['eval_loss']:.3f}")  # fmt: skip
+
+    trainer = SFTTrainer(
         model=model,
         args=on_one_gpu(_arguments(run, folder)),
         train_dataset=Dataset.from_list([columns(example) for example in train]),
@@ -196,6 +205,9 @@ def _trainer(model, tokenizer, train, validation, run: SFTRun, folder: str):
         processing_class=tokenizer,
         callbacks=[Stopping(run.patience)],
     )
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+    trainer.add_callback(Progress())
+    return trainer
 
 
 def _arguments(run: SFTRun, folder: str):

@@ -2,9 +2,10 @@
 
 `python -m lib.lm.supervise --policy FOLDER_OR_NAME --responses FILE_OR_NAME --out FOLDER` trains on
 the responses, EOS included, keeps the epoch of the lowest validation loss, and writes the policy in
-the hub's format, which `lib.lm.prepare --policy` takes. A column `split` says what is "train" and
-what "validation"; without one a tenth of the prompts is drawn. Rows whose column `capped` is true
-are left out: their text does not end where its writer meant to.
+the hub's format, which `lib.lm.prepare --policy` takes. Prompt and response are text or message
+lists, each in a column or together as `messages`, whose last one is then the response. A column
+`split` says what is "train" and what "validation"; without one a tenth of the prompts is drawn.
+Rows whose column `capped` is true are left out: their text does not end where its writer meant to.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -34,13 +36,14 @@ from lib.lm.prepare import (
     named,
     split_names,
     warn_of_another_end,
+    writing,
 )
 from lib.lm.reading import TextError, read_rows
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
 from lib.lm.text import as_text, encode_prompts, encode_responses
-from lib.runs import provenance, write_atomically
+from lib.runs import provenance
 
-LAYOUT, CAPPED = ("prompt", "response"), "capped"
+LAYOUT, CAPPED, MESSAGES = ("prompt", "response"), "capped", "messages"
 PACKAGES = ("transformers", "tokenizers", "trl", "accelerate")
 RUN = SFTRun(learning_rate=5e-5, schedule="linear", batch=32, epochs=2, patience=1)
 
@@ -65,6 +68,7 @@ def supervise(options: argparse.Namespace) -> Trained:
     model, source = load_policy(options.policy, options.revision, device=options.device)
     ids(tokenizer, model)  # which must fit together
     options.out.mkdir(parents=True, exist_ok=True)
+    check_room(options.out, model)
     counts = {split: len(rows) for split, rows in data.items()}
     updates = run.epochs * math.ceil(counts["train"] / run.batch)
     run = replace(run, warmup_steps=min(run.warmup_steps, updates // 10))
@@ -74,19 +78,33 @@ def supervise(options: argparse.Namespace) -> Trained:
     print(f"an example as the model reads it:\n{whole}")
     trained = sft(model, tokenizer, data["train"], data["validation"], run)
     after = response_loss(model, data["validation"], run.batch)  # of what is written, as before it
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
     environment = provenance.environment(options.device, "float32", PACKAGES)
     record = {"policy": asdict(source), **read, "pairs": counts, "settings": asdict(run),
               "losses": trained.losses, "chosen_update": trained.chosen_update,
               "validation_loss": after, "seconds": round(trained.seconds, 1),
               "commit": provenance.commit(), "date": provenance.now(),
               "environment": environment}  # fmt: skip
-    write_atomically(options.out / "training.json",
-                     lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))  # fmt: skip
+    text = json.dumps(record, indent=1) + "\n"
+    try:
+        with writing(options.out):
+            model.save_pretrained(options.out)
+            tokenizer.save_pretrained(options.out)
+            (options.out / "training.json").write_text(text)
+    except OSError:
+        for file in options.out.iterdir():  # a part of a policy is none
+            file.unlink()
+        raise
     before = trained.losses[0]["validation"]
     print(f"held-out loss {before:.3f} before, {after:.3f} after, nats a token: {options.out}")
     return trained
+
+
+def check_room(folder: Path, model: Any) -> None:
+    """Raises: OSError where a folder has no room for a model: before it is trained."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"{folder} has room for {free / 2**30:.2f} GiB, the policy takes "
+                      f"{needed / 2**30:.2f}")  # fmt: skip
 
 
 def examples(
@@ -99,10 +117,13 @@ def examples(
     where = {"config": options.config, "split": options.split,
              "revision": options.responses_revision}  # fmt: skip
     rows, source = read_rows(options.responses, **where)
+    if MESSAGES in rows[0] and LAYOUT[0] not in rows[0]:
+        rows = [_in_two(row, f"{source.name!r}, row {i}") for i, row in enumerate(rows, 1)]
     for wanted in LAYOUT:
         if not (names := {*COLUMNS[wanted]}) & rows[0].keys():
             raise TextError(f"{source.name!r} has the columns {list(rows[0])} and no {wanted}: "
-                            f"name it one of {sorted(names)}")  # fmt: skip
+                            f"name it one of {sorted(names)}, or give both as {MESSAGES!r}"
+                            )  # fmt: skip
     found = table(rows, {}, (LAYOUT,), source.name)
     prompts = [as_prompt(ours["prompt"], at) for at, ours in found]
     said = [_response(ours["response"], at) for at, ours in found]
@@ -129,9 +150,20 @@ def examples(
     return data, {"responses": asdict(source), "left out": left}
 
 
+def _in_two(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of one message list as one of prompt and response."""
+    if not isinstance(talk := row.get(MESSAGES), list) or len(talk) < 2:
+        raise TextError(f"{where}: {MESSAGES!r} must be a list of messages, a prompt's and the "
+                        f"assistant's answer, got {str(talk)[:80]}")  # fmt: skip
+    return {**row, "prompt": talk[:-1], "response": talk[-1:]}
+
+
 def _response(value: Any, where: str) -> str:
+    """A response as text, of one message of the assistant if it is a list."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content") if value[0].get("role") == "assistant" else None
     if not isinstance(value, str):
-        raise TextError(f"{where}: a response must be text")
+        raise TextError(f"{where}: a response must be text, or one message of the assistant")
     return value
 
 
@@ -150,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="of the policy on the hub (default: newest, recorded)")
     parser.add_argument("--eos", help=EOS_HELP)
     parser.add_argument("--responses", required=True, help="JSONL, CSV or parquet file, or a data "
-                        "set, with the columns prompt and response")  # fmt: skip
+                        "set, with the columns prompt and response, or messages")  # fmt: skip
     parser.add_argument("--config", help="of a data set that has several")
     parser.add_argument("--split", help="of a data set that has several")
     parser.add_argument("--responses-revision", help="of a data set on the hub (default: newest)")

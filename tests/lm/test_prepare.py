@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -453,6 +454,8 @@ def test_a_chapter_makes_the_folder_of_the_options_that_it_is_given(tmp_path, ca
     folder = Path(dict(chapter.profile.options)["prepared"])
     said = capsys.readouterr().out
     assert said.index("--- prompt") < said.index("reward-min: accuracy") and folder.is_dir()
+    assert re.search(r"\nreward-min, epoch 1: loss 0\.\d+, accuracy [\d.]+ on held-out", said)
+    assert "{'" not in said and "responses cut" not in said
     assert {s.reward_function for s in chapter.settings()} == {"min", "mode"}
     weights = (folder / "reward-min/model.safetensors").stat()
     again = lengths.Prepared({**options, "tasks": ["min", "mode", "skew"], "out": str(folder)})

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -65,12 +66,66 @@ def test_responses_end_in_eos_and_the_prompt_is_as_everywhere(policy, tmp_path):
     assert record["left out"]["capped"] == 1 and 0 < len(data["validation"]) < 15
 
 
+def talks(*messages):
+    return pd.DataFrame({"messages": [list(*messages)] * 24})
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("layout", ["messages", "prompt and response"])
+def test_message_lists_are_read_as_text_is(policy, tmp_path, layout, suffix):
+    text = table().to_dict("records")
+    rows = [([{"role": "user", "content": row["prompt"]}],
+             [{"role": "assistant", "content": row["response"]}]) for row in text]  # fmt: skip
+    lists = [{"messages": a + b} if layout == "messages" else {"prompt": a, "response": b}
+             for a, b in rows]  # fmt: skip
+    table().to_csv(tmp_path / "text.csv", index=False)
+    file = tmp_path / f"said.{suffix}"
+    if suffix == "jsonl":
+        file.write_text("\n".join(map(json.dumps, lists)))
+    else:
+        pd.DataFrame(lists).to_parquet(file)
+    tokenizer, _ = load_tokenizer(policy)
+
+    def every(path):
+        data, _ = supervise.examples(asked(path), tokenizer)
+        return sorted(map(tuple, (row.prompt + row.response for s in data.values() for row in s)))
+
+    assert every(file) == every(tmp_path / "text.csv")
+
+
+def test_a_disk_without_room_is_said_before_training(policy, tmp_path, capsys, monkeypatch):
+    table().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
+    monkeypatch.setattr(supervise, "sft", None)
+    monkeypatch.setattr(supervise.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert run(policy, tmp_path / "said.jsonl", tmp_path / "out") == 2
+    assert "out has room for 0.00 GiB, the policy takes" in capsys.readouterr().err
+
+
+def test_a_policy_that_cannot_be_written_leaves_no_part(policy, tmp_path, capsys, monkeypatch):
+    """The command can be given again as it is. What was logged is a line for each epoch."""
+    table().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(supervise.provenance, "environment", lambda *_: {})
+    monkeypatch.setattr(supervise.Path, "write_text", full)
+    assert run(policy, tmp_path / "said.jsonl", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    error = f"error: {tmp_path / 'out'} cannot be written: No space left on device"
+    assert said.err.splitlines()[-1] == error and not list((tmp_path / "out").iterdir())
+    lines = [line for line in said.out.splitlines() if "loss" in line]
+    assert lines and all(re.fullmatch(r"epoch \d: validation loss \d\.\d{3}", x) for x in lines)
+
+
 ODD = ["train", "validation"] * 12
 
 
 @pytest.mark.parametrize(("made", "said"), [
     (lambda: table().drop(columns="response"), "and no response: name it one of .*output"),
-    (lambda: table(response=[[{"role": "assistant", "content": "a"}]] * 24), "must be text"),
+    (lambda: table(response=[[{"role": "user", "content": "a"}]] * 24), "must be text, or one"),
+    (lambda: talks([{"role": "user", "content": "a"}]), "row 1: 'messages' must be a list of"),
+    (lambda: talks([{"role": "user", "content": "a"}] * 2), "row 1: a response must be text, or"),
     (lambda: table(response=["long " * 500] * 24), "no response .* is left .*'too long': 24"),
     (lambda: table(response=[" "] * 24), "'empty': 24"),
     (lambda: table(capped=[True] * 24), "'capped': 24"),
