@@ -414,6 +414,18 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {text}") from error
 
 
+@contextmanager
+def writing_new(folder: Path) -> Iterator[None]:
+    """`writing` into an empty folder, which is empty again where it fails: a part is no policy."""
+    try:
+        with writing(folder):
+            yield
+    except OSError:
+        for file in folder.iterdir():
+            file.unlink()
+        raise
+
+
 def copy_policy(folder: Path, to: Path, tokenizer: Any = None) -> None:
     """A copy of a policy, unless it is there; with `tokenizer` in place of its own, if given."""
 
@@ -693,6 +705,10 @@ def train_reward(
         ids(tokenizer, model)  # which are checked to be rows of its embedding
     how = reward.RewardTraining(options.rate, options.epochs, seed=options.seed)
     made: dict[str, Any] = {}
+    ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
+    count = {s: f"{len(p) - ties[s]} of {len(p)} {s} pairs" for s, p in preferred.items()}
+    print(f"{folder.name}: without a tie are {' and '.join(count.values())}; epochs: {how.epochs} at "
+          "most", flush=True)  # fmt: skip
 
     def trained(new: Path) -> None:
         with redirect_stdout(Epochs(folder.name, sys.stdout)):
@@ -701,10 +717,7 @@ def train_reward(
 
     with writing(folder):
         write_folder_atomically(folder, trained)
-    ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
-    count = {s: f"{len(p) - ties[s]} of {len(p)} {s} pairs" for s, p in preferred.items()}
-    print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs; without a "
-          f"tie are {' and '.join(count.values())}")  # fmt: skip
+    print(f"{folder.name}: accuracy {made['kept']['accuracy']:.3f} on held-out pairs")
     return {**made, "ties": ties, "target": target}
 
 

@@ -31,7 +31,7 @@ from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
 from lib.lm.places import check_prepared, check_task, cut_otherwise, spelled
-from lib.lm.prepare import check_device, command
+from lib.lm.prepare import check_device, command, writing_new
 from lib.lm.problem import LengthProblem
 from lib.runs import (
     Checkpoint,
@@ -107,9 +107,10 @@ def _keep(
     about = {**about, "environment": environment, "finished": provenance.now()}
     try:
         if options.save:
-            save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
             text = json.dumps(about, indent=1) + "\n"
-            write_atomically(options.save / "run.json", lambda path: path.write_text(text))
+            with writing_new(options.save):
+                save(engine.kept.state.policy.network.model, config.policy_folder, options.save)
+                write_atomically(options.save / "run.json", lambda path: path.write_text(text))
     finally:
         if options.output:
             write_record(options.output, table, about)

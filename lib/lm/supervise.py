@@ -36,7 +36,7 @@ from lib.lm.prepare import (
     named,
     split_names,
     warn_of_another_end,
-    writing,
+    writing_new,
 )
 from lib.lm.reading import TextError, read_rows
 from lib.lm.sft import Example, SFTRun, Trained, response_loss, sft
@@ -85,15 +85,10 @@ def supervise(options: argparse.Namespace) -> Trained:
               "commit": provenance.commit(), "date": provenance.now(),
               "environment": environment}  # fmt: skip
     text = json.dumps(record, indent=1) + "\n"
-    try:
-        with writing(options.out):
-            model.save_pretrained(options.out)
-            tokenizer.save_pretrained(options.out)
-            (options.out / "training.json").write_text(text)
-    except OSError:
-        for file in options.out.iterdir():  # a part of a policy is none
-            file.unlink()
-        raise
+    with writing_new(options.out):
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        (options.out / "training.json").write_text(text)
     before = trained.losses[0]["validation"]
     print(f"held-out loss {before:.3f} before, {after:.3f} after, nats a token: {options.out}")
     return trained

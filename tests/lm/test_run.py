@@ -76,6 +76,21 @@ def test_what_adapters_add_is_in_the_saved_matrices(tmp_path, dtype, tied):
     assert (logits - without).abs().max() > 0.1
 
 
+def test_a_policy_that_cannot_be_saved_leaves_its_table_and_no_part(
+    folder, tmp_path, capsys, monkeypatch
+):
+    def full(model, source, to):
+        (to / "config.json").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "save", full)
+    saved, table = tmp_path / "saved", tmp_path / "table.parquet"
+    assert run.main([*command(folder), "--save", str(saved), "--output", str(table)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: {saved} cannot be written: No space left on device"
+    assert len(pd.read_parquet(table)) == 2 and not list(saved.iterdir())
+
+
 def test_nothing_is_written_over_and_nothing_is_trained_first(folder, tmp_path, capsys):
     (tmp_path / "mine").touch()
     assert run.main([*command(folder), "--save", str(tmp_path)]) == 2
