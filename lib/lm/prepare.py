@@ -421,7 +421,7 @@ def writing_new(folder: Path) -> Iterator[None]:
         with writing(folder):
             yield
     except OSError:
-        for file in folder.iterdir():
+        for file in folder.glob("*"):
             file.unlink()
         raise
 
@@ -707,8 +707,8 @@ def train_reward(
     made: dict[str, Any] = {}
     ties = {s: int((~p.any(-1)).sum()) for s, p in preferred.items()}
     count = {s: f"{len(p) - ties[s]} of {len(p)} {s} pairs" for s, p in preferred.items()}
-    print(f"{folder.name}: without a tie are {' and '.join(count.values())}; epochs: {how.epochs} at "
-          "most", flush=True)  # fmt: skip
+    print(f"{folder.name}: without a tie are {' and '.join(count.values())}; "
+          f"epochs: {how.epochs}", flush=True)  # fmt: skip
 
     def trained(new: Path) -> None:
         with redirect_stdout(Epochs(folder.name, sys.stdout)):

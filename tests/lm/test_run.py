@@ -80,6 +80,7 @@ def test_a_policy_that_cannot_be_saved_leaves_its_table_and_no_part(
     folder, tmp_path, capsys, monkeypatch
 ):
     def full(model, source, to):
+        to.mkdir()
         (to / "config.json").touch()
         raise OSError(28, "No space left on device")
 
