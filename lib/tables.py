@@ -305,11 +305,12 @@ def pilot(
 def ends(parts: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
     """Final values with 95% intervals. Args: parts: label -> rows; columns: statistic -> title.
 
-    Preferences of one's own follow no rule: their reward is the proxy, and is left out beside it.
+    Preferences of one's own follow no rule: their reward is the proxy, and goes by its name.
     """
     rows = []
     if any("task" in table and (table["task"] == GIVEN).any() for table in parts.values()):
-        columns = {s: title for s, title in columns.items() if s != "final reward"}
+        columns = {s: title.replace("gold", "proxy") for s, title in columns.items()
+                   if s != "final reward"}  # fmt: skip
     for label, table in parts.items():
         cells = {
             title: interval_text(stats.per_run(table, statistic))
