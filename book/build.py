@@ -134,7 +134,21 @@ def declared_parameters(notebook: Path) -> set[str]:
 
 
 def recomputes(parameters: dict[str, str]) -> bool:
-    return parameters.get("recompute", "").lower() in {"true", "1"}
+    return parameters.get("recompute") == "True"
+
+
+def check_parameters(parameters: dict[str, str]) -> None:
+    """Raises: BookError for a value of every chapter's parameters that all of them would refuse."""
+    flags = ("True", "False")
+    allowed = {"recompute": flags, "plan_only": flags}
+    if "profile" in parameters:
+        from lib.runs import PROFILES  # with torch and pandas, which take seconds to import
+
+        allowed["profile"] = ("auto", *PROFILES)
+    for name in allowed.keys() & parameters.keys():
+        if parameters[name] not in allowed[name]:
+            given = f"got {parameters[name]!r}"
+            raise BookError(f"{name} must be one of {', '.join(allowed[name])}; {given}")
 
 
 def parameters_of(book: Book) -> dict[str, dict[str, str]]:
@@ -209,7 +223,10 @@ def run_chapters(book: Book, jobs: int = 1) -> list[str]:
     missing = [c for c in book.chapters if not book.notebook(c).is_file()]
     if missing:
         raise BookError(f"_toc.yml names {missing[0]}, but there is no {missing[0]}.ipynb")
-    (book.out / "executed").mkdir(parents=True, exist_ok=True)
+    try:
+        (book.out / "executed").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BookError(f"{book.out}: {error.strerror}; another folder: --out") from None
     shared, parameters = shared_inputs(book.root), parameters_of(book)
 
     def visit(chapter: str) -> str:
@@ -243,6 +260,17 @@ def say(line: str) -> None:
 # The site's sources
 
 
+def repository_url(config: dict) -> str:
+    """The public address in _config.yml, "" if there is none. Raises: BookError for one that is no
+    https://HOST/OWNER/NAME."""
+    url = (config.get("repository") or {}).get("url") or ""
+    address = urlsplit(url)
+    named = len(list(filter(None, address.path.split("/")))) == address.path.count("/") == 2
+    if url and not (address.scheme == "https" and address.hostname and named):
+        raise BookError(f"repository url {url!r} in _config.yml is not https://HOST/OWNER/NAME")
+    return url
+
+
 def launch_settings(url: str) -> dict:
     """Settings of _config.yml for Colab and Binder buttons at the public address `url`.
 
@@ -251,10 +279,7 @@ def launch_settings(url: str) -> dict:
     """
     if not url:
         return {}
-    address = urlsplit(url)
-    if address.scheme != "https" or not address.hostname or address.path.count("/") != 2:
-        raise BookError(f"repository url {url!r} in _config.yml is not https://HOST/OWNER/NAME")
-    provider = KNOWN_HOSTS.get(address.hostname, "gitlab")
+    provider = KNOWN_HOSTS.get(urlsplit(url).hostname, "gitlab")
     buttons = {"notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org"}
     if provider == "github":
         buttons["colab_url"] = "https://colab.research.google.com"
@@ -302,11 +327,12 @@ def execution_table(book: Book) -> str:
 def site_config(book: Book) -> dict:
     """_config.yml plus what is known only now; the date is put in by `build_html`."""
     config = yaml.safe_load((book.root / "_config.yml").read_text())
-    config = merged(config, launch_settings(config["repository"]["url"]))
+    url = repository_url(config)
+    config = merged(config, launch_settings(url))
     values = {"execution_times": execution_table(book), "commit": commit_of(book.root)}
     config = merged(config, {"parse": {"myst_substitutions": values}})
     # A page opened from disk may not read the others, so only a hosted search shows their text.
-    config["sphinx"]["config"]["html_show_search_summary"] = bool(config["repository"]["url"])
+    config["sphinx"]["config"]["html_show_search_summary"] = bool(url)
     return config
 
 
@@ -504,7 +530,7 @@ def setup_cell(root: Path, chapter: str) -> str:
     text = (root / SETUP_CELL).read_text().strip()
     if Path(chapter).name not in LANGUAGE_MODELS:
         text = text.replace("[llm]", "").replace(', "trl")', ",)")
-    return text.replace("{repository_url}", config["repository"]["url"])
+    return text.replace("{repository_url}", repository_url(config))
 
 
 def write_setup(book: Book) -> None:
@@ -526,19 +552,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--out", type=Path, help="build folder (default: _build[/PROFILE])")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to build")
-    parser.add_argument("--jobs", type=int, default=1, help="chapters run at a time (default: 1)")
+    parser.add_argument("--jobs", type=positive, default=1, help="chapters at a time (default: 1)")
     parser.add_argument("--check", action="store_true", help="only count the built site")
     parser.add_argument("--write-setup", action="store_true", help="only write the setup cells")
     return parser.parse_args(arguments)
 
 
+def positive(text: str) -> int:
+    """A count of the command line. Raises: ArgumentTypeError for what is not 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 if everything asked for stands, else 1."""
+    """Exit status: 0 if everything asked for stands, else 1; 130 if it was stopped."""
     options = parse(arguments)
     root, parameters = options.root.resolve(), dict(options.p)
     out = options.out or root / "_build" / parameters.get("profile", "")
     book = Book(root, out.resolve(), parameters)
     try:
+        if not (root / "_toc.yml").is_file():
+            raise BookError(f"{root} is no checkout of a book: it has no _toc.yml")
+        check_parameters(parameters)
         if options.write_setup:
             write_setup(book)
             return 0
@@ -549,6 +585,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: finished chapters are kept; the same command goes on", file=sys.stderr)
+        return 130
     if failed:
         say(
             f"failed chapters: {', '.join(Path(c).name for c in failed)} (the error is on the page)"

@@ -137,6 +137,35 @@ def test_recomputing_without_a_profile_is_refused_before_any_work(mini):
         assert "running" not in result.text
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    (("-p", "profile", "smok"), "profile must be one of auto, smoke, .*; got 'smok'"),
+    (("-p", "profile", ""), "profile must be one of .*; got ''"),
+    (("-p", "profile", "smok", "--check"), "got 'smok'"),
+    (("-p", "profile", "smoke", "-p", "recompute", "yes"), "one of True, False; got 'yes'"),
+    (("-p", "plan_only", "1"), "plan_only must be one of True, False; got '1'"),
+    (("--root", str(ROOT / "book")), "book is no checkout of a book: it has no _toc.yml"),
+    (("--out", str(ROOT / "_toc.yml" / "below")), "Not a directory; another folder: --out"),
+])  # fmt: skip
+def test_what_every_chapter_would_refuse_is_said_once(mini_book, capsys, flags, said):
+    assert build.main(["--root", str(mini_book), *flags]) == 1
+    told = capsys.readouterr()
+    assert re.fullmatch(f"error: .*{said}\n", told.err) and not told.out
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "x"])
+def test_a_number_of_jobs_that_is_none_is_refused(capsys, jobs):
+    with pytest.raises(SystemExit):
+        build.main(["--jobs", jobs])
+    assert f"{jobs!r} is not a number of at least 1" in capsys.readouterr().err
+
+
+def test_a_build_that_is_stopped_says_so(mini_book, capsys, monkeypatch):
+    monkeypatch.setattr(build, "run_chapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    out = mini_book / "_build" / "stopped"
+    assert build.main(["--root", str(mini_book), "--out", str(out)]) == 130
+    assert capsys.readouterr().err.startswith("stopped: finished chapters are kept")
+
+
 # What fails
 
 
@@ -260,10 +289,25 @@ def test_a_host_that_the_theme_does_not_know_is_given_a_provider():
     assert "colab_url" not in settings["launch_buttons"]
 
 
-@pytest.mark.parametrize("url", ["github.com/owner/book", "https://github.com/owner", "book"])
-def test_an_address_that_is_none_is_refused(url):
-    with pytest.raises(build.BookError, match=re.escape(repr(url))):
-        build.launch_settings(url)
+NO_ADDRESSES = ("github.com/owner/book", "http://github.com/owner/book", "https://github.com/owner",
+                "https://github.com//book", "book")  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_ADDRESSES)
+def test_an_address_that_is_none_is_refused(mini, url):
+    text = (mini / "_config.yml").read_text()
+    (mini / "_config.yml").write_text(text.replace('url: ""', f'url: "{url}"'))
+    before = (mini / "book" / "index.ipynb").read_bytes()
+    result = run_build(mini, "--write-setup")
+    assert result.status == 1
+    said = "in _config.yml is not https://HOST/OWNER/NAME"
+    assert result.text == f"error: repository url {url!r} {said}\n"
+    assert (mini / "book" / "index.ipynb").read_bytes() == before
+
+
+@pytest.mark.parametrize("config", [{}, {"repository": None}, {"repository": {"url": None}}])
+def test_an_address_that_is_left_out_is_none(config):
+    assert build.repository_url(config) == ""
 
 
 def test_the_setup_cell_carries_the_address(mini):
