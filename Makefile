@@ -20,6 +20,10 @@ PIP_ARGS ?=
 PROFILE ?=
 RECOMPUTE ?=
 JOBS ?= 1
+# make passes a misspelt variable over in silence
+OWN := VENV PYTHON PIP_ARGS PROFILE RECOMPUTE JOBS CHAPTER ARGS
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
+$(foreach v,$(filter-out $(OWN),$(GIVEN)),$(info note: $v is none of this Makefile's: $(OWN)))
 BUILD := $(PY) book/build.py --jobs $(JOBS) $(if $(PROFILE),-p profile $(PROFILE)) $(if $(RECOMPUTE),-p recompute $(RECOMPUTE))
 
 .PHONY: help env book check test bench verify publish lock clean
@@ -42,6 +46,7 @@ $(READY): pyproject.toml requirements.lock
 env: $(READY) ## set up .venv
 
 book: $(READY) ## run the chapters whose sources changed and build the page [PROFILE= RECOMPUTE=True; JOBS= chapters at once, if nothing is computed]
+	@[ -z "$(CHAPTER)" ] || { echo "error: make book runs every chapter; one alone: $(VENV)/bin/papermill book/$(CHAPTER).ipynb out.ipynb" >&2; exit 2; }
 	@$(BUILD)
 
 check: $(READY) ## count the pages, figures and executed cells of the built page [PROFILE=]

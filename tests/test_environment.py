@@ -185,6 +185,21 @@ def test_make_leaves_no_half_environment_behind(setting_up, tmp_path):
     assert setting_up("python3.11")[0] == 0
 
 
+@pytest.mark.parametrize(("words", "status", "said"), [
+    (("help", "PROFIL=smoke"), 0, "note: PROFIL is none of this Makefile's: "),
+    (("help", "PROFILE=smoke", "JOBS=2"), 0, "make help "),
+    (("book", "CHAPTER=on_policy"), 2, "error: make book runs every chapter; one alone: "),
+])  # fmt: skip
+def test_a_variable_that_make_would_pass_over_is_said(tmp_path, words, status, said):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in ("pyproject.toml", "requirements.lock", ".venv/.ready"):
+        (tmp_path / name).touch()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(["make", *words], cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert done.returncode == status and (done.stdout + done.stderr).startswith(said)
+
+
 def test_jupyter_book_stays_below_2():
     asked = [*EXTRAS["book"], *map(Requirement, environment_pip()[1:])]
     caps = [r.specifier for r in asked if r.name == "jupyter-book"]
