@@ -23,7 +23,7 @@ import torch
 from myst_nb import glue
 from scipy import stats as scipy_stats
 
-from lib import claims, costs, experiments, methods, overview, stats
+from lib import cards, claims, costs, experiments, methods, overview, stats
 from lib.allowed import one_of
 from lib.bandit import reference
 from lib.bandit.config import BanditRun
@@ -400,7 +400,7 @@ def sources(chapters: Chapters) -> str:
     parts = []
     for name in HOMES:
         chapter = chapters.get(name)
-        link = f"[{name.replace('_', ' ')}]({name}.ipynb)"
+        link = cards.link(name)
         if chapter is None:
             parts.append(f"{link}: none at this profile, so its effects are missing below")
             continue

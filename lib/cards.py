@@ -103,6 +103,11 @@ def short(name: str) -> str:
     return get(name).title.partition(" (")[0]
 
 
+def link(chapter: str) -> str:
+    """A chapter's name as a link to it, in a page of the book."""
+    return f"[{chapter.replace('_', ' ')}]({chapter}.ipynb)"
+
+
 def value(x: Any) -> str:
     """A hyperparameter's value as a reader would type it."""
     return f"`{x!r}`" if isinstance(x, str) else f"{x:g}"

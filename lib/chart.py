@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lib import methods
+from lib.cards import link
 from lib.chapter import BADGES
 from lib.decisions import (
     MIN_SEEDS,
@@ -123,7 +124,7 @@ def _by_side(labels: Sequence[str], leaf: Leaf) -> str:
 
 
 def _standing(found: Standing) -> str:
-    links = ", ".join(map(_link, found.chapters))
+    links = ", ".join(map(link, found.chapters))
     n = f"{found.n} seed{'s' if found.n > 1 else ''}"
     n += f", one sampling for {found.serves} updates" if found.serves > 1 else ""
     if not found.votes:
@@ -168,11 +169,7 @@ def _verdicts(leaf: Leaf) -> str:
         return "No comparison of the paper's claims bears on this answer."
     counts = ", ".join(f"{leaf.verdicts[v]} {v}" for v in BADGES if leaf.verdicts.get(v))
     return (f"The paper's comparisons that bear on this: {counts} "
-            f"({', '.join(map(_link, leaf.chapters))}).")  # fmt: skip
-
-
-def _link(chapter: str) -> str:
-    return f"[{chapter.replace('_', ' ')}]({chapter}.ipynb)"
+            f"({', '.join(map(link, leaf.chapters))}).")  # fmt: skip
 
 
 def table(leaves: Iterable[Leaf]) -> pd.DataFrame:

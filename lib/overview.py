@@ -145,7 +145,7 @@ def unjudged(chapters: Chapters) -> str:
              "unstable, nor whether all methods end alike: B is compared within each.")  # fmt: skip
     if "full_scale" in chapters:
         return ("Claims about AlpacaFarm and UltraFeedback are judged on pairs of the same two "
-                f"kinds, at the scale that [full scale](full_scale.ipynb) states. {never}")
+                f"kinds, at the scale that {cards.link('full_scale')} states. {never}")
     return ("Claims about AlpacaFarm and UltraFeedback are not judged in this version; they need "
             f"larger language models. {never}")  # fmt: skip
 
@@ -230,7 +230,7 @@ def sources(chapters: Chapters) -> str:
     """Profile, commit and date of the results that the page shows."""
     rows = []
     for name in experiments.CHAPTERS:
-        link = f"[{name.replace('_', ' ')}]({name}.ipynb)"
+        link = cards.link(name)
         chapter = chapters.get(name)
         if chapter is None:
             rows.append((link, NOT_YET, "", "", ""))
@@ -265,7 +265,7 @@ def _published_row(result: runs.Published) -> tuple[Any, ...]:
     hours = sum(meta["totals"]["seconds"].values()) / 3600
     checks, times = meta["verified"], {0: "not yet", 1: "once", 2: "twice"}
     return (
-        f"[{result.chapter.replace('_', ' ')}]({result.chapter}.ipynb)", result.profile,
+        cards.link(result.chapter), result.profile,
         f"{meta['totals']['runs']:,}", f"{hours:.2f}",
         "; ".join(filter(None, (f"`{meta['commit'][:10]}`", result.changes()))),
         meta["published"][:10],

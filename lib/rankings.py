@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lib import experiments, methods, stats
-from lib.cards import short
+from lib.cards import link, short
 from lib.chapter import NOT_RUN
 from lib.decisions import NOT_YET, by_side, label
 from lib.experiments import OFFLINE, ON_POLICY, REWARDS
@@ -156,10 +156,10 @@ def _short_way(runs: Field, reward: str) -> str:
              f"best of its sweep for this, on the {len(top)} seeds that chose it)")  # fmt: skip
     if not rest or any(_sign(top - other) < 1 for other in rest):
         return (f"{head} Within 10 nats no method is ahead of all others; the best mean is "
-                f"{found} ([audit](audit.ipynb)).")  # fmt: skip
+                f"{found} ({link('audit')}).")  # fmt: skip
     others = f"{rest[-1].mean():.2f} to {rest[0].mean():.2f}"
     return (f"{head} Take {by_side(order[:1])}: within 10 nats it earns {found}, the others "
-            f"{others}, all told apart from it ([audit](audit.ipynb)).")  # fmt: skip
+            f"{others}, all told apart from it ({link('audit')}).")  # fmt: skip
 
 
 def _untuned(runs: Field, reward: str) -> str:
