@@ -88,10 +88,15 @@ class Page:
 
     def keep(self, name: str, table: pd.DataFrame) -> Markdown:
         """Stores the numbers of a figure as CSV and returns a link to them: beside the page, or in
-        a run of one's own from the root of the checkout."""
-        FIGURE_DATA.mkdir(parents=True, exist_ok=True)
+        a run of one's own from the root of the checkout. Where that cannot be written it is said,
+        and the run goes on."""
         path = FIGURE_DATA / f"{self.name}-{name}.csv"
-        table.to_csv(path, index=False, float_format="%.6g")
+        try:
+            FIGURE_DATA.mkdir(parents=True, exist_ok=True)
+            table.to_csv(path, index=False, float_format="%.6g")
+        except OSError as error:
+            return Markdown(f"The numbers of this figure could not be kept: {FIGURE_DATA}: "
+                            f"{error.strerror or error}")  # fmt: skip
         link = f"figure-data/{path.name}" if BUILT else path.as_posix()
         where = "CSV" if BUILT else path.as_posix()
         return Markdown(f'<a class="figure-data" href="{link}">'
@@ -165,7 +170,7 @@ class Chapter(Page):
         self.methods = None if methods is None else listed("methods", methods, "[dpo, rwr]")
         full = experiments.CHAPTERS[name].profiles["full"]
         self.extra_seeds = _checked_seeds(seeds, max(full.report_seeds) + 1)
-        self.store = runs.Store(store or STORE)
+        self.store = runs.Store(STORE if store is None else store)
         self._begun = False  # to compute something
         self.published = None if recompute else _published(name, self.profile_name)
         if not self._elsewhere:
@@ -187,6 +192,7 @@ class Chapter(Page):
         trial = Chapter(self.name, prepared="tiny", **others)
         if not self.plan_only:
             experiments.engine(self.name, trial.profile.device)
+            trial.store.prepare(0)
         from lib.lm.prepare import made  # with the language models' libraries
 
         return made(folder, self.plan_only)
@@ -566,7 +572,7 @@ def _elsewhere(claim: str, here: Collection[str]) -> str:
     """Which other chapters judge a claim: over all of them its verdict may be another one."""
     homes = (rule.chapter for rule in claims.rules() if rule.claim == claim)
     others = dict.fromkeys(home for home in homes if home not in here)
-    links = ", ".join(f"[{name.replace('_', ' ')}]({name}.ipynb)" for name in others)
+    links = ", ".join(map(cards.link, others))
     return f" Also judged in {links}; [together](index.ipynb)." if links else ""
 
 

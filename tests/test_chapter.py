@@ -119,9 +119,9 @@ def test_published_runs_of_a_policy_made_elsewhere_are_shown(of_a_gpu):
     assert "of a policy that was made where they ran" in shown.source().data
     alone = Chapter("complementary_length", profile="gpu", methods=["dpo"], store=of_a_gpu / "s")
     assert set(alone.results["method"]) == {"dpo"}
-    with pytest.raises(FileNotFoundError, match="prepare it with lib.lm.prepare"):
+    with pytest.raises(FileNotFoundError, match="make it with lib.lm.prepare"):
         Chapter("complementary_length", profile="gpu", seeds=[10], store=of_a_gpu / "store")
-    with pytest.raises(FileNotFoundError, match="prepare it with lib.lm.prepare"):
+    with pytest.raises(FileNotFoundError, match="make it with lib.lm.prepare"):
         Chapter("complementary_length", profile="gpu", recompute=True, store=of_a_gpu / "store")
 
 
@@ -272,11 +272,14 @@ def test_a_plan_finds_what_the_store_has(tmp_path, capsys):
     ({"recompute": "true"}, "recompute must be True or False"),
     ({"learning_rates": [0.01]}, "learning_rates and options need a profile, .*: smoke, cpu"),
     ({"options": {"prompts": 3}}, "need a profile"),
+    ({"store": 5}, "store must be the path of a folder, got 5"),
+    ({"store": ["a"]}, r"store must be the path of a folder, got \['a'\]"),
+    ({"store": ""}, "store must be the path of a folder, got ''"),
 ])  # fmt: skip
 def test_a_bad_value_is_refused_by_name(own, said, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=said):
-        Chapter("complementary", store=tmp_path, **own)
+        Chapter("complementary", **{"store": tmp_path} | own)
 
 
 @pytest.mark.parametrize(("name", "own", "said"), [
@@ -295,6 +298,15 @@ def test_a_folder_that_is_not_prepared_is_refused(name, tmp_path):
         Chapter(name, prepared=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"has nothing that {name} runs on"):
         Chapter(name, prepared=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "maker"), [("complementary_length", "prepare"),
+                                             ("full_scale", "prepare_full")])  # fmt: skip
+def test_a_profile_whose_folder_is_not_made_says_how_to_make_it(name, maker, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lib.lm.config.PREPARED", tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"not there: make it with lib.lm.{maker} \("):
+        Chapter(name, profile="gpu", plan_only=True)
 
 
 def test_options_change_every_run(tmp_path):
@@ -415,3 +427,11 @@ def test_numbers_of_a_figure_are_linked_where_they_are(built, monkeypatch, tmp_p
     link = Page("index").keep("a", pd.DataFrame({"x": [1]})).data
     (href,) = re.findall(r'href="(.*?)"', link)
     assert Path(href).is_file() and Path(href).parent == folder
+
+
+def test_a_figures_numbers_that_cannot_be_kept_stop_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(chapter, "FIGURE_DATA", tmp_path / "file" / "below")
+    said = Page("index").keep("a", pd.DataFrame({"x": [1]})).data
+    assert said == f"The numbers of this figure could not be kept: {tmp_path}/file/below: " \
+        "Not a directory"  # fmt: skip

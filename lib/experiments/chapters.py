@@ -19,7 +19,7 @@ from lib.experiments.settings import (
     selector,
     sweep_runs,
 )
-from lib.lm.config import LengthRun
+from lib.lm.config import LengthRun, prepared_folder
 from lib.lm.places import check_prepared, cut_otherwise, spelled
 from lib.runs import PROFILES, Engine, identity
 from lib.runs.configurations import checked
@@ -79,9 +79,13 @@ def check_runs(
     Raises: ValueError for a value that a run refuses, or an option that no run takes;
         FileNotFoundError where the data of a run are missing.
     """
+    maker = "prepare_full" if chapter in full_scale.CHAPTERS else "prepare"
+    folder = dict(profile.options).get("prepared", "tiny")
+    if not (place := prepared_folder(folder)).is_dir():
+        raise FileNotFoundError(f"{chapter} at this profile runs on the folder {place}, which is "
+                                f"not there: make it with lib.lm.{maker} (book/own_model.ipynb), or"
+                                " give another one as prepared")  # fmt: skip
     if not settings(chapter, profile):
-        maker = "prepare_full" if chapter in full_scale.CHAPTERS else "prepare"
-        folder = dict(profile.options).get("prepared", "tiny")
         policies = getattr(profile, "policies", ())
         named = f" and policies named {', '.join(dict.fromkeys(policies))}" if policies else ""
         raise ValueError(f"the prepared folder {folder!r} has nothing that {chapter} runs on: make "

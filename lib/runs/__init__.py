@@ -5,7 +5,7 @@ Knows nothing of any problem. An engine says how runs are computed; `plan` what 
 """
 
 from lib.runs.configurations import canonical, columns, identity
-from lib.runs.files import StoreFullError, write_atomically, write_folder_atomically
+from lib.runs.files import StoreFullError, check_writable, write_atomically, write_folder_atomically
 from lib.runs.fingerprint import ROOT, changed_since, code_fingerprint, combined
 from lib.runs.planning import Engine, Plan, Run, plan
 from lib.runs.provenance import environment
@@ -41,6 +41,7 @@ __all__ = [
     "assemble",
     "canonical",
     "changed_since",
+    "check_writable",
     "code_fingerprint",
     "columns",
     "combined",

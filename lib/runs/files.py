@@ -7,12 +7,23 @@ import errno
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 class StoreFullError(OSError):
     """No space is left where results are stored; what was stored before is whole."""
+
+
+def check_writable(said: str, folder: Path) -> None:
+    """Makes a folder and tries it. Raises: OSError where it cannot be made, or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{said} cannot be written: {error.strerror or error}") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from lib.runs.files import StoreFullError, remove, write_atomically
+from lib.runs.files import StoreFullError, check_writable, remove, write_atomically
 from lib.runs.fingerprint import changed, changed_since
 from lib.runs.records import DamagedRecordError, read_record, write_record
 
@@ -124,9 +124,12 @@ class Store:
     checkpoint_interval: float = 20.0  # seconds
 
     def __post_init__(self) -> None:
+        if not isinstance(self.root, str | os.PathLike) or not str(self.root):
+            raise ValueError(f"store must be the path of a folder, got {self.root!r}")
         object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
-        if self.root.is_file():
-            raise NotADirectoryError(f"the store {self.root} is a file: name a folder")
+        for place in (self.root, *self.root.parents):
+            if place.is_file():
+                raise NotADirectoryError(f"the store {place} is a file: name a folder")
 
     def path(self, run: str) -> Path:
         """The file of one finished run."""
@@ -171,7 +174,7 @@ class Store:
 
     def prepare(self, needed: float) -> None:
         """Create the store; find out now, not after hours, whether it can take `needed` bytes."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        check_writable(f"the store {self.root}", self.root)
         if shutil.disk_usage(self.root).free < needed:
             raise StoreFullError(
                 f"{self.root} has less free space than the {needed:.0f} bytes needed"

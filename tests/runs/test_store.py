@@ -167,6 +167,14 @@ def test_a_store_without_space_says_so_before_work(store):
     assert not (store.root / ".gitignore").exists()  # nothing is written where there is no room
 
 
+def test_a_store_that_cannot_be_written_says_so_before_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"the store {tmp_path}/file is a file"):
+        runs.Store(tmp_path / "file" / "below")
+    with pytest.raises(OSError, match="the store /proc/below cannot be written: "):
+        runs.Store("/proc/below").prepare(needed=0)
+
+
 def test_a_store_in_a_folder_of_ones_own_leaves_its_gitignore_alone(store):
     store.prepare(needed=0)
     ignored = store.root / ".gitignore"
