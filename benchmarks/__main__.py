@@ -19,14 +19,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 import torch  # noqa: E402
 
 from benchmarks import Unmeasured, bandit, cuda, lm, store  # noqa: E402
-from lib.runs import ROOT, environment, provenance, write_atomically  # noqa: E402
+from lib.commands import until_stopped  # noqa: E402
+from lib.runs import ROOT, check_writable, environment, provenance, write_atomically  # noqa: E402
 
 OUTPUT = ROOT / "_build" / "benchmarks.json"
 BENCHMARKS = {**bandit.BENCHMARKS, **lm.BENCHMARKS, **cuda.BENCHMARKS, **store.BENCHMARKS}
 
 
 def arguments() -> argparse.Namespace:
-    """The command line. Exits with the known names if a word is part of none."""
+    """The command line. Exits, naming what is allowed, for a word that is part of no name and an
+    output that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("words", nargs="*", help=f"parts of names: {', '.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="under a minute, few repeats")
@@ -35,6 +37,12 @@ def arguments() -> argparse.Namespace:
     for word in args.words:
         if not any(word in name for name in BENCHMARKS):
             parser.error(f"no benchmark is called {word!r}; there are {', '.join(BENCHMARKS)}")
+    if args.output.suffix != ".json":
+        parser.error(f"--output {args.output}: the results are JSON, name it *.json")
+    try:
+        check_writable(f"--output {args.output}", args.output.parent)
+    except OSError as error:
+        parser.error(str(error))
     return args
 
 
@@ -74,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "the lines above are kept"))

@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 
 from lib import runs
+from lib.commands import until_stopped
 
 STORE = runs.ROOT / ".store"  # where finished runs are kept unless told otherwise
 
@@ -176,6 +177,7 @@ def _publish(experiments: ModuleType, options: argparse.Namespace) -> None:
     engine = chapter_engine(experiments, options.chapter, options.profile)
     jobs = options.jobs or experiments.CHAPTERS[options.chapter].jobs
     path = runs.results_folder(options.results) / options.chapter / f"{options.profile}.parquet"
+    runs.check_writable(f"the folder {path.parent}", path.parent)
     command = f"python -m lib.publish {options.chapter} --profile {options.profile}"
     if options.only or options.missing:
         if not path.exists():
@@ -230,4 +232,4 @@ def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "finished runs are kept; the same command goes on from there"))

@@ -40,6 +40,7 @@ import pandas as pd
 from scipy import stats
 
 from lib import runs
+from lib.commands import until_stopped
 from lib.publish import chapter_engine, check_chapter, configurations, positive
 from lib.runs import provenance
 
@@ -74,9 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiments = importlib.import_module("lib.experiments")
     options = _parser(experiments).parse_args(arguments)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
-    tables = published_tables(runs.results_folder(options.results), options.chapter)
+    folder = runs.results_folder(options.results)
+    try:
+        tables = published_tables(folder, options.chapter)
+    except (runs.PublishError, OSError, ValueError) as error:  # the last two: of its .json
+        print(f"not verified: {folder}: {error}", file=sys.stderr)
+        return 1
     if not tables:
-        print(f"nothing is published for {options.chapter or 'any chapter'}", file=sys.stderr)
+        wanted = options.chapter or "any chapter"
+        print(f"nothing is published for {wanted} in {folder}", file=sys.stderr)
         return 1
     print(f"a sample of {options.sample} runs per table, --seed {seed}")
     passed = [verify(table, experiments, options.sample, seed, options.jobs) for table in tables]
@@ -100,14 +107,14 @@ def verify(
     """Recompute and compare a sample of one table, print a line per run, stamp if all pass.
 
     A table of a device that is missing here is passed over, and said to be. So is one whose data or
-    judge are missing, which counts as a failure: they can be had.
+    judge are missing, or whose chapter or profile is none, which counts as a failure.
     """
     named = f"{published.chapter}/{published.profile}"
     try:
         engine = chapter_engine(experiments, published.chapter, published.profile)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(f"{named}: not verified: {error}")
-        return True
+        return isinstance(error, RuntimeError)
     try:
         verdicts = _verdicts(published, experiments, engine, sample, seed, jobs)
     except FileNotFoundError as error:
@@ -297,4 +304,4 @@ def _parser(experiments: ModuleType) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "what is printed above holds"))

@@ -165,6 +165,19 @@ def test_a_gpu_without_bfloat16_is_one_line_each_and_no_failure(monkeypatch):
                                   failed=False)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("place", "said"), [("t.csv", "name it *.json"), ("file/t.json", "cannot be written")]
+)
+def test_an_output_that_cannot_be_written_is_said_first(
+    monkeypatch, tmp_path, capsys, place, said
+):  # fmt: skip
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--output", str(tmp_path / place)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"--output {tmp_path / place}" in (error := capsys.readouterr().err) and said in error
+
+
 def test_what_was_measured_is_kept_when_the_rest_is_not(monkeypatch, tmp_path):
     def some(effort):
         yield Unmeasured("one", "no memory")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lib import methods
 from lib.allowed import between
+from lib.commands import until_stopped
 from lib.finetune import State
 from lib.lm import parallel
 from lib.lm.config import LABELS, LengthRun, length_run
@@ -35,6 +35,7 @@ from lib.lm.prepare import check_device, command, writing_new
 from lib.lm.problem import LengthProblem
 from lib.runs import (
     Checkpoint,
+    check_writable,
     code_fingerprint,
     combined,
     identity,
@@ -119,7 +120,8 @@ def _keep(
 def _check_places(options: argparse.Namespace) -> None:
     """Makes the folders of what will be written, and tries them: not when all is trained.
 
-    Raises: ValueError for a place that holds something else; OSError where nothing can be written.
+    Raises: ValueError for a place that holds something else, or a table's name that does not end
+        in .parquet; OSError where nothing can be written.
     """
     if options.save:
         if options.save.exists() and not options.save.is_dir():
@@ -135,19 +137,11 @@ def _check_places(options: argparse.Namespace) -> None:
         if {checkpoint.resolve(), *checkpoint.resolve().parents} & set(others):
             raise ValueError(f"--checkpoint {checkpoint} is the place of --output, or in that of "
                              "--save: name another file")  # fmt: skip
+    if options.output and options.output.suffix != ".parquet":
+        raise ValueError(f"--output {options.output}: the table is parquet, name it *.parquet")
     for name in ("save", "output", "checkpoint"):
         if place := getattr(options, name):
-            _try(f"--{name} {place}", place if place.is_dir() else place.parent)
-
-
-def _try(said: str, folder: Path) -> None:
-    """Raises: OSError for a folder that cannot be made, or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{said} cannot be written: {error.strerror or error}") from None
+            check_writable(f"--{name} {place}", place if place.is_dir() else place.parent)
 
 
 class KeptProblem(LengthProblem):
@@ -302,4 +296,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "what --checkpoint saved is kept; the same command goes on"))

@@ -160,6 +160,7 @@ def refused(arguments, capsys, monkeypatch):
         ("--output", ".", "is a folder: name a file"),
         ("--checkpoint", ".", "is a folder: name a file"),
         ("--save", "file", "is a file: name a new folder"),
+        ("--output", "t.csv", "the table is parquet, name it *.parquet"),
         ("--output", "file/below.parquet", "cannot be written"),
         ("--checkpoint", "file/below", "cannot be written"),
         ("--save", "file/below", "cannot be written"),

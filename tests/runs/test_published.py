@@ -446,6 +446,15 @@ def test_a_store_that_is_a_file_is_said_in_one_line(experiments, tmp_path, capsy
     )
 
 
+def test_a_folder_that_cannot_be_published_into_is_said_before_work(experiments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    places = ["--store", str(tmp_path / "store"), "--results", str(tmp_path / "file")]
+    assert command.main(["walks", "--profile", "cpu", *places]) == 1
+    said = f"not published: the folder {tmp_path / 'file' / 'walks'} cannot be written: "
+    assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "store").exists()
+
+
 def test_what_a_later_stage_lacks_is_said_before_the_first(
     experiments, engine, tmp_path, capsys, monkeypatch
 ):

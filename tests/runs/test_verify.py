@@ -302,7 +302,27 @@ def test_bad_arguments_are_named(published, monkeypatch, capsys, arguments, name
 def test_nothing_published_is_told(repository, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "lib.experiments", fake.experiments(None, []))
     assert verify.main(["--results", str(tmp_path / "none")]) == 1
-    assert "nothing is published" in capsys.readouterr().err
+    said = f"nothing is published for any chapter in {tmp_path / 'none'}\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_table_without_its_json_is_named(published, monkeypatch, capsys):
+    experiments(published, monkeypatch)
+    published.path.with_suffix(".json").unlink()
+    assert verify.main([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("not verified: ") and str(published.path.with_suffix(".json")) in said
+
+
+def test_a_table_of_no_chapter_fails_by_name(published, monkeypatch, capsys):
+    def unknown(chapter, profile):
+        raise ValueError(f"chapter must be one of (), got {chapter!r}")
+
+    experiments(published, monkeypatch)
+    monkeypatch.setattr(sys.modules["lib.experiments"], "profile_named", unknown)
+    assert verify.main([]) == 1
+    said = capsys.readouterr().out
+    assert "walks/cpu: not verified: chapter must be one of (), got 'walks'" in said
 
 
 def test_a_table_of_a_missing_device_is_passed_over_and_told(published, monkeypatch, capsys):
