@@ -55,11 +55,11 @@ check: $(READY) ## count the pages, figures and executed cells of the built page
 test: $(READY) ## run the tests [ARGS="-k on_policy"]
 	@$(PY) -m pytest $(ARGS)
 
-bench: $(READY) ## time against named baselines, as ratios
-	@$(PY) -m benchmarks
+bench: $(READY) ## time against named baselines, as ratios [ARGS="--quick store"]
+	@$(PY) -m benchmarks $(ARGS)
 
-verify: $(READY) ## recompute a random sample of the published runs and compare
-	@$(PY) -m lib.verify
+verify: $(READY) ## recompute a random sample of the published runs and compare [ARGS="--chapter on_policy"]
+	@$(PY) -m lib.verify $(ARGS)
 
 publish: $(READY) ## recompute a chapter's runs and store them under data/results: CHAPTER=on_policy PROFILE=cpu
 	@[ -n "$(CHAPTER)" ] && [ -n "$(PROFILE)" ] || { echo "usage: make publish CHAPTER=on_policy PROFILE=cpu" >&2; exit 2; }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -298,6 +299,13 @@ def test_a_folder_that_is_not_prepared_is_refused(name, tmp_path):
         Chapter(name, prepared=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"has nothing that {name} runs on"):
         Chapter(name, prepared=tmp_path)
+
+
+def test_a_store_that_cannot_be_written_is_said_before_a_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lib.lm.prepare", None)  # it is not come to
+    with pytest.raises(OSError, match="the store /proc/below cannot be written"):
+        Chapter("complementary_length", prepared={"policy": "x"}, profile="smoke", recompute=True,
+                store="/proc/below")  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "maker"), [("complementary_length", "prepare"),

