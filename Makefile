@@ -61,9 +61,9 @@ bench: $(READY) ## time against named baselines, as ratios [ARGS="--quick store"
 verify: $(READY) ## recompute a random sample of the published runs and compare [ARGS="--chapter on_policy"]
 	@$(PY) -m lib.verify $(ARGS)
 
-publish: $(READY) ## recompute a chapter's runs and store them under data/results: CHAPTER=on_policy PROFILE=cpu
+publish: $(READY) ## recompute a chapter's runs and store them under data/results: CHAPTER=on_policy PROFILE=cpu [ARGS="--jobs 1"]
 	@[ -n "$(CHAPTER)" ] && [ -n "$(PROFILE)" ] || { echo "usage: make publish CHAPTER=on_policy PROFILE=cpu" >&2; exit 2; }
-	@$(PY) -m lib.publish $(CHAPTER) --profile $(PROFILE)
+	@$(PY) -m lib.publish $(CHAPTER) --profile $(PROFILE) $(ARGS)
 
 lock: ## renew requirements.lock from pyproject.toml, in a scratch environment
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PYTHON) -m venv $$scratch \
