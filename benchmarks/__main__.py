@@ -31,8 +31,8 @@ def arguments() -> argparse.Namespace:
     output that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("words", nargs="*", help=f"parts of names: {', '.join(BENCHMARKS)}")
-    parser.add_argument("--quick", action="store_true", help="few repeats: two minutes of a "
-                        "core in all but those called lm, each of which takes five or more")
+    parser.add_argument("--quick", action="store_true",
+                        help="few repeats: two minutes in all, and five or more for each lm/")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes")
     args = parser.parse_args()
     for word in args.words:

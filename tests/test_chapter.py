@@ -2,8 +2,8 @@
 
 import json
 import re
-import sys
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
