@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
+import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from safetensors import SafetensorError
 
 STOPPED = 130  # what shells return for Ctrl-C
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], Any],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Does `work` with the options of a command line; returns the exit status."""
+    options = parser.parse_args(arguments)
+    try:
+        work(options)
+    except (ValueError, OSError, SafetensorError, RuntimeError, sqlite3.Error) as error:
+        # the third and the last: of a full disk; the fourth: of a loss that is not finite
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def until_stopped(main: Callable[[], int], said: str) -> int:

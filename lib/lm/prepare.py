@@ -23,9 +23,8 @@ import os
 import re
 import shlex
 import shutil
-import sqlite3
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -40,6 +39,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from lib.allowed import between, one_of
+from lib.commands import command, until_stopped
 from lib.lm import length, pairs, reward
 from lib.lm.config import DECODERS, DTYPES, PREPARED
 from lib.lm.layouts import LAYOUTS, Prompt, as_pair, as_prompt, table
@@ -97,22 +97,6 @@ EOS_HELP = ("token that ends a response, where the tokenizer names none, or anot
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     return command(_parser(), prepare, arguments)
-
-
-def command(
-    parser: argparse.ArgumentParser,
-    work: Callable[[argparse.Namespace], Any],
-    arguments: Sequence[str] | None,
-) -> int:
-    """Does `work` with the options of a command line; returns the exit status."""
-    options = parser.parse_args(arguments)
-    try:
-        work(options)
-    except (ValueError, OSError, SafetensorError, RuntimeError, sqlite3.Error) as error:
-        # the third and the last: of a full disk; the fourth: of a loss that is not finite
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def made(given: Mapping[str, Any], plan_only: bool = False) -> str:
@@ -777,4 +761,4 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "what is finished is kept; the same command goes on from there"))

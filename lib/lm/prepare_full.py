@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from lib.commands import command, until_stopped
 from lib.lm import pairs as files
 from lib.lm.batches import padded, unpadded
 from lib.lm.full_scale import KINDS, SCORES
@@ -50,7 +51,6 @@ from lib.lm.prepare import (
     check_policy,
     check_reward_model,
     check_splits,
-    command,
     copy_policy,
     example_of,
     given_pairs,
@@ -437,4 +437,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "what is finished is kept; the same command goes on from there"))

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lib import methods
 from lib.allowed import between
-from lib.commands import until_stopped
+from lib.commands import command, until_stopped
 from lib.finetune import State
 from lib.lm import parallel
 from lib.lm.config import LABELS, LengthRun, length_run
@@ -31,7 +31,7 @@ from lib.lm.engine import LengthEngine
 from lib.lm.length import GIVEN, TASKS
 from lib.lm.models import load_tokenizer
 from lib.lm.places import check_prepared, check_task, cut_otherwise, spelled
-from lib.lm.prepare import check_device, command, writing_new
+from lib.lm.prepare import check_device, writing_new
 from lib.lm.problem import LengthProblem
 from lib.runs import (
     Checkpoint,

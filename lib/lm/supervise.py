@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lib.allowed import between, one_of
+from lib.commands import command, until_stopped
 from lib.lm.layouts import COLUMNS, as_prompt, last, table
 from lib.lm.models import ids, load_policy, load_tokenizer
 from lib.lm.pairs import SPLITS
@@ -31,7 +32,6 @@ from lib.lm.prepare import (
     RANGES,
     SPLIT,
     check_device,
-    command,
     drawn,
     named,
     split_names,
@@ -195,4 +195,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main, "nothing is kept"))
