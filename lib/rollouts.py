@@ -29,7 +29,7 @@ class Rollout:
         labels: what a method's `prepare` adds; every tensor has P at dimension `lead`.
         prompt_mask: like prompts, bool, False on padding; None where all prompts are as long.
         values: (..., P, C, L) what the value head predicted before each token, or None.
-        host: what a policy wants to know of it without waiting for the device
+        host: what a policy wants to know of it without waiting for the device, by name
             (`lib.finetune.Policy.planned`); every array has P at its first dimension.
     """
 
@@ -74,7 +74,10 @@ class Rollout:
 
 def sent(indices: np.ndarray, device: torch.device) -> Tensor:
     """Indices on a device; the host does not wait for it."""
-    return torch.from_numpy(indices).to(device, non_blocking=True)
+    found = torch.from_numpy(indices)
+    if device.type == "cuda":
+        found = found.pin_memory()  # from other memory the driver may wait for the device first
+    return found.to(device, non_blocking=True)
 
 
 def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:

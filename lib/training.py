@@ -23,7 +23,7 @@ class TrainedProblem(Protocol):
 
     method: Method
     clock: Clock
-    shown: tuple[str, ...]  # metrics of an evaluation that stand beside the progress bar
+    shown: Mapping[str, str]  # what stands beside the progress bar: label -> metric
 
     def initial_state(self) -> State:
         """The state before the first update."""
@@ -111,7 +111,8 @@ class Training:
         counters = {"update": self.state.updates, "samples": self.state.samples}
         values = {k: v.flatten()[: self.runs].tolist() for k, v in metrics.items()}
         self.rows.append({**counters, **share, **values})
-        shown = {name: f"{np.mean(values[name]):.3g}" for name in self.problem.shown}
+        shown = {label: f"{np.mean(values[metric]):.3g}"
+                 for label, metric in self.problem.shown.items()}  # fmt: skip
         checkpoint.progress(self.state.updates, self.schedule.updates, **shown)
 
     def tables(self) -> list[pd.DataFrame]:

@@ -21,6 +21,7 @@ class TabularPolicy:
         self.rate, self.error = rate, error  # error: added to every recomputed log-probability
         self.seen: list[list[int]] = []  # the prompts of each update
         self.items: list[list[float]] = []
+        self.plans = 0
 
     def frozen(self) -> TabularPolicy:
         copy = TabularPolicy(len(self.table))
@@ -37,6 +38,7 @@ class TabularPolicy:
         return self.table.softmax(-1) @ values
 
     def planned(self, data, method):
+        self.plans += 1
         return data
 
     def update(self, batch, method, hyper, items):

@@ -58,6 +58,11 @@ def test_updates_are_iterations_times_minibatches_times_passes(n, k, groups, cou
 # Order and staleness
 
 
+def test_a_sampling_is_planned_once_and_not_at_every_update():
+    state, _, rows = training(Schedule(2, 16, 8, 4, inner_steps=3))
+    assert len(list(rows)) == 12 and state.policy.plans == 2
+
+
 def test_b_equal_to_m_is_fully_on_policy():
     """A fresh sampling for every update, each from the policy of that moment."""
     state, problem, rows = training(Schedule(3, 8, 8, 4))

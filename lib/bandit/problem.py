@@ -41,7 +41,7 @@ class BanditProblem:
         device: where to train.
     """
 
-    shown = ("reward",)
+    shown = {"reward": "reward"}
 
     def __init__(self, runs: Sequence[BanditRun], device: str = "cpu"):
         if len({run.stack_key for run in runs}) != 1:

@@ -44,7 +44,7 @@ def many_queries(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def masks_unread(device: torch.device) -> Iterator[None]:
     """On a GPU masks are built and passed on whatever they say. transformers would read whether one
-    can be spared, and the host wait for all that it has asked for until then."""
+    can be spared, and the host wait until the device has caught up."""
     if device.type == "cpu":
         yield
         return

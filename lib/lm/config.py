@@ -139,6 +139,11 @@ class LengthRun:
         return ranges
 
     @property
+    def called(self) -> str:
+        """What a reader of a progress bar knows it by."""
+        return f"{self.method}@{self.task}"
+
+    @property
     def overrides(self) -> dict[str, Any]:
         """The method hyperparameters that this run sets itself."""
         return {name: v for name in HYPER if (v := getattr(self, name)) is not None}

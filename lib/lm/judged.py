@@ -27,7 +27,7 @@ SUBSET = 3  # stream of random numbers: which pairs a run sees (after those of `
 class JudgedProblem(LengthProblem):
     """One run on preferences that a gold model gave. Methods are trained on the learned reward."""
 
-    shown = ("proxy", "kl_ref")
+    shown = {"proxy": "proxy", "KL": "kl_ref"}
 
     def __init__(self, config: FullScaleRun, device: str = "cpu", scores: Path | None = None):
         """Args: scores: the file of what judges have said; None for the checkout's."""

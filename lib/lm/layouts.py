@@ -169,7 +169,7 @@ def _messages(value: list[Any], where: str) -> Messages:
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(field), str) for field in ("role", "content")):
             raise TextError(f"{where}: a message must have 'role' and 'content' as text, got "
-                            f"{str(message)[:80]}")  # fmt: skip
+                            f"{repr(message)[:80]}")  # fmt: skip
     return [{"role": m["role"], "content": _text(m["content"], where)} for m in value]
 
 

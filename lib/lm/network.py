@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lib.divergences import categorical_kl, entropy
+from lib.lm.attention import masks_unread
 from lib.lm.outputs import Outputs
 from lib.lm.packed import Chosen, is_packed, large, packed, takes
 
@@ -184,7 +185,8 @@ class Network(nn.Module):
         be given where m is no more than that. -> (S, n, d)."""
         if positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        with self.autocast(), self._layers_checkpointed(cache):
+        unread = masks_unread(self.device) if cache is None else nullcontext()
+        with self.autocast(), self._layers_checkpointed(cache), unread:
             out = self.model.base_model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions,
                 past_key_values=cache, use_cache=cache is not None,
@@ -243,7 +245,8 @@ class Network(nn.Module):
         if len(pieces) == 1 or not torch.is_grad_enabled():
             return torch.cat([part(*piece) for piece in pieces])
         # a chunk's logits are computed again in the backward pass, and never held together
-        return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
+        again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(*piece) for piece in pieces])
 
     @torch.no_grad()
     def divergences(self, hidden: Tensor, other: Network, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,9 +295,11 @@ def _check_layers(model: PreTrainedModel) -> None:
 
 def _check_cache(model: PreTrainedModel) -> None:
     """Completions of a prompt go on from its keys and values, with the padding masked."""
-    if not all(isinstance(x, DynamicLayer) for x in DynamicCache(config=model.config).layers):
-        raise ValueError(f"{type(model).__name__} has layers with a state of their own (Mamba): "
-                         "the policy must be a model whose layers are all attention")  # fmt: skip
+    layers = DynamicCache(config=model.config).layers
+    if any(isinstance(x, LinearAttentionCacheLayerMixin) or not isinstance(x, DynamicLayer)
+           for x in layers):  # fmt: skip
+        raise ValueError(f"{type(model).__name__} has layers with a state of their own (as Mamba, "
+                         "or convolutions): the policy must be a model of attention alone")
 
 
 @contextmanager

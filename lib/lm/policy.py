@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from lib.finetune import exact_div
 from lib.lm import parallel
-from lib.lm.attention import masks_unread
 from lib.lm.decode import Samples, sample
 from lib.lm.network import Network
 from lib.lm.outputs import Outputs
@@ -168,7 +167,7 @@ class Scorer:
             for index in rows.buckets(self.budget):
                 part = rows.pick(index)
                 hidden, targets, at = part.states(network)
-                out[rows.there(index[at[0]], at[1])] = network.logp(hidden, targets)
+                out[rows.there(index)[at[0]], at[1]] = network.logp(hidden, targets)
         return parallel.total(out).view(batch.mask.shape)
 
     @torch.no_grad()
@@ -181,7 +180,7 @@ class Scorer:
             hidden, _, at = part.states(self.network)
             others, _, _ = part.states(other.network)
             found = self.network.divergences(hidden, other.network, others)
-            out[:, *rows.there(index[at[0]], at[1])] = torch.stack(found)
+            out[:, rows.there(index)[at[0]], at[1]] = torch.stack(found)
         kl, spread = parallel.total(out).view(2, *batch.mask.shape)
         return kl, spread
 
@@ -190,8 +189,8 @@ class Rows:
     """Completions and their prompts: a row is a prompt padded on the left, then a completion.
 
     What has which length is known to the host, so that it need not wait for the device to say so.
-    Args: prompts, prompt_mask: (Q, *), and how many tokens of each count: prompt_sizes (Q,).
-        of: (S,), the prompt of each row. completions, mask: (S, L), and their sizes (S,).
+    Args: prompts, prompt_mask: (Q, *), True on the last prompt_sizes (Q,) tokens. of: (S,), the
+        prompt of each row. completions, mask: (S, L), True on the first sizes (S,) tokens.
     """
 
     def __init__(
@@ -203,17 +202,14 @@ class Rows:
 
     @classmethod
     def of_rollout(cls, batch: Rollout) -> Rows:
-        prompt_mask, (groups, count) = batch.prompt_mask, batch.mask.shape[:2]
-        if prompt_mask is None:
-            prompt_mask = torch.ones_like(batch.prompts, dtype=torch.bool)
-        host = batch.host or _sizes(batch)
-        return cls(batch.prompts, prompt_mask, host["prompt"], np.arange(groups).repeat(count),
-                   batch.completions.flatten(0, 1), batch.mask.flatten(0, 1),
-                   host["completion"].reshape(-1))  # fmt: skip
+        host, (groups, count) = batch.host or _sizes(batch), batch.mask.shape[:2]
+        return cls(batch.prompts, batch.prompt_mask, host["prompt"],
+                   np.arange(groups).repeat(count), batch.completions.flatten(0, 1),
+                   batch.mask.flatten(0, 1), host["completion"].flatten())  # fmt: skip
 
-    def there(self, *indices: np.ndarray) -> tuple[Tensor, ...]:
+    def there(self, indices: np.ndarray) -> Tensor:
         """Indices where the rows are."""
-        return tuple(sent(x, self.mask.device) for x in indices)
+        return sent(indices, self.mask.device)
 
     def buckets(self, budget: int) -> list[np.ndarray]:
         """This process's row indices by falling length, cut so that rows times the longest row
@@ -227,36 +223,35 @@ class Rows:
         kept, of = np.unique(self.of[index], return_inverse=True)
         prompt_sizes, sizes = self.prompt_sizes[kept], self.sizes[index]
         first, last = self.prompts.shape[1] - prompt_sizes.max(), max(1, sizes.max())
-        kept, index = self.there(kept, index)
+        kept, index = self.there(kept), self.there(index)
         return Rows(self.prompts[kept, first:], self.prompt_mask[kept, first:], prompt_sizes, of,
                     self.completions[index, :last], self.mask[index, :last], sizes)  # fmt: skip
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Tokens of prompt and completion, and their mask, both (S, *)."""
-        (of,) = self.there(self.of)
+        of = self.there(self.of)
         return (torch.cat([self.prompts[of], self.completions], 1),
                 torch.cat([self.prompt_mask[of], self.mask], 1))  # fmt: skip
 
     def states(
         self, network: Network, continued: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[np.ndarray, np.ndarray]]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Hidden states before every token that counts (N, d), those tokens (N,), and where they
         stand: (row, position), each (N,).
 
         Args: continued: read each prompt once even where that spares little.
         """
         if continued or (network.continues and self._spared() >= SPARED):
-            (of,) = self.there(self.of)
-            hidden = network.continued(self.prompts, self.prompt_mask, of, self.completions,
-                                       self.mask)  # fmt: skip
+            hidden = network.continued(self.prompts, self.prompt_mask, self.there(self.of),
+                                       self.completions, self.mask)  # fmt: skip
         else:
             tokens, mask = self.whole()
             start = self.prompts.shape[1]
             hidden = network.hidden(tokens[:, :-1], mask[:, :-1])[:, start - 1 :]
         row = np.arange(len(self.sizes)).repeat(self.sizes)
         position = np.arange(len(row)) - (self.sizes.cumsum() - self.sizes)[row]
-        there = self.there(row, position)
-        return hidden[there], self.completions[there], (row, position)
+        at = self.there(row), self.there(position)
+        return hidden[at], self.completions[at], at
 
     def _spared(self) -> float:
         """Share of the tokens that need not be read if each prompt is read once."""
@@ -271,14 +266,12 @@ def _check_left(prompt_mask: Tensor) -> None:
 
 def _sizes(batch: Rollout) -> dict[str, np.ndarray]:
     """How many tokens count of each prompt (P,) and completion (P, C); the device is asked."""
-    width = batch.prompts.shape[1]
-    known = np.full(batch.groups, width) if batch.prompt_mask is None else \
-        batch.prompt_mask.sum(-1).cpu().numpy()  # fmt: skip
-    return {"prompt": known, "completion": batch.mask.sum(-1).cpu().numpy()}
+    masks = {"prompt": batch.prompt_mask, "completion": batch.mask}
+    return {name: mask.sum(-1).cpu().numpy() for name, mask in masks.items()}
 
 
 def _falling(lengths: np.ndarray) -> np.ndarray:
-    """Indices of the longest first, of those that are as long in order."""
+    """Indices by falling length; equal ones keep their order, so that all processes agree."""
     return np.argsort(-lengths, kind="stable")
 
 
@@ -286,7 +279,7 @@ def _cut(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray
     """`order` in pieces of n rows, each with n * its first (longest) length <= budget, or n = 1."""
     pieces, start = [], 0
     while start < len(lengths):
-        step = max(1, budget // max(1, int(lengths[start])))
+        step = max(1, budget // max(1, lengths[start]))
         pieces.append(order[start : start + step])
         start += step
     return pieces
@@ -342,7 +335,8 @@ class CausalPolicy(Scorer):
 
     def planned(self, data: Rollout, method: Method) -> Rollout:
         """With the numbers of tokens, and which completions can carry loss: what the host cuts
-        micro-batches by. The device is asked here, once a sampling, and by no update."""
+        micro-batches by. The device is asked here, once a sampling, and in one process by no
+        update but the first in 16 bits (`_check_mean`)."""
         return replace(data, host=_sizes(data) | {"active": method.active(data).cpu().numpy()})
 
     def update(
@@ -363,7 +357,7 @@ class CausalPolicy(Scorer):
         seen = method.active(batch).any(-1)
         logp, values = (_without(x, seen) for x in (batch.logp, batch.values))
         outputs = self.outputs.once(batch.prompts, batch.completions.flatten(0, 1))
-        with self.network.packed(self.budget, outputs), masks_unread(self.network.device):
+        with self.network.packed(self.budget, outputs):
             for groups in self._micro_batches(batch):
                 part = batch.pick(groups)
                 new, predicted = self._forward(part, groups, outputs)
@@ -414,10 +408,10 @@ class CausalPolicy(Scorer):
         index, count = np.flatnonzero(batch.host["active"]), batch.mask.shape[1]
         rows = Rows.of_rollout(batch).pick(index)
         if outputs is not None:
-            of = groups[index // count] * count + index % count
-            outputs.ready(*rows.there(groups), rows.prompts.shape[1], *rows.there(of), rows.mask)
+            drawn = groups[index // count] * count + index % count  # rows of the whole sampling
+            outputs.ready(rows.there(groups), rows.prompts.shape[1], rows.there(drawn), rows.mask)
         hidden, targets, at = rows.states(self.network, outputs is not None)
-        at = rows.there(index[at[0]], at[1])
+        at = rows.there(index)[at[0]], at[1]
         logp = batch.logp.flatten(0, 1).index_put(at, self.network.logp(hidden, targets))
         if batch.values is None:
             return logp.view_as(batch.logp), None

@@ -115,8 +115,6 @@ def check_length(config: LengthRun) -> None:
 class LengthProblem:
     """One run of a method on a length problem."""
 
-    shown = ("reward", "proxy")
-
     def __init__(self, config: LengthRun, device: str = "cpu"):
         self.config, self.device, self.clock = config, device, Clock(device)
         self.method: Method = get(config.method)
@@ -127,6 +125,12 @@ class LengthProblem:
             model, _ = load_reward_model(config.reward_folder, device=device)
             self.reward = RewardModel(model, dtype=config.dtype)
         self.held_out = self._held_out()
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """See `lib.training.TrainedProblem`."""
+        gold = {} if self.config.task == length.GIVEN else {"gold": "reward"}
+        return gold | {"proxy": "proxy"}
 
     def _scorer(self) -> Scorer:
         config = self.config

@@ -220,7 +220,8 @@ def _compute_block(job: Job, configs: dict[str, Any], progress_file: Path) -> No
     """Compute what is still missing of a block whose locks are held, and store it run by run."""
     store = job.store
     missing = [run for run in configs if store.status(run, job.code).kind != "stored"]
-    report = _Reporter(progress_file)
+    called = {getattr(config, "called", "") for config in configs.values()}
+    report = _Reporter(progress_file, called.pop() if len(called) == 1 else "")
     checkpoint = store.checkpoint(list(configs), job.code, report)
     if missing and not checkpoint.path.exists():  # others may have finished a part of the block
         configs = {run: configs[run] for run in missing}
@@ -279,23 +280,26 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Reporter:
-    """Leaves a block's progress in a small file, at most every POLL seconds."""
+    """Leaves a block's progress in a small file, at most every POLL seconds.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args: called: what its runs go by, several of which are computed side by side.
+    """
+
+    def __init__(self, path: Path, called: str = "") -> None:
+        self.path, self.called = path, called
         self.next = 0.0
 
     def __call__(self, share: float, shown: dict[str, Any]) -> None:
         now = time.monotonic()
         if now >= self.next:
-            _tell(self.path, share, shown)
+            _tell(self.path, share, shown, self.called)
             self.next = now + POLL
 
 
-def _tell(path: Path, share: float, shown: dict[str, Any]) -> None:
+def _tell(path: Path, share: float, shown: dict[str, Any], called: str = "") -> None:
     text = ", ".join(f"{key} {value}" for key, value in shown.items())
     with contextlib.suppress(OSError):  # a bar that cannot move must not stop a run
-        path.write_text(f"{share} {text}")
+        path.write_text(f"{share} {called and f'{called}: '}{text}")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconH1Config,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
@@ -24,7 +27,7 @@ from lib.lm import policy as policy_module
 from lib.lm.batches import padded
 from lib.lm.network import Network
 from lib.lm.pairs import Pairs
-from lib.lm.policy import CausalPolicy, Scorer
+from lib.lm.policy import CausalPolicy, Rows, Scorer
 from lib.lm.reward import RewardModel, tiny_reward_model, train
 from lib.methods import METHODS
 from lib.rollouts import Rollout
@@ -37,6 +40,7 @@ from tests.tiny_lm import (
 )
 
 EOS, PAD = 256, 257
+SMALL = {"vocab_size": SIZE, "hidden_size": 16}
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90], [5, 256, 7, 8], [1, 2], [9, 9, 9]]
 
 
@@ -202,10 +206,15 @@ def test_a_model_that_does_more_to_its_logits_is_refused(model, monkeypatch):
         Network(model)
 
 
-def test_a_model_with_states_of_its_own_is_refused():
-    config = Mamba2Config(vocab_size=SIZE, hidden_size=16, num_hidden_layers=1, num_heads=4,
-                          head_dim=8, state_size=4, n_groups=1)  # fmt: skip
-    with pytest.raises(ValueError, match="Mamba2ForCausalLM has layers with a state of their own"):
+@pytest.mark.parametrize("config", [
+    Mamba2Config(num_hidden_layers=1, num_heads=4, head_dim=8, **SMALL),
+    FalconH1Config(num_hidden_layers=1, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                   num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, **SMALL),
+    Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"],
+               num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, **SMALL),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_a_model_with_states_of_its_own_is_refused(config):
+    with pytest.raises(ValueError, match="ForCausalLM has layers with a state of their own"):
         Network(AutoModelForCausalLM.from_config(config))
 
 
@@ -572,3 +581,68 @@ def test_in_float16_a_step_that_overflows_is_left_out_and_the_next_is_taken(fold
     policy.loss_scale = torch.tensor(1.0)
     policy.update(bad, method, method.hyper, method.items(bad))
     assert not policy.alive
+
+
+# --- what the host knows of a batch ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo_token", "best_of_n"])
+def test_a_minibatch_of_a_planned_sampling_is_learned_as_one_of_its_own(folder, name):
+    method, found = METHODS[name], []
+    for planned in (False, True):
+        policy, data, _ = updated(folder, method, budget=64, steps=0)
+        batch = (policy.planned(data, method) if planned else data).narrow(1, 3)
+        found.append(policy.update(batch, method, method.hyper, method.items(batch)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["dpo", "pref_ft"])
+def test_micro_batches_hold_the_budget_and_are_no_smaller_than_they_must_be(folder, name):
+    policy, data, _ = updated(folder, METHODS[name], budget=64, steps=0)
+    batch = policy.planned(data, METHODS[name])
+    active, pieces = batch.host["active"], policy._micro_batches(batch)
+    longest = (batch.host["completion"] * active).max(-1) + batch.host["prompt"]
+    assert sorted(np.concatenate(pieces)) == np.flatnonzero(active.any(-1)).tolist()
+    for i, piece in enumerate(pieces):
+        tokens = longest[piece[0]] * active.sum(-1).max()
+        assert len(piece) == 1 or len(piece) * tokens <= 64
+        assert i + 1 == len(pieces) or (len(piece) + 1) * tokens > 64
+
+
+def test_micro_batches_are_cut_by_what_is_active():
+    host = {"prompt": np.array([2, 2, 2]), "completion": np.array([[3, 9], [3, 3], [5, 1]]),
+            "active": np.array([[True, False], [True, True], [True, False]])}  # fmt: skip
+    found = CausalPolicy._micro_batches(SimpleNamespace(budget=20), SimpleNamespace(host=host))
+    assert [x.tolist() for x in found] == [[2], [0, 1]]
+
+
+def test_buckets_are_by_length_of_prompt_and_completion():
+    rows = SimpleNamespace(prompt_sizes=np.array([1, 8]), of=np.array([0, 1]),
+                           sizes=np.array([5, 2]))  # fmt: skip
+    assert [x.tolist() for x in Rows.buckets(rows, 10)] == [[1], [0]]
+
+
+def test_picked_rows_keep_no_column_that_is_padding_in_all():
+    rows = Rows.of_rollout(rollout())
+    for index in (np.array([0]), np.array([4, 1]), np.arange(6, 9)):
+        part = rows.pick(index)
+        assert part.prompt_mask[:, 0].any() and part.mask[:, -1].any()
+        assert (part.prompt_sizes == part.prompt_mask.sum(-1).numpy()).all()
+        assert (part.sizes == part.mask.sum(-1).numpy()).all()
+
+
+def test_equal_lengths_keep_their_order():
+    found = policy_module._falling(np.arange(300) // 100).tolist()
+    assert found == [*range(200, 300), *range(100, 200), *range(100)]
+
+
+def test_divergences_stand_at_their_own_tokens(model):
+    one = Scorer(Network(model), (EOS,), PAD, 40)
+    other = Scorer(Network(model, 2.0), (EOS,), PAD)
+    batch = rollout()
+    whole = one.divergences(batch, other)
+    for group in range(batch.groups):
+        alone = one.divergences(batch.pick(np.array([group])), other)
+        for x, y in zip(whole, alone, strict=True):
+            torch.testing.assert_close(x[group], y[0])
+            assert ((x[group] != 0) <= batch.mask[group]).all()

@@ -213,7 +213,7 @@ def test_what_is_written_says_what_it_is_of_and_the_lines_how_long_it_takes(
     kept = json.loads((saved / "run.json").read_text())
     assert kept.items() <= about.items()
     first, middle, last = (line for line in capsys.readouterr().out.splitlines()
-                           if " of 4 updates: reward " in line)  # fmt: skip
+                           if " of 4 updates: gold " in line)  # fmt: skip
     assert "left" not in first + last and re.search(r"2 of 4 .*, about \d+ s left$", middle)
 
 

@@ -1,4 +1,5 @@
-"""Inside an update the host never waits for the device: nothing is read back from it.
+"""Inside an update the host does not wait for the device: nothing is read back from it. (In 16 bits
+the first on a sampling checks itself, and does; so does one that is shared between processes.)
 
 On a CPU nobody waits; what would make a GPU's host wait is asked for all the same, and seen here.
 """
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AttentionMaskInterface, AutoModelForCausalLM, MistralConfig
 
-from lib.lm import policy as policy_module
-from lib.lm.attention import masks_unread
+from lib.lm import network as network_module
+from lib.lm.attention import SDPA, masks_unread
 from lib.lm.network import Network
 from lib.lm.policy import CausalPolicy
 from lib.methods import METHODS
@@ -79,7 +80,7 @@ def folder(tmp_path_factory):
 def on_a_gpu(model, method, monkeypatch, **options) -> CausalPolicy:
     """A policy that takes the way of a GPU."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr(policy_module, "masks_unread", lambda device: masks_unread(gpu))
+    monkeypatch.setattr(network_module, "masks_unread", lambda device: masks_unread(gpu))
     network = Network(model, value_head="value_head" in method.needs, packs=False, **options)
     network.continues = False
     return CausalPolicy(network, (EOS,), PAD, 1e-2, budget=20)
@@ -112,6 +113,15 @@ def test_nor_does_one_of_a_model_with_a_window(monkeypatch):
     policy = on_a_gpu(AutoModelForCausalLM.from_config(config), method, monkeypatch)
     batch = learned(policy, method)
     assert not waits(lambda: policy.update(batch, method, method.hyper, method.items(batch)))
+
+
+def test_masks_are_as_usual_on_a_cpu_and_after_an_error():
+    usual = AttentionMaskInterface()[SDPA]
+    with masks_unread(torch.device("cpu")):
+        assert AttentionMaskInterface()[SDPA] is usual
+    with pytest.raises(ZeroDivisionError), masks_unread(torch.device("cuda")):
+        raise ZeroDivisionError
+    assert AttentionMaskInterface()[SDPA] is usual
 
 
 def test_masks_that_could_be_spared_are_built_unread_and_change_nothing(folder):

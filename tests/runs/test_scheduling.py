@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lib import runs
-from lib.runs import records
+from lib.runs import records, scheduling
 from lib.runs.planning import duration, group, size
 from tests.runs.fake import Walk, WalkEngine, exit_code, grid, killed, work
 
@@ -335,3 +335,14 @@ def test_a_dead_owners_runs_are_taken_over(store, engine, processes):
     owner.join()
     table = runs.compute(grid(seeds=1), store, engine, jobs=1, say=quiet)
     assert np.isfinite(table["reward"]).all() and len(engine.computed()) == 2
+
+
+@pytest.mark.parametrize("name", ["dpo@min", ""])
+def test_the_bar_says_what_a_run_is_called(tmp_path, name):
+    report = scheduling._Reporter(tmp_path / "block", name)
+    report(0.5, {"gold": "-3", "proxy": "1"})
+    bar = types.SimpleNamespace(n=0, total=8, update=lambda count: moved.append(count),
+                                set_postfix_str=lambda text, refresh: moved.append(text))  # fmt: skip
+    moved = []
+    scheduling._move(bar, {tmp_path / "block": 8})
+    assert moved == [f"{name}: gold -3, proxy 1".removeprefix(": "), 4]
