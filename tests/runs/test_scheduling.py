@@ -341,8 +341,8 @@ def test_a_dead_owners_runs_are_taken_over(store, engine, processes):
 def test_the_bar_says_what_a_run_is_called(tmp_path, name):
     report = scheduling._Reporter(tmp_path / "block", name)
     report(0.5, {"gold": "-3", "proxy": "1"})
-    bar = types.SimpleNamespace(n=0, total=8, update=lambda count: moved.append(count),
-                                set_postfix_str=lambda text, refresh: moved.append(text))  # fmt: skip
     moved = []
+    bar = types.SimpleNamespace(n=0, total=8, update=moved.append,
+                                set_postfix_str=lambda text, refresh: moved.append(text))
     scheduling._move(bar, {tmp_path / "block": 8})
     assert moved == [f"{name}: gold -3, proxy 1".removeprefix(": "), 4]
