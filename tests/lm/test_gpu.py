@@ -13,6 +13,7 @@ from lib.lm.config import TINY, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.models import load_policy
 from lib.lm.network import Network
+from lib.lm.problem import LengthProblem
 from lib.lm.static import StaticDecoder
 from lib.timing import Clock
 from lib.untracked import Untracked
@@ -75,6 +76,30 @@ def test_a_graph_is_made_anew_for_longer_prompts(rank):
         assert torch.equal(one.completions, other.completions), f"width {width}"
         graphs.append(decoder.steps.slates[8, 40, 1].graph)  # others may be an earlier test's
     assert graphs[0] is graphs[1] and graphs[1] is not graphs[2] and graphs[2] is graphs[3]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("name", ["dpo", "ppo_token", "best_of_n"])
+def test_an_update_on_planned_data_does_not_wait(name):
+    """The second on a sampling, in a micro-batch for each prompt: a first one may wait."""
+    config = length_run(name, "min", 3e-4, 5, updates=2, batch=32, decoder="growing", **SMALL)
+    problem = LengthProblem(config, "cuda")
+    state, method, hyper = problem.initial_state(), problem.method, config.hyper
+    policy = state.behaviour = state.policy
+    data = problem.collect(state, method)
+    data = policy.planned(data.labelled(method.prepare(data, hyper)), method)
+    policy.budget, half = 1, data.groups // 2
+    first, second = data.narrow(0, half), data.narrow(half, half)
+    policy.update(first, method, hyper, method.items(first))
+    items = method.items(second)
+    assert len(policy._micro_batches(second)) > 1 and not policy.fresh
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            items.item()
+        policy.update(second, method, hyper, items)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_phases_take_as_long_as_the_gpu_works():

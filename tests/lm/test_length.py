@@ -10,7 +10,7 @@ from lib.lm.batches import padded, unpadded
 from lib.lm.length import gold, lengths, truncated
 from lib.lm.pairs import Pairs, load, save, skew_mean
 
-EOS = 9
+EOS, OTHER = 9, 8  # a second id that ends a response
 
 
 def test_length_counts_tokens_without_eos():
@@ -51,7 +51,7 @@ def test_a_response_shorter_than_its_cut_stays_as_it_is():
 
 def pairs():
     return Pairs([[1], [2], [3]], [[5, EOS], [5, 6, 7], [5, 6, EOS]],
-                 [[5, 6, 7, EOS], [5, EOS], [6, 5, EOS]], (EOS,))  # fmt: skip
+                 [[5, 6, 7, EOS], [5, EOS], [6, 5, OTHER]], (EOS, OTHER))  # fmt: skip
 
 
 def test_labels_by_rule_and_ties():
@@ -65,7 +65,7 @@ def test_labels_by_rule_and_ties():
 
 def test_pairs_survive_a_file(tmp_path):
     save(tmp_path / "pairs.parquet", {"train": pairs(), "validation": pairs()})
-    back = load(tmp_path / "pairs.parquet", "train", (EOS,))
+    back = load(tmp_path / "pairs.parquet", "train", (EOS, OTHER))
     assert back == pairs()
     with pytest.raises(ValueError, match="split must be one of"):
         load(tmp_path / "pairs.parquet", "test", (EOS,))

@@ -16,7 +16,7 @@ import torch
 from lib import runs
 from lib.finetune import Schedule, fine_tune
 from lib.lm import problem as problem_module
-from lib.lm.batches import unpadded
+from lib.lm.batches import padded, unpadded
 from lib.lm.config import LengthRun, length_run
 from lib.lm.engine import LengthEngine
 from lib.lm.models import ids, load_policy, load_tokenizer
@@ -118,13 +118,10 @@ def test_a_minibatch_draws_the_same_whatever_b_is(folder):
     two = LengthProblem(small(folder, batch=16))
     first, state = one.initial_state(), two.initial_state()
     first.behaviour, state.behaviour = first.policy, state.policy
-    drawn = []
-    for i in range(2):
-        first.iteration = i
-        drawn.append(one.collect(first, one.method))
-    both = two.collect(state, two.method)
-    for i, part in enumerate(drawn):
-        same = both.narrow(8 * i, 8)
+    for i in range(4):
+        first.iteration, state.iteration = i, i // 2
+        part = one.collect(first, one.method)
+        same = two.collect(state, two.method).narrow(8 * (i % 2), 8)
         assert torch.equal(same.completions, part.completions)
         torch.testing.assert_close(same.rewards, part.rewards, atol=1e-5, rtol=1e-5)
         for a, b in zip(range(8), range(8), strict=True):
@@ -260,6 +257,19 @@ def test_kl_and_entropy_by_hand_on_the_first_validation_prompts(moved, monkeypat
     problem._draw(state.policy, 0)
     evaluated, trained = drawn
     assert not evaluated & trained
+
+
+def test_a_response_ends_in_any_of_the_eos_ids_that_is_its_own(moved, monkeypatch):
+    """The second of two EOS ids is also what padding is filled with."""
+    problem, state = moved
+    problem.reference.eos = torch.tensor([256, 7])
+    ids, mask = padded([[5, 256], [5, 7], [7], [5, 6], [6, 6, 6], [1, 2, 3, 4]], 7)
+    sampled = problem._sampled
+    monkeypatch.setattr(problem, "_sampled", lambda *given: replace(
+        sampled(*given), completions=ids[:, None], mask=mask[:, None]))  # fmt: skip
+    found = problem.evaluate(state)
+    assert found["ended"].item() == 3 / 6
+    assert found["length"].item() == pytest.approx((1 + 1 + 0 + 2 + 3 + 4) / 6)
 
 
 def test_held_out_log_ratios_by_hand(moved):

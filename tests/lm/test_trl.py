@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +15,7 @@ from lib.rollouts import Rollout
 from tests.tiny_lm import save_tiny_policy
 
 EOS, PAD, PAIRS, UPDATES, LENGTH = 256, 257, 4, 6, 5
+LOGGED = "loss", "grad_norm"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def examples(equal):
 
 
 def trained_by_trl(folder, rows, loss_type, beta, output):
-    """Parameters after each update of TRL's trainer, taking the pairs in their order."""
+    """Parameters after each update of TRL's trainer, taking the pairs in their order, and
+    the losses and gradient norms that it logs."""
     pytest.importorskip("trl")
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -63,13 +66,16 @@ def trained_by_trl(folder, rows, loss_type, beta, output):
         lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=1e6, bf16=False,
         use_cpu=True, report_to=[], gradient_checkpointing=False, save_strategy="no",
         per_device_train_batch_size=PAIRS, num_train_epochs=1, disable_tqdm=True,
+        logging_steps=1,
     )  # fmt: skip
     load = AutoModelForCausalLM.from_pretrained
-    InOrder(
+    trainer = InOrder(
         load(folder), ref_model=load(folder), args=arguments, train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Record()],
-    ).train()  # fmt: skip
-    return seen
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return seen, [[entry[name] for name in LOGGED] for entry in logs]
 
 
 def trained_here(folder, rows, method, hyper):
@@ -88,24 +94,27 @@ def trained_here(folder, rows, method, hyper):
     reference = policy.score(data)
     data = Rollout(**{**vars(data), "logp": reference, "ref": reference})
     data = data.labelled(method.prepare(data, hyper))
-    seen = []
+    seen, logs = [], []
     for i in range(UPDATES):
         batch = data.narrow(i * PAIRS, PAIRS)
-        policy.update(batch, method, hyper, method.items(batch))
+        _, metrics = policy.update(batch, method, hyper, method.items(batch))
         seen.append([(p.detach().clone(), p.grad.clone()) for p in policy.parameters])
-    return seen
+        logs.append([metrics[name].item() for name in LOGGED])
+    return seen, logs
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_first_updates_equal_dpo_trainers(folder, loss, tmp_path):
     """TRL's IPO averages over tokens: at one length n its beta is our tau times n, and its loss
-    ours by n squared, which Adam does not see."""
+    ours by n squared."""
     rows = examples(equal=loss == "ipo")
-    theirs = trained_by_trl(folder, rows, loss, 0.5 if loss == "ipo" else 0.1, tmp_path)
+    theirs, told = trained_by_trl(folder, rows, loss, 0.5 if loss == "ipo" else 0.1, tmp_path)
     name, hyper = ("ipo_offline", {"tau": 0.5 / LENGTH}) if loss == "ipo" else ("dpo_offline", {})
-    ours = trained_here(folder, rows, METHODS[name], METHODS[name].resolve(hyper))
-    assert len(theirs) == len(ours) == UPDATES
+    ours, logs = trained_here(folder, rows, METHODS[name], METHODS[name].resolve(hyper))
+    assert len(theirs) == len(ours) == len(told) == UPDATES
+    scale = LENGTH**2 if loss == "ipo" else 1  # which the steps of Adam do not show
+    np.testing.assert_allclose(np.divide(logs, scale), told, rtol=1e-5)
     start = list(AutoModelForCausalLM.from_pretrained(folder).parameters())
     floor = 1e-4 if loss == "ipo" else 1e-6  # our IPO gradient is 25 times theirs
     known = [torch.ones_like(p, dtype=torch.bool) for p in start]
