@@ -14,13 +14,14 @@ from lib.lm.engine import LengthEngine
 from lib.lm.problem import LengthProblem
 from lib.lm.run import Silent
 
-METHODS = {"dpo": 7, "ppo_token": 1}  # prompts of an evaluation: odd, and fewer than processes
+# Prompts of an evaluation: odd, and fewer than processes
+METHODS = {"dpo": 7, "ppo_token": 1, "dpo_offline": 7, "best_of_n": 1}
 
 
 def problem_of(method: str, prompts: int, folder: Path) -> LengthProblem:
     return LengthProblem(
-        length_run(method, "min", 1e-2, 0, updates=4, batch=8, minibatch=8, max_tokens=12,
-                   prompts=prompts, evaluations=2, prepared=str(folder))
+        length_run(method, "min", 1e-2, 0, updates=4, batch=8, minibatch=8, inner_steps=2,
+                   max_tokens=12, prompts=prompts, evaluations=2, prepared=str(folder))
     )  # fmt: skip
 
 
