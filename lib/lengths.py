@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lib import stats
+from lib.experiments.length import PROFILES, preset
 from lib.lm.batches import padded, unpadded
 from lib.lm.config import PRESETS, TINY, prepared_folder, weight_bytes
 from lib.lm.length import GIVEN, TASKS, gold
@@ -137,6 +138,14 @@ class Prepared:
     def peak(self, task: str) -> float:
         """The length that the gold reward prefers to every other."""
         return self.target if task == "mode" else 0.0
+
+
+def at(profile: str, prepared: str | Mapping[str, Any] | None = None) -> Prepared:
+    """`Prepared` of what is asked for, else of what the length chapters run on at a profile; "auto"
+    is the one that the pages are about."""
+    if prepared is None:
+        prepared = preset(PROFILES["full" if profile == "auto" else profile])
+    return Prepared(prepared)
 
 
 def _json(path: Path) -> dict[str, Any]:

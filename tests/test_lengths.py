@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import lengths, stats
+from lib.experiments import PROFILES
 from lib.lm.length import TASKS
 from tests.lm_folder import prepared_folder
 
@@ -259,3 +260,11 @@ def test_the_shipped_tasks_differ_as_table_2_says():
     assert near.loc["mode", "low"] > 5 * near.loc["min", "high"]
     assert near.loc["min", "nats"] > near.loc["mode", "nats"] + 1
     assert cover.loc["skew", "overlap"] < 0.5 < cover.loc["min", "overlap"]
+
+
+def test_a_profile_shows_the_folder_that_its_runs_are_on(monkeypatch):
+    monkeypatch.setattr(lengths, "Prepared", lambda name: name)
+    shown = {profile: lengths.at(profile) for profile in ("auto", *PROFILES)}
+    small = dict.fromkeys(("auto", "smoke", "cpu", "full"), "tiny")
+    assert shown == {**small, "gpu": "smollm2", "paper": "pythia"}
+    assert lengths.at("gpu", "mine") == "mine"

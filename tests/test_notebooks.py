@@ -93,6 +93,11 @@ class TestChapter:
         exec(cell.source, values)  # assignments of constants; anything else fails here
         assert {name: values.get(name) for name in COMMON} == COMMON
 
+    def test_a_folder_is_the_profiles_unless_one_is_given(self, chapter):
+        (cell,) = parameter_cells(chapter)
+        exec(cell.source, values := {})
+        assert values.get("prepared") is None
+
     def test_code_cells_are_short(self, chapter):
         """But for the setup cell, which cannot call `lib`."""
         lengths = {number: len(c.source.splitlines()) for number, c in enumerate(code(chapter), 1)}

@@ -153,12 +153,17 @@ PROFILES: dict[str, LengthProfile] = {
 
 
 def _base(names: Iterable[str], tasks: Sequence[str] = (*TASKS, GIVEN)) -> list[Setting]:
+def preset(profile: Profile) -> str:
+    """The prepared folder that a profile's runs are on, by its name."""
+    return dict(profile.options).get("prepared", "tiny")
+
+
     return [Setting(name, task) for task in tasks for name in names]
 
 
 def _present(settings: list[Setting], profile: LengthProfile) -> list[Setting]:
     """Those whose task the prepared folder has."""
-    tasks = prepared_tasks(dict(profile.options).get("prepared", "tiny"))
+    tasks = prepared_tasks(preset(profile))
     return [s for s in settings if s.reward_function in tasks]
 
 
