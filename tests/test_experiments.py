@@ -354,3 +354,29 @@ def test_reported_seeds_do_not_choose_the_rate():
     found = ((slow, 0, 2.0), (fast, 0, 1.0), (fast, 5, 9.0))
     table = pd.concat([rows("dpo", "min", rate, seed, -1.0, proxy) for rate, seed, proxy in found])
     assert experiments.selected_rate(table, experiments.Setting("dpo", "min"), profile) == slow
+
+
+def test_the_paper_profile_runs_every_value_that_the_papers_figures_draw():
+    """What the page says is left out at `full` is what is left out there, and nothing at `paper`:
+    Figures 11 to 13, 21 and 22 by B, in minibatches; 15 and 23 by T."""
+    drawn = {("ppo_token", "min", "sets"): (), ("ppo_token", "skew", "sets"): (3,),
+             ("ppo_token", "mode", "sets"): (2, 3), ("rwr", "min", "sets"): (2, 3),
+             ("rwr", "skew", "sets"): (2, 3), ("best_of_n", "min", "inner_steps"): (4,),
+             ("best_of_n", "skew", "inner_steps"): (), ("ppo_token", "min", "inner_steps"): (2, 4),
+             ("ppo_token", "skew", "inner_steps"): (2, 4)}  # fmt: skip
+    for name, left_out in {"full": True, "paper": False}.items():
+        profile = length.PROFILES[name]
+        # whether the profile's folder is there or not
+        settings = length._on_policy(replace(profile, options=()))
+        run = {s.name for s in settings}
+        for (method, task, option), missing in drawn.items():
+            values = profile.batches if option == "sets" else profile.inner_steps
+            assert set(values) >= {2, 4}
+            absent = {v for v in values if f"{method}@{task}[{option}={v}]" not in run}
+            assert absent == (set(missing) if left_out else set()), (name, method, task)
+
+
+def test_the_pilot_of_gpu_alone_has_one_seed():
+    """book/own_model.ipynb says so, and why."""
+    sizes = {name: len(length.PROFILES[name].sweep_seeds) for name in ("full", "gpu", "paper")}
+    assert sizes == {"full": 2, "gpu": 1, "paper": 2}

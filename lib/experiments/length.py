@@ -47,8 +47,9 @@ class LengthProfile(PilotProfile):
     """The length problems' dials beside what every profile has.
 
     Args:
-        batches: values of B as multiples of M. every_batch: all of them wherever B is varied, not
-            for PPO on Min alone and the ends elsewhere. inner_steps: values of T.
+        batches: values of B as multiples of M. inner_steps: values of T.
+        every_value: all of these wherever B or T is varied, as in the paper's figures. Otherwise
+            some settings have the ends or the largest alone.
         betas: of DPO, and temperatures: of RWR, beside their defaults.
         choices: values of best-of-N's N beside its default; an update is then of `TENS` responses.
         slowest: no rate below it is tried with on-policy methods. Fixed data need smaller rates:
@@ -59,8 +60,8 @@ class LengthProfile(PilotProfile):
     """
 
     batches: tuple[int, ...] = (2, 3, 4)
-    every_batch: bool = False
     inner_steps: tuple[int, ...] = (2, 4, 8)
+    every_value: bool = False
     betas: tuple[float, ...] = (0.02, 0.5)
     temperatures: tuple[float, ...] = ()
     choices: tuple[int, ...] = ()
@@ -141,7 +142,7 @@ PROFILES: dict[str, LengthProfile] = {
         rates=PAPER_RATES,
         slowest=0.0,
         updates=72,
-        every_batch=True,
+        every_value=True,
         betas=(0.01, 0.05, 0.5),
         temperatures=(1.0, 10.0, 20.0),
         choices=(10,),
@@ -152,12 +153,12 @@ PROFILES: dict[str, LengthProfile] = {
 }
 
 
-def _base(names: Iterable[str], tasks: Sequence[str] = (*TASKS, GIVEN)) -> list[Setting]:
 def preset(profile: Profile) -> str:
     """The prepared folder that a profile's runs are on, by its name."""
     return dict(profile.options).get("prepared", "tiny")
 
 
+def _base(names: Iterable[str], tasks: Sequence[str] = (*TASKS, GIVEN)) -> list[Setting]:
     return [Setting(name, task) for task in tasks for name in names]
 
 
@@ -174,22 +175,27 @@ def _dial(names: Iterable[str], option: str, values: Iterable[Any], tasks: Seque
     ]  # fmt: skip
 
 
+def _fewer(p: LengthProfile, values: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """A dial's ends, and its largest value alone; all values twice where a profile runs them."""
+    ends = sorted({min(values), max(values)})
+    return (values, values) if p.every_value else (ends, ends[-1:])
+
+
 def _on_policy(p: LengthProfile) -> list[Setting]:
     """Dials of B and T, of REINFORCE's rate where it reuses samples, of RWR's temperature, and of
     best-of-N's N."""
-    ends, last = sorted({min(p.batches), max(p.batches)}), max(p.inner_steps)
-    two, one = (p.batches, p.batches) if p.every_batch else (ends, ends[-1:])
+    (two, one), (few, most) = _fewer(p, p.batches), _fewer(p, p.inner_steps)
     staleness = _dial(("ppo_token",), "sets", p.batches, ("min",))
     staleness += _dial(("ppo_token",), "sets", two, ("skew", GIVEN))
     staleness += _dial(("ppo_token",), "sets", one, ("mode",))
     staleness += _dial(("rwr", "reinforce"), "sets", one, (*TASKS, GIVEN))
     reuse = _dial(("best_of_n",), "inner_steps", p.inner_steps, ("skew", GIVEN))
-    reuse += _dial(("best_of_n",), "inner_steps", sorted({min(p.inner_steps), last}), ("min",))
-    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", (last,), ("min", "skew", GIVEN))
+    reuse += _dial(("best_of_n",), "inner_steps", few, ("min",))
+    reuse += _dial(("ppo_token", "reinforce"), "inner_steps", most, ("min", "skew", GIVEN))
     reuse += [
         Setting("reinforce", task, (*passes, ("learning_rate", rate)), "base", "dial")
         for task in ("min", "skew") for rate in p.reuse_rates
-        for passes in ((), (("inner_steps", last),))
+        for passes in ((), (("inner_steps", max(p.inner_steps)),))
     ]  # fmt: skip
     sharper = _dial(("rwr",), "temperature", p.temperatures, ("min",))
     more = [
