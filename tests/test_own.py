@@ -9,7 +9,7 @@ import pytest
 
 from lib import own
 from lib.lengths import Prepared
-from lib.lm import prepare, prepare_full
+from lib.lm import prepare, prepare_full, supervise
 from lib.lm.models import load_policy
 from lib.lm.text import load_preferences, load_prompts
 from tests.lm_folder import prepared_folder
@@ -64,6 +64,12 @@ def test_commands_name_options_that_exist():
     for command in commands:
         options = prepare._parser().parse_args(command.split("lib.lm.prepare ")[1].split())
         assert options.policy and options.prompts and options.out
+    commands = [c for c in console_lines() if "lib.lm.supervise " in c]
+    assert len(commands) >= 2
+    for command in commands:
+        options = supervise._parser().parse_args(command.split("lib.lm.supervise ")[1].split())
+        after = console_lines()[console_lines().index(command) + 1]
+        assert f"lib.lm.prepare --policy {options.out} " in after
     commands = [c for c in console_lines() if "lib.lm.prepare_full " in c]
     assert len(commands) >= 2
     for command in commands:

@@ -93,6 +93,38 @@ def test_message_lists_are_read_as_text_is(policy, tmp_path, layout, suffix):
     assert every(file) == every(tmp_path / "text.csv")
 
 
+CARD = """---
+configs:
+- config_name: alpaca_instructions
+  data_files: [{split: sft, path: alpaca_instructions/sft.json}]
+- config_name: other
+  data_files: [{split: eval, path: other.json}]
+---
+"""
+
+
+@pytest.mark.parametrize("place", ["alpaca_instructions/sft.json", ""], ids=["file", "folder"])
+def test_alpacas_columns_are_read_from_a_file_and_from_the_hubs_layout(policy, tmp_path, place):
+    """As AlpacaFarm has them: instruction, input (which belongs to the prompt) and output."""
+    rows = [{"instruction": f"Say {n}.", "input": "twice" if n % 2 else "", "output": "yes"}
+            for n in range(24)]  # fmt: skip
+    (tmp_path / "alpaca_instructions").mkdir()
+    (tmp_path / "alpaca_instructions/sft.json").write_text(json.dumps(rows))
+    (tmp_path / "other.json").write_text(json.dumps(rows[:1]))
+    (tmp_path / "README.md").write_text(CARD)
+    options = asked(tmp_path / place)
+    if not place:
+        options.config, options.split = "alpaca_instructions", "sft"
+    tokenizer, _ = load_tokenizer(policy)
+    data, record = supervise.examples(options, tokenizer)
+    found = [row for part in data.values() for row in part]
+    assert len(found) == 24 and not any(record["left out"].values())
+    asked_for = [f"Say {n}." + "\n\ntwice" * (n % 2) for n in range(24)]
+    prompts = encode_prompts(tokenizer, asked_for, 100).ids
+    assert sorted(row.prompt for row in found) == sorted(prompts)
+    assert {tokenizer.decode(row.response) for row in found} == {"yes<eos>"}
+
+
 def test_a_disk_without_room_is_said_before_training(policy, tmp_path, capsys, monkeypatch):
     table().to_json(tmp_path / "said.jsonl", orient="records", lines=True)
     monkeypatch.setattr(supervise, "sft", None)
