@@ -122,7 +122,10 @@ def in_processes(work: Callable[[int], Any], count: int) -> list[Any]:
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(count)
     with context.Pool(count, initializer=_ready, initargs=(together,)) as pool:
-        return pool.map(work, range(count), chunksize=1)
+        found = pool.map(work, range(count), chunksize=1)
+        pool.close()  # leaving the block kills processes, whose semaphores Python then warns of
+        pool.join()
+    return found
 
 
 def sgemm_peak(repeats: int = 8) -> float:

@@ -32,9 +32,11 @@ from transformers import (
     GPTNeoXConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     TrainerCallback,
 )
 from transformers.cache_utils import StaticLayer
+from transformers.utils import logging
 
 from benchmarks import Result, Unmeasured
 from benchmarks.bandit import Effort, in_processes
@@ -313,8 +315,11 @@ def _trainer(
     folder: Path, dtype: str, steps: int, checkpointing: bool, ticks: Ticks,
     cache: str | None = None, throughout: bool = False, device: str = "cpu",
 ) -> Any:  # fmt: skip
-    """The trainer with the same prompts and reward, and nothing that it does not need."""
+    """The trainer with the same prompts and reward, and nothing that it does not need: it prints
+    nothing between the lines of the results."""
     warnings.filterwarnings("ignore", module="torch.utils.data")  # no pinned memory on a CPU
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.set_verbosity_error()
     from datasets import Dataset, disable_progress_bars
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -336,6 +341,7 @@ def _trainer(
         reward_funcs=first_token, train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer, callbacks=[ticks],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.generation_config.eos_token_id = None
     trainer.eos_token_ids = [NEVER]
     return trainer

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
 
 from benchmarks import Result, Unmeasured, cuda, lm, machines, store, turns
 from benchmarks import __main__ as command
@@ -55,9 +56,10 @@ def small(monkeypatch):
         monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(lm, "product_peak", lambda device, dtype: 1e9)
     monkeypatch.setitem(machines.COPIED, "cpu", 10**5)
-    threads = torch.get_num_threads()
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     yield
     torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
 
 
 def here(settings, start, skipped=(), failed=()):
@@ -93,6 +95,16 @@ def test_a_line_for_every_setting_and_ours_against_the_best_of_trl(small):
     generate, ours = (found[f"decode/tiny/cpu/{x}"] for x in ("transformers", "static"))
     assert ours.theirs == generate.ours and generate.theirs == generate.details["limit_seconds"]
     json.dumps([command.asdict(line) for line in lines])
+
+
+def test_trls_trainer_says_nothing_between_the_lines(small, tmp_path, capfd, recwarn):
+    logging.set_verbosity_warning()
+    lm.prepare(tmp_path, TINY)
+    capfd.readouterr()
+    lm.theirs(tmp_path, "float32", 1, 1, checkpointing=True)
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert [str(w.message) for w in recwarn if w.category is FutureWarning] == []
+    assert logging.get_verbosity() == logging.ERROR  # whose handler writes past `capfd`
 
 
 def test_presets_have_their_sizes_and_a_step_reads_all_but_an_embedding():
