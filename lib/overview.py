@@ -142,7 +142,7 @@ def speed(chapters: Chapters) -> str:
 def unjudged(chapters: Chapters) -> str:
     """Which of the paper's claims the results shown say nothing about, or at what scale they do."""
     never = ("Of Mode Length it is not judged whether the more on-policy runs are sometimes "
-             "unstable, nor whether all methods end alike: B is compared within each.")  # fmt: skip
+             "unstable.")  # fmt: skip
     if "full_scale" in chapters:
         return ("Claims about AlpacaFarm and UltraFeedback are judged on pairs of the same two "
                 f"kinds, at the scale that {cards.link('full_scale')} states. {never}")
