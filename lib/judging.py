@@ -12,20 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from myst_nb import glue
 
 from lib import stats, tables
 from lib.chapter import NOT_RUN, Chapter
 from lib.experiments import final
 from lib.experiments.full_scale import BATCHED, OFFLINE, ON_POLICY, FullScaleProfile
+from lib.lengths import reference_policy
 from lib.lm.batches import padded
-from lib.lm.config import MINIBATCH, TINY, weight_bytes
+from lib.lm.config import MINIBATCH, TINY
 from lib.lm.full_scale import DATA, KINDS
 from lib.lm.gold import as_rollout
-from lib.lm.models import ids, load_policy, load_tokenizer
-from lib.lm.network import Network
-from lib.lm.policy import Scorer
+from lib.lm.models import load_tokenizer, stored_ids
 
 FACTORS = {"policy": "large policy", "pairs": "much data", "kind": "distinct pairs"}
 SCORED = 128  # pairs whose log-probability under the reference policy is shown
@@ -73,12 +71,8 @@ class Reference:
         run = chapter.settings()[0].run(chapter.profile, 0.1, 0)
         here = run.policy_folder.is_dir()  # published runs may be of pairs that lie elsewhere
         self.folder, source = (run.folder, run.policy_folder) if here else (DATA, TINY / "policy")
-        large = weight_bytes(source) > 2e8
-        device = "cuda" if large and torch.cuda.is_available() else "cpu"
-        model, _ = load_policy(source, device=device)
         self.tokenizer, _ = load_tokenizer(source)
-        found = ids(self.tokenizer, model)
-        self.policy = Scorer(Network(model).requires_grad_(False), found.eos, found.pad)
+        self.policy = reference_policy(source, stored_ids(self.tokenizer, source))
 
     @property
     def kinds(self) -> list[str]:

@@ -24,11 +24,10 @@ from lib.experiments.length import PROFILES, preset
 from lib.lm.batches import padded, unpadded
 from lib.lm.config import PRESETS, TINY, prepared_folder, weight_bytes
 from lib.lm.length import GIVEN, TASKS, gold
-from lib.lm.models import load_policy, load_tokenizer
-from lib.lm.network import Network
+from lib.lm.models import TokenIds, load_tokenizer
 from lib.lm.pairs import Pairs, as_tensors
 from lib.lm.policy import Scorer
-from lib.lm.problem import Data, task_data
+from lib.lm.problem import Data, frozen_scorer, task_data
 from lib.randomness import uniforms
 from lib.rollouts import Rollout, sequence_logp
 
@@ -79,9 +78,7 @@ class Prepared:
 
     @property
     def device(self) -> str:
-        """Where models run: a small one gains nothing from a GPU, and the CPU is always there."""
-        large = weight_bytes(self.folder / "policy") > 2e8
-        return "cuda" if large and torch.cuda.is_available() else "cpu"
+        return device_for(self.folder / "policy")
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -106,9 +103,7 @@ class Prepared:
     @cached_property
     def policy(self) -> Scorer:
         """pi_ref: the SFT policy, frozen."""
-        model, _ = load_policy(self.folder / "policy", device=self.device)
-        return Scorer(Network(model).requires_grad_(False), self.data("min").ids.eos,
-                      self.data("min").ids.pad)  # fmt: skip
+        return reference_policy(self.folder / "policy", self.data("min").ids)
 
     def data(self, task: str) -> Data:
         """Prompts and pairs of a task, as every run on this folder reads them."""
@@ -138,6 +133,18 @@ class Prepared:
     def peak(self, task: str) -> float:
         """The length that the gold reward prefers to every other."""
         return self.target if task == "mode" else 0.0
+
+
+def device_for(policy: Path) -> str:
+    """Where a page's models run: a small one gains nothing from a GPU, and the CPU is always
+    there."""
+    large = weight_bytes(policy) > 2e8
+    return "cuda" if large and torch.cuda.is_available() else "cpu"
+
+
+def reference_policy(policy: Path, ids: TokenIds) -> Scorer:
+    """A stored policy as pages sample from it and score with it: frozen, in float32."""
+    return frozen_scorer(policy, ids, 1.0, "float32", device_for(policy))
 
 
 def at(profile: str, prepared: str | Mapping[str, Any] | None = None) -> Prepared:

@@ -80,7 +80,7 @@ def check_runs(
         FileNotFoundError where the data of a run are missing.
     """
     maker = "prepare_full" if chapter in full_scale.CHAPTERS else "prepare"
-    folder = dict(profile.options).get("prepared", "tiny")
+    folder = length.preset(profile)
     if not (place := prepared_folder(folder)).is_dir():
         raise FileNotFoundError(f"{chapter} at this profile runs on the folder {place}, which is "
                                 f"not there: make it with lib.lm.{maker} (book/own_model.ipynb), or"

@@ -21,6 +21,7 @@ from lib.experiments.length import (
     PilotProfile,
     fields_of,
     fragile,
+    preset,
 )
 from lib.experiments.settings import Grid, Setting
 from lib.lm.config import MINIBATCH, length_run, prepared_folder
@@ -67,7 +68,7 @@ class FullScaleProfile(PilotProfile):
     @property
     def folder(self) -> Path | None:
         """The folder of pairs of the user's own; None for the shipped ones."""
-        name = dict(self.options).get("prepared", "tiny")
+        name = preset(self)
         return None if name == "tiny" else prepared_folder(name)
 
     @property
