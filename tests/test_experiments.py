@@ -380,3 +380,14 @@ def test_the_pilot_of_gpu_alone_has_one_seed():
     """book/own_model.ipynb says so, and why."""
     sizes = {name: len(length.PROFILES[name].sweep_seeds) for name in ("full", "gpu", "paper")}
     assert sizes == {"full": 2, "gpu": 1, "paper": 2}
+
+
+def test_profile_paper_has_both_of_table_10s_choices():
+    """4 of 64 responses; 10 of 60, since 10 does not divide 64 (chapter methods, audit)."""
+    grid = experiments.CHAPTERS["on_policy_length"]
+    profile = grid.profiles["paper"]
+    found = {(r.completions, r.minibatch, r.batch, r.updates) for s in grid.settings(profile)
+             if s.method == "best_of_n" and s.reward_function == "min"
+             and "inner_steps" not in dict(s.options)
+             for r in [profile.configuration(s, 1e-6, 5)]}  # fmt: skip
+    assert found == {(4, 64, 64, 72), (10, 60, 60, 72)}
